@@ -1,0 +1,62 @@
+"""Learned schedules for training 1- and 2-bit networks.
+
+Convert a model with :func:`quantize_`, train it under a :class:`QuantizationScheduler` with a policy
+such as ``load_pretrained("default")``, and finish it with :func:`finalize_`.
+"""
+
+from learnsched import policies
+from learnsched.annealed import annealed_quantize, level_probabilities
+from learnsched.convert import LayerConfig, quantize_, report
+from learnsched.finalize import calibrate_, finalize_, integer_weights, reestimate_batch_norm_
+from learnsched.levels import LevelSet, binary, power_of_two, signed, ternary, unsigned
+from learnsched.plotting import plot_comparison, plot_schedule
+from learnsched.pretrained import (
+    ArtefactError,
+    list_pretrained,
+    load_pretrained,
+    pretrained_card,
+    save_artefact,
+)
+from learnsched.scales import AbsoluteMean, Fixed, LeastSquares, Maximum, PowerOfTwo
+from learnsched.schedule import LayerInfo, RunInfo, Schedule, Setting, Telemetry, plan
+from learnsched.scheduler import QuantizationScheduler
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AbsoluteMean",
+    "ArtefactError",
+    "Fixed",
+    "LayerConfig",
+    "LayerInfo",
+    "LeastSquares",
+    "LevelSet",
+    "Maximum",
+    "PowerOfTwo",
+    "QuantizationScheduler",
+    "RunInfo",
+    "Schedule",
+    "Setting",
+    "Telemetry",
+    "annealed_quantize",
+    "binary",
+    "calibrate_",
+    "finalize_",
+    "integer_weights",
+    "level_probabilities",
+    "list_pretrained",
+    "load_pretrained",
+    "plan",
+    "plot_comparison",
+    "plot_schedule",
+    "policies",
+    "power_of_two",
+    "pretrained_card",
+    "quantize_",
+    "reestimate_batch_norm_",
+    "report",
+    "save_artefact",
+    "signed",
+    "ternary",
+    "unsigned",
+]

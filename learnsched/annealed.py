@@ -1,0 +1,301 @@
+"""The annealed quantizer: a staircase replaced by its expectation under noise, twice differentiable.
+
+Forward noise shapes the value, backward noise shapes the gradient; the two are independent (ANA,
+Spallanzani et al. 2019 and 2022). Each noise level can itself be learned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from learnsched import staircase
+from learnsched.levels import LevelSet
+from learnsched.noise import NoiseShape, noise_shape
+from learnsched.staircase import Level
+
+MODES = ("expectation", "mode", "random")
+
+# Narrower noise counts as none: its inverse squared, in the gradients, would overflow to NaN.
+_NARROWEST = 1e-12
+
+
+def annealed_quantize(
+    x: Tensor,
+    levels: LevelSet,
+    *,
+    forward_std: Level,
+    backward_std: Level,
+    noise: str = "normal",
+    forward_mean: Level = 0.0,
+    backward_mean: Level = 0.0,
+    mode: str = "expectation",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Quantize ``x`` softly: the value under forward noise, the gradient under backward noise.
+
+    With staircase σ, level gaps Δ_k, thresholds t_k, cumulative distribution F and density f:
+
+    - value: ``E[σ(x + ν)] = q_0 + Σ Δ_k F((x + forward_mean - t_k) / forward_std)``;
+    - gradient to ``x``: ``Σ Δ_k f((x + backward_mean - t_k) / backward_std) / backward_std``;
+    - gradient to ``forward_std`` and ``forward_mean``: the derivative of the value;
+    - gradient to ``backward_std`` and ``backward_mean``: none at first order; at second order the
+      derivative of the gradient.
+
+    Args:
+        x: any shape, floating point, in the units of ``levels.values`` (tensor over scale).
+        levels: the level set.
+        forward_std: standard deviation of the forward noise, at least 0, in units of ``x``, a number
+            or a tensor that broadcasts to ``x``. 0, like anything up to 1e-12, is the hard
+            staircase, to the bit.
+        backward_std: the same of the backward noise; 0 gives the zero gradient of a staircase.
+        noise: ``uniform``, ``triangular``, ``normal`` or ``logistic``.
+        forward_mean: shift of the forward noise.
+        backward_mean: shift of the backward noise.
+        mode: ``expectation``; ``mode``, the most probable level; ``random``, a sample.
+        generator: random numbers of ``mode="random"``.
+
+    Returns:
+        tensor of ``x``'s shape and dtype, inside ``[q_0, q_K]``.
+
+    Raises:
+        TypeError: ``x`` is not floating point or ``levels`` is not a :class:`LevelSet`.
+        ValueError: a std is negative or not a number, or ``noise`` or ``mode`` is unknown.
+
+    Source:
+        Spallanzani et al. 2019 (arXiv:1905.10452); Spallanzani et al. 2022 (arXiv:2203.11323).
+
+    Example:
+        >>> from learnsched import ternary
+        >>> x = torch.tensor([-0.7, 0.5], requires_grad=True)
+        >>> y = annealed_quantize(x, ternary(), forward_std=0.0, backward_std=1.0, noise="uniform")
+        >>> y.tolist()
+        [-1.0, 1.0]
+        >>> y.sum().backward()
+        >>> [round(g, 4) for g in x.grad.tolist()]
+        [0.5774, 0.5774]
+    """
+    if not isinstance(levels, LevelSet):
+        raise TypeError(
+            f"levels must be a LevelSet such as ternary() or unsigned(2), got {type(levels).__name__}"
+        )
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a floating point tensor, got {kind}; convert it with x.float()")
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+    shape = noise_shape(noise)
+    _check_std(forward_std, "forward_std")
+    _check_std(backward_std, "backward_std")
+    return quantize_unchecked(
+        x, levels, forward_std, forward_mean, backward_std, backward_mean, shape, mode, generator
+    )
+
+
+def quantize_unchecked(
+    x: Tensor,
+    levels: LevelSet,
+    forward_std: Level,
+    forward_mean: Level,
+    backward_std: Level,
+    backward_mean: Level,
+    noise: NoiseShape,
+    mode: str = "expectation",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """:func:`annealed_quantize` without its checks, for modules whose settings were checked."""
+    f_std, b_std = _settled(forward_std), _settled(backward_std)
+    result: Tensor = _AnnealedQuantize.apply(
+        x, f_std, forward_mean, b_std, backward_mean, levels, noise, mode, generator
+    )
+    return result
+
+
+def level_probabilities(
+    x: Tensor, levels: LevelSet, std: Level, mean: Level = 0.0, noise: str = "normal"
+) -> Tensor:
+    """Probability of each level under the noise.
+
+    Args:
+        x: shape ``(...)``, in units of the levels.
+        levels: a set of ``K + 1`` levels.
+        std: standard deviation of the noise, at least 0.
+        mean: shift of the noise.
+        noise: shape of the noise.
+
+    Returns:
+        tensor of shape ``(..., K + 1)``, non-negative; sums to 1 along the last dimension.
+
+    Raises:
+        ValueError: the std is negative or not a number, or the noise is unknown.
+    """
+    _check_std(std, "std")
+    parts = staircase.probabilities(x, levels, _settled(std), mean, noise_shape(noise))
+    return torch.stack(parts, dim=-1)
+
+
+class _Elementwise(torch.autograd.Function):
+    """Elementwise in its first tensors; a vmap only puts the mapped dimension first."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        mapped = zip(args, in_dims, strict=True)
+        rank = max(a.dim() - (d is not None) for a, d in mapped if isinstance(a, Tensor))
+
+        def aligned(arg: Any, dim: int | None) -> Any:
+            if not isinstance(arg, Tensor) or dim is None:
+                return arg
+            arg = arg.movedim(dim, 0)
+            return arg.reshape(len(arg), *[1] * (rank - arg.dim() + 1), *arg.shape[1:])
+
+        args = tuple(aligned(a, d) for a, d in zip(args, in_dims, strict=True))
+        if in_dims[0] is None:  # the result has the shape of the first tensor
+            args = (args[0].expand(info.batch_size, *args[0].shape), *args[1:])
+        return cls.apply(*args), 0
+
+
+class _AnnealedQuantize(_Elementwise):
+    """Value under forward noise; its backward is built of functions that can be derived again."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        forward_std: Level,
+        forward_mean: Level,
+        backward_std: Level,
+        backward_mean: Level,
+        levels: LevelSet,
+        noise: NoiseShape,
+        mode: str,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        if mode == "random":
+            value = levels.quantize(x + forward_mean + forward_std * noise.sample(x, generator))
+        elif mode == "mode":
+            value = staircase.most_probable(x, levels, forward_std, forward_mean, noise)
+            # half precision may not hold the distance to a threshold
+            hard = levels.quantize(x + forward_mean)
+            value = torch.where(torch.as_tensor(forward_std) > 0, value, hard)
+        else:
+            value = staircase.expectation(x, levels, forward_std, forward_mean, noise)
+        return value.to(x.dtype)  # per-channel noise levels may be wider
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, *noise_levels, ctx.levels, ctx.noise, ctx.mode, _ = inputs
+        _save(ctx, x, *noise_levels)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, f_std, f_mean, b_std, b_mean = _saved(ctx)
+        levels, noise = ctx.levels, ctx.noise
+        grad_x = grad_std = grad_mean = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _TimesSlope.apply(grad, x, b_std, b_mean, levels, noise)
+        # A most probable or a sampled level is piecewise constant in the forward noise.
+        if ctx.mode == "expectation" and ctx.needs_input_grad[1]:
+            product = _TimesStdSlope.apply(grad, x, f_std, f_mean, levels, noise)
+            grad_std = product.sum_to_size(f_std.shape)
+        if ctx.mode == "expectation" and ctx.needs_input_grad[2]:
+            product = _TimesSlope.apply(grad, x, f_std, f_mean, levels, noise)
+            grad_mean = product.sum_to_size(f_mean.shape)
+        return grad_x, grad_std, grad_mean, None, None, None, None, None, None
+
+
+class _TimesSlope(_Elementwise):
+    """``grad`` times the derivative of the expectation in x."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor, x: Tensor, std: Level, mean: Level, levels: LevelSet, noise: NoiseShape
+    ) -> Tensor:
+        return staircase.slope(x, levels, std, mean, noise).mul_(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *numbers, ctx.levels, ctx.noise = inputs
+        _save(ctx, *numbers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad, x, std, mean = _saved(ctx)
+        args = (x, ctx.levels, std, mean, ctx.noise)
+        of_grad = outer * staircase.slope(*args) if ctx.needs_input_grad[0] else None
+        both = outer * grad
+        return (of_grad, *_pull(ctx, both, staircase.slope_in_x, staircase.slope_in_std, args))
+
+
+class _TimesStdSlope(_Elementwise):
+    """``grad`` times the derivative of the expectation in the std, before summation."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor, x: Tensor, std: Level, mean: Level, levels: LevelSet, noise: NoiseShape
+    ) -> Tensor:
+        return staircase.std_slope(x, levels, std, mean, noise).mul_(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *numbers, ctx.levels, ctx.noise = inputs
+        _save(ctx, *numbers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad, x, std, mean = _saved(ctx)
+        args = (x, ctx.levels, std, mean, ctx.noise)
+        of_grad = outer * staircase.std_slope(*args) if ctx.needs_input_grad[0] else None
+        both = outer * grad
+        in_x, in_std = staircase.slope_in_std, staircase.std_slope_in_std
+        return (of_grad, *_pull(ctx, both, in_x, in_std, args))
+
+
+def _pull(
+    ctx: Any,
+    adjoint: Tensor,
+    in_x: Callable[..., Tensor],
+    in_std: Callable[..., Tensor],
+    args: tuple[Any, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients to x, std, mean, level set and noise; the mean moves a staircase as x does."""
+    _, _, std, mean, _ = args
+    _, needs_x, needs_std, needs_mean, *_ = ctx.needs_input_grad
+    of_x = adjoint * in_x(*args) if needs_x or needs_mean else None
+    of_std = (adjoint * in_std(*args)).sum_to_size(std.shape) if needs_std else None
+    of_mean = of_x.sum_to_size(mean.shape) if of_x is not None and needs_mean else None
+    return of_x, of_std, of_mean, None, None
+
+
+def _save(ctx: Any, *values: Any) -> None:
+    """Keep tensors for backward the way autograd wants it, and numbers beside them."""
+    ctx.numbers = [None if isinstance(v, Tensor) else v for v in values]
+    ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in values))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    pairs = zip(ctx.numbers, ctx.saved_tensors, strict=True)
+    return [number if tensor is None else tensor for number, tensor in pairs]
+
+
+def _settled(std: Level) -> Level:
+    if isinstance(std, Tensor):
+        return torch.nn.functional.threshold(std, _NARROWEST, 0.0)
+    return std if std > _NARROWEST else 0.0
+
+
+def _check_std(std: Level, name: str) -> None:
+    if isinstance(std, Tensor):
+        # Values of tensors inside a transform, or on a device, cannot be read without a price.
+        if std.device.type != "cpu" or torch._C._functorch.is_functorch_wrapped_tensor(std):
+            return
+        wrong = not bool(((std >= 0) & (std < math.inf)).all())
+    else:
+        wrong = not (math.isfinite(std) and std >= 0)
+    if wrong:
+        raise ValueError(f"{name} must be at least 0 and finite, got {std}; 0 quantizes hard")

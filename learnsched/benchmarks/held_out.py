@@ -1,0 +1,247 @@
+"""Learned against hand-coded schedules on held-out tasks, every method with the same search budget.
+
+    python -m learnsched.benchmarks.held_out [--artefact default] [--quick] [--json PATH]
+
+Each method's learning rate and own parameters are searched by Optuna on validation data; a learned
+policy has its learning rate searched with the same number of trials. The chosen ones train fresh
+seeds, which are the same for all methods, and test data is read once. Networks of all trials of a
+round train as one population.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from learnsched.benchmarks import methods as field
+from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.methods import Method
+from learnsched.data import DataSet, load
+from learnsched.files import write_text
+from learnsched.meta.estimators import run_forward
+from learnsched.meta.tasks import Task
+from learnsched.schedule import Policy
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much every method gets.
+
+    Attributes:
+        rounds: rounds of the search; the sampler learns between them.
+        trials: trials of a round.
+        trial_runs: seeds of a trial.
+        runs: fresh seeds of the final comparison.
+    """
+
+    rounds: int = 2
+    trials: int = 8
+    trial_runs: int = 2
+    runs: int = 24
+
+
+QUICK = Budget(rounds=1, trials=6, trial_runs=2, runs=8)
+
+
+def _task(
+    data: str, family: str, width: int, depth: int, horizon: int, steps: int, tuned: bool = False
+) -> Task:
+    return Task(
+        family, data, width, depth, horizon, steps, 64, "ternary/2-bit", (0.01,), tuned, 77_000
+    )
+
+
+# Other seeds, another width, another depth, a horizon twice the longest of meta-training.
+HELD_OUT: dict[str, Task] = {
+    "other seeds": _task("mnist1d", "cnn1d", 8, 4, 8, 20),
+    "other seeds, mlp": _task("mnist1d", "mlp", 32, 4, 12, 15),
+    "other width": _task("mnist1d", "cnn1d", 24, 4, 10, 30),
+    "other depth": _task("mnist1d", "cnn1d", 8, 7, 12, 25),
+    "fine-tuned": _task("mnist1d", "cnn1d", 10, 4, 8, 20, True),
+    "twice the horizon": _task("mnist1d", "cnn1d", 20, 4, 40, 20),
+}
+
+
+def search(
+    method: Method, task: Task, data: DataSet, budget: Budget, seed: int
+) -> tuple[float, Policy | None, float]:
+    """The learning rate and policy of best mean validation accuracy.
+
+    Returns:
+        learning rate, policy (None for a learned one), validation accuracy.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=budget.trials)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    best: tuple[float, float, Policy | None] = (-math.inf, 0.01, None)
+    for _ in range(budget.rounds):
+        trials = [study.ask() for _ in range(budget.trials)]
+        rates = [t.suggest_float("learning_rate", 2e-3, 5e-2, log=True) for t in trials]
+        policies = [method.suggest(t) if method.suggest else None for t in trials]
+        accuracy = train(method, task, data, rates, policies, budget.trial_runs, data.validation)
+        for trial, rate, policy, value in zip(
+            trials, rates, policies, accuracy.mean(1).tolist(), strict=True
+        ):
+            study.tell(trial, value)
+            best = max(best, (value, rate, policy), key=lambda b: b[0])
+    return best[1], best[2], best[0]
+
+
+def train(
+    method: Method,
+    task: Task,
+    data: DataSet,
+    rates: Sequence[float],
+    policies: Sequence[Policy | None],
+    runs: int,
+    split: Any,
+) -> torch.Tensor:
+    """Accuracy on a split of every rate and policy, shape ``(len(rates), runs)``."""
+    members = tuple(rate for rate in rates for _ in range(runs))
+    inner = replace(task, learning_rates=members, runs=runs).build(
+        data, noise=method.noise, partition=method.partition, membership_width=0.0, eps=1e-8
+    )
+    repeated = [policy for policy in policies if policy is not None for _ in range(runs)]
+    with torch.no_grad():
+        states, table, _ = run_forward(
+            inner, method.rollout(inner, repeated), hardened=method.hardened
+        )
+        accuracy = inner.accuracy(states[-1], table[-1], split.x, split.y)
+    return accuracy.view(len(rates), runs)
+
+
+def compare(
+    methods: Sequence[Method],
+    tasks: Mapping[str, Task],
+    budget: Budget,
+    *,
+    seed: int = 0,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+    done: Sequence[Mapping[str, Any]] = (),
+) -> list[dict[str, Any]]:
+    """One record for each task and method, test accuracies of all runs in it.
+
+    Args:
+        methods: what to compare.
+        tasks: by name.
+        budget: the same for every method.
+        seed: of the search.
+        progress: called with each record as it is made.
+        done: records of an interrupted comparison, which are not made again.
+    """
+    records = [dict(record) for record in done]
+    finished = {(r["task"], r["method"]) for r in records}
+    for name, task in tasks.items():
+        data = load(task.data)
+        for method in methods:
+            if (name, method.name) in finished:
+                continue
+            start = time.perf_counter()
+            rate, policy, validation = search(method, task, data, budget, seed)
+            final = replace(task, seed=task.seed + 1)
+            test = train(method, final, data, [rate], [policy], budget.runs, data.test)
+            record = {
+                "task": name,
+                "cell": task.name,
+                "method": method.name,
+                "learning_rate": rate,
+                "policy": None if policy is None else asdict(policy),  # type: ignore[call-overload]
+                "validation": validation,
+                "test": test.flatten().tolist(),
+                "seconds": time.perf_counter() - start,
+            }
+            records.append(record)
+            if progress is not None:
+                progress(record)
+    return records
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table: mean test accuracy in % with bootstrap 95 % intervals; then the margins."""
+    tasks = list(dict.fromkeys(r["task"] for r in records))
+    names = list(dict.fromkeys(r["method"] for r in records))
+    found = {(r["task"], r["method"]): np.asarray(r["test"]) for r in records}
+    cells = {r["task"]: r["cell"] for r in records}
+    lines = ["| method | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
+    for name in names:
+        row = [_interval(found[t, name]) if (t, name) in found else "" for t in tasks]
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    hand_coded = [m.name for m in field.hand_coded() if m.name in names]
+    if "learned" in names and hand_coded:
+        row = []
+        for task in tasks:
+            best = max((found[task, n] for n in hand_coded), key=np.mean)
+            row.append(_interval(found[task, "learned"] - best, sign="+"))
+        lines.append("| **learned − best hand-coded** | " + " | ".join(row) + " |")
+    lines += ["", *(f"- {task}: {cells[task]}" for task in tasks)]
+    return "\n".join(lines)
+
+
+def _interval(values: np.ndarray, sign: str = "") -> str:
+    from scipy.stats import bootstrap
+
+    mean = 100 * values.mean()
+    if len(values) < 2 or np.ptp(values) == 0:
+        return f"{mean:{sign}.1f}"
+    result = bootstrap((100 * values,), np.mean, rng=np.random.default_rng(0), method="percentile")
+    low, high = result.confidence_interval
+    return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    from learnsched.pretrained import load_pretrained
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
+    parser.add_argument("--tasks", nargs="*", choices=list(HELD_OUT), help="all of them if omitted")
+    parser.add_argument("--quick", action="store_true", help="two tasks, a small budget")
+    parser.add_argument("--seed", type=int, default=0, help="of the search")
+    parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
+    options = parser.parse_args(arguments)
+    policy = load_pretrained(options.artefact)
+    names = options.tasks or (["other seeds"] if options.quick else list(HELD_OUT))
+    methods = [
+        field.learned(policy),
+        field.start_of(policy),
+        *field.hand_coded(),
+        field.upper_bound(),
+    ]
+    done: list[dict[str, Any]] = []
+    if options.json and options.json.exists():
+        done = json.loads(options.json.read_text())["records"]
+
+    def keep(record: dict[str, Any]) -> None:
+        done.append(record)
+        mean = sum(record["test"]) / len(record["test"])
+        print(f"{record['task']:20} {record['method']:32} {100 * mean:5.1f} %", flush=True)
+        if options.json:
+            content = {"environment": describe(), "seed": options.seed, "records": done}
+            write_text(options.json, json.dumps(content, indent=1) + "\n")
+
+    records = compare(
+        methods,
+        {name: HELD_OUT[name] for name in names},
+        QUICK if options.quick else Budget(),
+        seed=options.seed,
+        progress=keep,
+        done=list(done),
+    )
+    print(table(records))
+
+
+if __name__ == "__main__":
+    main()

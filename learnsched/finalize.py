@@ -1,0 +1,240 @@
+"""Before and after annealed training: calibration of activations, and the finished hard network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learnsched.convert import quantized_layers
+from learnsched.modules import NOISE_BUFFERS, ActivationQuantizer, QuantizedLayer
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass(frozen=True)
+class IntegerWeights:
+    """A quantized weight as codes: the weight is ``values[codes] * scale``, to the bit.
+
+    Attributes:
+        codes: index into ``values`` of every weight, int64, the weight's shape.
+        values: the level set, increasing.
+        scale: positive, in a shape that broadcasts to the weight.
+    """
+
+    codes: Tensor
+    values: tuple[float, ...]
+    scale: Tensor
+
+    @property
+    def integers(self) -> Tensor:
+        """The levels themselves as int64, for level sets of integers.
+
+        Raises:
+            ValueError: a level is not an integer.
+        """
+        if any(v != int(v) for v in self.values):
+            raise ValueError(f"the levels {self.values} are not integers; use codes and values")
+        return torch.tensor([int(v) for v in self.values], device=self.codes.device)[self.codes]
+
+
+@torch.no_grad()
+def calibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Fit the scale of every quantized activation to data, in the order of execution.
+
+    Each activation is fitted to what the layers before it, already calibrated, put out: one pass,
+    and the mean over batches. Batch norms use the statistics of each batch, and keep their own.
+
+    Args:
+        model: converted by ``quantize_``.
+        batches: inputs, or tuples that start with the input, as a data loader gives.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: there are no batches, or the model has no quantized layers.
+
+    Example:
+        >>> from learnsched import quantize_, ternary, unsigned
+        >>> net = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU())
+        >>> net = quantize_(net, ternary(), unsigned(2))
+        >>> net = calibrate_(net, [torch.randn(64, 8)])
+    """
+    activations = [a for layer in quantized_layers(model) for a in layer.activations]
+    count = 0
+    fits: list[list[Tensor]] = [[] for _ in activations]
+    handles = [a.register_forward_pre_hook(_fit(f)) for a, f in zip(activations, fits, strict=True)]
+    kept = {m: {n: b.clone() for n, b in m.named_buffers()} for m in _batch_norms(model)}
+    try:
+        with _training(model):
+            for batch in batches:
+                model(_input(batch, model))
+                count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, buffers in kept.items():
+            for name, value in buffers.items():
+                getattr(module, name).copy_(value)
+    if count == 0:
+        raise ValueError("calibrate_ got no batches; pass a data loader or a list of inputs")
+    return model
+
+
+@torch.no_grad()
+def reestimate_batch_norm_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Replace the running statistics of batch norms by their plain mean over the batches.
+
+    Args:
+        model: any module; its training flags are kept.
+        batches: inputs, or tuples that start with the input.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+    norms = _batch_norms(model)
+    momenta = {module: module.momentum for module in norms}
+    kept = {m: {n: b.clone() for n, b in m.named_buffers()} for m in norms}
+    count = 0
+    try:
+        for module in norms:
+            module.reset_running_stats()
+            module.momentum = None  # a cumulative mean
+        with _training(model):
+            for batch in batches:
+                model(_input(batch, model))
+                count += 1
+    finally:
+        for module, momentum in momenta.items():
+            module.momentum = momentum
+            if count == 0:
+                for name, value in kept[module].items():
+                    getattr(module, name).copy_(value)
+    if count == 0:
+        raise ValueError("no batches to estimate batch norm statistics from; is the loader empty?")
+    return model
+
+
+@torch.no_grad()
+def finalize_(model: nn.Module, loader: Iterable[Any] | None = None) -> nn.Module:
+    """Harden the network: noise 0, every weight on its level set, batch norm re-estimated.
+
+    Args:
+        model: converted by ``quantize_``, trained under a scheduler or by any other means.
+        loader: training batches to re-estimate batch norm statistics from; None keeps them.
+
+    Returns:
+        ``model`` itself. Its parameters hold the quantized weights.
+
+    Raises:
+        RuntimeError: a weight is not on its level set, to the bit (it is not finite, for one).
+        ValueError: the model has no quantized layers, or the loader is empty.
+    """
+    layers = quantized_layers(model)
+    for layer in layers:
+        if layer.weight is not None and not bool(layer.weight.weight.isfinite().all()):
+            raise RuntimeError(
+                f"the weight of {layer.info.name} is not finite, so it has no level; "
+                "training has diverged: lower the learning rate"
+            )
+    for layer in layers:
+        for quantizer in layer.quantizers:
+            for name in NOISE_BUFFERS:
+                if name != "backward_std":
+                    getattr(quantizer, name).zero_()
+        if layer.weight is not None:
+            quantizer = layer.weight.weight_quantizer
+            quantizer.freeze_(layer.weight.weight, 1.0, "settled")
+    for layer in layers:
+        if layer.weight is not None:
+            _check_on_levels(layer.info.name, layer.weight)
+    if loader is not None:
+        reestimate_batch_norm_(model, loader)
+    return model
+
+
+@torch.no_grad()
+def integer_weights(model: nn.Module) -> dict[str, IntegerWeights]:
+    """Codes and scale of every quantized weight, by the name of its layer.
+
+    Raises:
+        RuntimeError: the model is not finalized.
+        ValueError: the model has no quantized layers.
+
+    Example:
+        >>> from learnsched import quantize_, ternary
+        >>> net = finalize_(quantize_(nn.Sequential(nn.Linear(8, 4)), ternary()))
+        >>> sorted(integer_weights(net)["0"].integers.unique().tolist())
+        [-1, 0, 1]
+    """
+    result = {}
+    for layer in quantized_layers(model):
+        if layer.weight is not None:
+            result[layer.info.name] = _check_on_levels(layer.info.name, layer.weight)
+    return result
+
+
+def _check_on_levels(name: str, module: QuantizedLayer) -> IntegerWeights:
+    quantizer = module.weight_quantizer
+    if not bool((quantizer.membership == 1).all()):
+        raise RuntimeError(f"{name} has free weights; call learnsched.finalize_(model) first")
+    scale = quantizer.scale(module.weight)
+    codes = quantizer.levels.codes(module.weight / scale)
+    values = module.weight.new_tensor(quantizer.levels.values)
+    if not torch.equal(values[codes] * scale, module.weight):
+        raise RuntimeError(
+            f"weights of {name} have left their level set, as when an optimizer steps after "
+            "finalize_; call finalize_ again"
+        )
+    return IntegerWeights(codes, quantizer.levels.values, scale)
+
+
+def _fit(fitted: list[Tensor]) -> Callable[[ActivationQuantizer, tuple[Tensor, ...]], None]:
+    """A hook that fits an activation's scale to its input, and keeps the mean over batches."""
+
+    def hook(module: ActivationQuantizer, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0] if module.before is None else module.before(inputs[0])
+        if module.levels.values[0] >= 0:
+            x = x.clamp(min=0)  # what is clipped away does not count as quantization error
+        fitted.append(module.rule(x, module.levels).mean())
+        module.scale.copy_(torch.stack(fitted).mean())
+
+    return hook
+
+
+def _batch_norms(model: nn.Module) -> list[Any]:
+    norms = [m for m in model.modules() if isinstance(m, _BATCH_NORMS)]
+    return [m for m in norms if m.track_running_stats]
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Batch norms use batch statistics; everything else, dropout too, stays as in evaluation."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, _BATCH_NORMS):
+            module.train()
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def _input(batch: Any, model: nn.Module) -> Tensor:
+    x = batch[0] if isinstance(batch, tuple | list) else batch
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"a batch must be a tensor, or a tuple that starts with one, got {type(x).__name__}"
+        )
+    like = next(model.parameters(), x)
+    return x.to(like.device)

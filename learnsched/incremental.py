@@ -1,0 +1,147 @@
+"""Incremental network quantization: which weights are frozen on their level, and when.
+
+A layer's *membership* says for each weight whether it is frozen (1) or free (0). The hard rule
+freezes whole weights; the soft rule is smooth in the fraction, so that the fraction can be learned,
+and tends to the hard rule as its width goes to 0.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from learnsched.levels import LevelSet
+
+PARTITIONS = ("magnitude", "random", "redraw", "settled")
+
+
+def priority(
+    x: Tensor, levels: LevelSet, partition: str, generator: torch.Generator | None = None
+) -> Tensor:
+    """How early INQ takes each weight; the largest values first.
+
+    Args:
+        x: weights in units of their scale, any shape.
+        levels: their level set.
+        partition: ``magnitude``, largest first (Zhou et al. 2017); ``random``, a random order;
+            ``redraw``, a random order drawn anew each time, whose frozen weights are released
+            (RPR, Cavigelli and Benini 2020); ``settled``, farthest from the nearest threshold first:
+            the weights whose codes have stopped moving.
+        generator: random numbers of ``random`` and ``redraw``.
+
+    Returns:
+        tensor of ``x``'s shape.
+
+    Raises:
+        ValueError: the partition is unknown.
+
+    Example:
+        >>> from learnsched import ternary
+        >>> x = torch.tensor([0.6, 0.0, 2.0])
+        >>> priority(x, ternary(), "settled").argsort(descending=True).tolist()
+        [2, 1, 0]
+    """
+    if partition not in PARTITIONS:
+        raise ValueError(f"unknown partition {partition!r}; choose one of {', '.join(PARTITIONS)}")
+    if partition == "magnitude":
+        return x.abs()
+    if partition == "settled":
+        distance = torch.full_like(x, math.inf)
+        for threshold in levels.thresholds:
+            distance = torch.minimum(distance, (x - threshold).abs())
+        return distance
+    return torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+
+
+def hard_membership(order: Tensor, frozen: Tensor, fraction: float, *, redraw: bool) -> Tensor:
+    """Freeze the share ``fraction`` of the weights.
+
+    Args:
+        order: priorities, any shape.
+        frozen: membership so far (0 or 1), same shape; those weights stay frozen unless ``redraw``.
+        fraction: in [0, 1]; the number of frozen weights is rounded to the nearest.
+        redraw: release the weights that were frozen before.
+
+    Returns:
+        membership of the same shape, 0 or 1.
+
+    Raises:
+        ValueError: the fraction is out of range, or below the share that is already frozen.
+
+    Example:
+        >>> order = torch.tensor([3.0, 1.0, 2.0, 0.0])
+        >>> hard_membership(order, torch.zeros(4), 0.5, redraw=False).tolist()
+        [1.0, 0.0, 1.0, 0.0]
+    """
+    check_fraction(fraction)
+    count = round(fraction * order.numel())
+    if redraw:
+        ranked = order.flatten()
+    else:
+        already = int(torch.count_nonzero(frozen))
+        if count < already:
+            raise ValueError(
+                f"the fraction may not decrease: {already} of {order.numel()} weights are frozen, "
+                f"{fraction} would leave {count}"
+            )
+        ranked = torch.where(frozen > 0, math.inf, order).flatten()
+    taken = ranked.argsort(descending=True, stable=True)[:count]
+    result = torch.zeros_like(order).flatten()
+    result[taken] = 1.0
+    return result.view_as(order)
+
+
+def soft_membership(order: Tensor, frozen: Tensor, fraction: Tensor, width: float = 0.05) -> Tensor:
+    """The membership that is smooth in the fraction, for meta-training.
+
+    The weight at the share r of the order enters along a smooth step while the fraction moves over a
+    range of ``width`` around r, so that fraction 0 freezes nothing and fraction 1 everything.
+
+    Args:
+        order: priorities, any shape; carries no gradient.
+        frozen: membership so far, same shape, in [0, 1]; it never decreases.
+        fraction: scalar tensor in [0, 1]; the gradient flows to it.
+        width: length of the smooth step, positive; the hard rule is the limit at 0.
+
+    Returns:
+        membership of the same shape, in [0, 1].
+    """
+    count = order.numel()
+    # Weights that are in come first: their membership outweighs every rank.
+    ranks = order.detach().flatten().argsort().argsort().to(order.dtype) / count
+    key = ranks + 2 * frozen.detach().flatten()
+    place = (key.argsort(descending=True).argsort().to(order.dtype) + 0.5) / count
+    step = (((1 + width) * fraction - place) / width).clamp(0, 1)
+    smooth = step * step * (3 - 2 * step)
+    return torch.maximum(frozen, smooth.view_as(order))
+
+
+def hold(held: Tensor, frozen: Tensor, projected: Tensor, membership: Tensor) -> Tensor:
+    """The values that frozen weights keep: old members their old value, new ones their projection.
+
+    Args:
+        held: values held so far.
+        frozen: membership so far.
+        projected: hard quantization of the weights now.
+        membership: new membership, at least ``frozen``.
+
+    Returns:
+        held values for the new membership. All arguments and the result share one shape.
+    """
+    newly = membership - frozen
+    # where() rather than a weighted mean for whole memberships: it keeps every bit.
+    mixed = (frozen * held + newly * projected) / membership.clamp(min=1e-12)
+    kept = torch.where(newly > 0, mixed, held)
+    return torch.where(frozen > 0, kept, torch.where(newly > 0, projected, held))
+
+
+def check_fraction(fraction: float) -> None:
+    """Refuse what is not a share.
+
+    Raises:
+        ValueError: the fraction is not a number in [0, 1].
+    """
+    if not (math.isfinite(fraction) and 0 <= fraction <= 1):
+        raise ValueError(f"an INQ fraction must lie in [0, 1], got {fraction}")

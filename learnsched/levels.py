@@ -1,0 +1,210 @@
+"""Level sets: the values a quantized tensor may take, and the hard staircase onto them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Up to this many thresholds a chain of comparisons is faster than a binary search.
+_COMPARISONS = 16
+
+
+@dataclass(frozen=True)
+class LevelSet:
+    """An increasing set of levels ``q_0 < … < q_K`` and the thresholds between them.
+
+    Both are given in units of the tensor's scale: a quantized tensor is ``scale * level``.
+    ``x >= thresholds[k]`` takes level ``k + 1`` or higher.
+
+    Args:
+        values: the ``K + 1`` levels, strictly increasing and finite, at least two.
+        thresholds: the ``K`` thresholds, strictly increasing; midpoints of the levels if omitted.
+        name: how the set is called in reports and artefacts.
+
+    Raises:
+        ValueError: levels or thresholds are too few, not finite, not increasing, or do not match.
+
+    Example:
+        >>> LevelSet((-1.0, 0.0, 1.0)).thresholds
+        (-0.5, 0.5)
+    """
+
+    values: tuple[float, ...]
+    thresholds: tuple[float, ...] = field(default=())
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        values = _increasing(self.values, "values")
+        if len(values) < 2:
+            raise ValueError(
+                f"a level set needs at least two levels, got {values}; for example (-1.0, 0.0, 1.0)"
+            )
+        midpoints = tuple((a + b) / 2 for a, b in zip(values, values[1:], strict=False))
+        thresholds = _increasing(self.thresholds, "thresholds") or midpoints
+        if len(thresholds) != len(values) - 1:
+            raise ValueError(
+                f"{len(values)} levels need {len(values) - 1} thresholds, got {len(thresholds)}; "
+                "leave thresholds out to take the midpoints"
+            )
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "thresholds", thresholds)
+
+    @property
+    def step(self) -> float:
+        """The smallest gap between neighbouring levels, the unit of noise levels in settings."""
+        return min(self.gaps)
+
+    @property
+    def gaps(self) -> tuple[float, ...]:
+        """The ``K`` differences ``q_k - q_{k-1}``, all positive."""
+        return tuple(b - a for a, b in zip(self.values, self.values[1:], strict=False))
+
+    @property
+    def bits(self) -> int:
+        """Bits that hold a code of this set."""
+        return max(1, math.ceil(math.log2(len(self.values))))
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Index of the level that each entry of ``x`` (in units of the scale) falls to.
+
+        Args:
+            x: any shape.
+
+        Returns:
+            int64 tensor of the same shape, in ``[0, K]``.
+        """
+        if len(self.thresholds) > _COMPARISONS:
+            # bfloat16 cannot tell 254.5 from 254
+            wide = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+            return torch.bucketize(wide, wide.new_tensor(self.thresholds), right=True)
+        codes = torch.zeros_like(x, dtype=torch.int64)
+        for threshold in self.thresholds:
+            codes = codes + (x >= threshold)
+        return codes
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """The hard staircase: the level that each entry of ``x`` falls to, to the bit.
+
+        Args:
+            x: any shape, in units of the scale.
+
+        Returns:
+            tensor of the same shape and dtype.
+        """
+        if len(self.thresholds) > _COMPARISONS:
+            return x.new_tensor(self.values)[self.codes(x)]
+        result = torch.full_like(x, self.values[0])
+        for threshold, value in zip(self.thresholds, self.values[1:], strict=True):
+            # full_like keeps x's dtype: a bare float would widen half precision under vmap
+            result = torch.where(x >= threshold, torch.full_like(x, value), result)
+        return result
+
+
+def ternary() -> LevelSet:
+    """The levels -1, 0, 1 with thresholds at ±½ (TWN, Li et al. 2016).
+
+    Example:
+        >>> ternary().quantize(torch.tensor([-0.7, 0.2, 0.5])).tolist()
+        [-1.0, 0.0, 1.0]
+    """
+    return LevelSet((-1.0, 0.0, 1.0), name="ternary")
+
+
+def binary() -> LevelSet:
+    """The levels -1, 1 with the threshold at 0 (BinaryConnect, Courbariaux et al. 2015).
+
+    Example:
+        >>> binary().quantize(torch.tensor([-0.7, 0.0])).tolist()
+        [-1.0, 1.0]
+    """
+    return LevelSet((-1.0, 1.0), name="binary")
+
+
+def unsigned(bits: int) -> LevelSet:
+    """The levels 0, 1, …, 2^bits - 1: what follows a ReLU.
+
+    Args:
+        bits: 1 to 8.
+
+    Raises:
+        ValueError: ``bits`` is out of range.
+
+    Example:
+        >>> unsigned(2).values
+        (0.0, 1.0, 2.0, 3.0)
+    """
+    _check_bits(bits, 1, "unsigned")
+    return LevelSet(tuple(float(q) for q in range(2**bits)), name=f"unsigned{bits}")
+
+
+def signed(bits: int, narrow: bool = True) -> LevelSet:
+    """The integers around 0 that fit ``bits`` bits in two's complement.
+
+    Args:
+        bits: 2 to 8.
+        narrow: leave the lowest code out, so that the set is symmetric.
+
+    Raises:
+        ValueError: ``bits`` is out of range.
+
+    Example:
+        >>> signed(2).values, signed(2, narrow=False).values
+        ((-1.0, 0.0, 1.0), (-2.0, -1.0, 0.0, 1.0))
+    """
+    _check_bits(bits, 2, "signed")
+    top = 2 ** (bits - 1) - 1
+    bottom = -top if narrow else -top - 1
+    name = f"signed{bits}" + ("" if narrow else "full")
+    return LevelSet(tuple(float(q) for q in range(bottom, top + 1)), name=name)
+
+
+def power_of_two(bits: int, max_abs: float = 1.0) -> LevelSet:
+    """INQ's levels 0, ±2^n2, …, ±2^n1 (Zhou et al. 2017, equations 1 to 4).
+
+    ``n1 = floor(log2(4 max_abs / 3))`` and ``n2 = n1 + 1 - 2^(bits - 1) / 2``; a magnitude between
+    neighbours α < β takes β from ``(α + β) / 2`` on.
+
+    Args:
+        bits: 2 to 5; one bit is spent on zero, as in the paper.
+        max_abs: largest magnitude of the tensor, in units of its scale, positive.
+
+    Raises:
+        ValueError: ``bits`` is out of range or ``max_abs`` is not a positive number.
+
+    Example:
+        >>> power_of_two(3, max_abs=0.8).values
+        (-1.0, -0.5, 0.0, 0.5, 1.0)
+    """
+    _check_bits(bits, 2, "power_of_two", most=5)
+    if not (math.isfinite(max_abs) and max_abs > 0):
+        raise ValueError(
+            f"power_of_two needs a positive, finite max_abs, got {max_abs}; "
+            "pass the largest magnitude of the weights in units of their scale"
+        )
+    # floor(log2(4 max_abs / 3)) without the logarithm, which rounds up just below a power of two
+    mantissa, exponent = math.frexp(max_abs)
+    n1 = exponent if mantissa >= 0.75 else exponent - 1
+    n2 = n1 + 1 - 2 ** (bits - 1) // 2
+    magnitudes = [2.0**n for n in range(n2, n1 + 1)]
+    values = (*(-m for m in reversed(magnitudes)), 0.0, *magnitudes)
+    return LevelSet(values, name=f"power_of_two{bits}")
+
+
+def _increasing(numbers: Sequence[float], what: str) -> tuple[float, ...]:
+    result = tuple(float(n) for n in numbers)
+    if not all(math.isfinite(n) for n in result):
+        raise ValueError(f"{what} of a level set must be finite, got {result}")
+    if any(b <= a for a, b in zip(result, result[1:], strict=False)):
+        raise ValueError(f"{what} of a level set must increase strictly, got {result}; sort them")
+    return result
+
+
+def _check_bits(bits: int, least: int, name: str, most: int = 8) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= most:
+        raise ValueError(
+            f"{name} takes a whole number of bits from {least} to {most}, got {bits!r}"
+        )

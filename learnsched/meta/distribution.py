@@ -1,0 +1,62 @@
+"""Tasks split over processes or machines (``torchrun``), with the same result for any number.
+
+Without ``torch.distributed`` there is one rank, and nothing is exchanged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def start() -> None:
+    """Join the process group that torchrun prepared, if this process was started by it."""
+    if "RANK" in os.environ and dist.is_available() and not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
+def stop() -> None:
+    """Leave the process group, if in one."""
+    if _active():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if _active() else 0
+
+
+def world_size() -> int:
+    """How many processes share the work."""
+    return dist.get_world_size() if _active() else 1
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if _active():
+        dist.barrier()
+
+
+def gather(mine: Mapping[int, dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
+    """All ranks' results in the order of their indices, on every rank.
+
+    Gathering rather than summing keeps the order of additions, and so every bit of the sum, the same
+    for any number of ranks.
+
+    Args:
+        mine: this rank's results, by index.
+        count: how many results there are in all.
+    """
+    if not _active():
+        return [mine[i] for i in range(count)]
+    parts: list[Mapping[int, dict[str, Tensor]]] = [{} for _ in range(world_size())]
+    dist.all_gather_object(parts, dict(mine))
+    merged = {index: result for part in parts for index, result in part.items()}
+    return [merged[i] for i in range(count)]
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized()

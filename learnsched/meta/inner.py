@@ -1,0 +1,298 @@
+"""The inner loop: quantization-aware training of a population, differentiable with ``higher``.
+
+State goes in, state comes out; one call is one epoch. So an estimator may keep every epoch's graph,
+recompute it, or ask for no graph at all, without knowing what is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import higher
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn import functional as F
+
+from learnsched.annealed import quantize_unchecked
+from learnsched.incremental import hold, priority, soft_membership
+from learnsched.meta.population import CARRIED, Population
+from learnsched.modules import WeightQuantizer
+from learnsched.schedule import FIELDS, RunInfo, Telemetry
+
+_FRACTION = FIELDS.index("fraction")
+_WEIGHT_BACKWARD = FIELDS.index("weight_backward_std")
+
+# Adam divides by the root of the second moment, whose derivative is infinite at 0: start above.
+_SECOND_MOMENT = 1e-14
+
+
+@dataclass(frozen=True)
+class InnerState:
+    """All that an epoch hands to the next: as a flat tuple of tensors for autograd, and a count.
+
+    Attributes:
+        tensors: parameters, Adam's first and second moments, carried quantizer buffers.
+        step: optimizer steps taken.
+    """
+
+    tensors: tuple[Tensor, ...]
+    step: int
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Which data each member of a population sees.
+
+    Attributes:
+        x: training inputs, shape ``(examples, ...)``.
+        y: training labels, shape ``(examples,)``.
+        order: indices, shape ``(horizon, steps, members, batch)``.
+        x_held_out: inputs of the outer loss, shape ``(members, examples, ...)``.
+        y_held_out: their labels, shape ``(members, examples)``.
+    """
+
+    x: Tensor
+    y: Tensor
+    order: Tensor
+    x_held_out: Tensor
+    y_held_out: Tensor
+
+
+class InnerLoop:
+    """Training of a population under given settings, epoch by epoch.
+
+    Args:
+        population: networks to train, at their initial weights.
+        batches: the data of each member.
+        learning_rate: maximum of a cosine schedule over the run, shape ``(members,)``.
+        fine_tuning: whether the networks were trained as float networks before.
+        partition: the order in which INQ takes weights.
+        membership_width: width of the soft INQ membership; 0 freezes whole weights.
+        eps: Adam's ε. Larger than torch's default: it bounds the derivative of an update.
+    """
+
+    def __init__(
+        self,
+        population: Population,
+        batches: Batches,
+        learning_rate: Tensor,
+        *,
+        fine_tuning: bool = False,
+        partition: str = "settled",
+        membership_width: float = 0.05,
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        self.population = population
+        self.batches = batches
+        self.learning_rate = learning_rate
+        self.partition = partition
+        self.membership_width = membership_width
+        horizon, steps = batches.order.shape[:2]
+        self.run = RunInfo(population.layers, horizon, steps, fine_tuning)
+        # One group a parameter, so that each can have a learning rate of its own shape.
+        groups = [{"params": [p]} for p in population.parameters()]
+        self._optimizer = torch.optim.Adam(groups, lr=0.0, eps=eps, weight_decay=weight_decay)
+        self._count = len(groups)
+        self._position = {name: i for i, (name, _) in enumerate(population.named_parameters())}
+
+    def initial(self) -> InnerState:
+        """The state before the first epoch."""
+        parameters = [p.detach().clone() for p in self.population.parameters()]
+        first = [torch.zeros_like(p) for p in parameters]
+        second = [torch.full_like(p, _SECOND_MOMENT) for p in parameters]
+        carried = [
+            getattr(self.population, self.population.key(f"{quantizer}.{name}")).clone()
+            for _, quantizer, _, _ in self.population.weights
+            for name in CARRIED
+        ]
+        return InnerState((*parameters, *first, *second, *carried), 0)
+
+    @torch.enable_grad()
+    def epoch(
+        self, state: InnerState, settings: Tensor, epoch: int, *, track: bool
+    ) -> tuple[InnerState, Tensor]:
+        """Train for one epoch.
+
+        Args:
+            state: as :meth:`initial` or an epoch before left it.
+            settings: shape ``(members, layers, len(FIELDS))``.
+            epoch: index, from 0.
+            track: keep the graph from the settings and the state to the new state.
+
+        Returns:
+            the new state and the mean training loss of each member, shape ``(members,)``, detached.
+        """
+        count = self._count
+        parameters = list(state.tensors[:count])
+        carried = self._freeze(parameters, state.tensors[3 * count :], settings)
+        replaced = {**self.population.noise_buffers(settings), **self._carried_buffers(carried)}
+        model = higher.monkeypatch(
+            self.population, copy_initial_weights=False, track_higher_grads=track
+        )
+        optimizer = higher.optim.get_diff_optim(
+            self._optimizer, self.population.parameters(), fmodel=model, track_higher_grads=track
+        )
+        for i in range(count):
+            optimizer.state[i][0] = {
+                "step": state.step,
+                "exp_avg": state.tensors[count + i],
+                "exp_avg_sq": state.tensors[2 * count + i],
+            }
+        if not track:
+            parameters = [p.detach().requires_grad_() for p in parameters]
+        losses = []
+        steps = self.batches.order.shape[1]
+        for step in range(steps):
+            index = self.batches.order[epoch, step]
+            logits = model(self.batches.x[index], replaced, params=parameters)
+            loss = member_losses(logits, self.batches.y[index])
+            rate = self._rate(epoch * steps + step, parameters)
+            parameters = list(optimizer.step(loss.sum(), params=parameters, override={"lr": rate}))
+            losses.append(loss.detach())
+        moments = [
+            optimizer.state[i][0][name] for name in ("exp_avg", "exp_avg_sq") for i in range(count)
+        ]
+        tensors = (*parameters, *moments, *carried)
+        if not track:
+            tensors = tuple(t.detach() for t in tensors)
+        return InnerState(tensors, state.step + steps), torch.stack(losses).mean(0)
+
+    def outer_loss(self, state: InnerState, settings: Tensor) -> Tensor:
+        """Loss of each member on held-out data under ``settings``, shape ``(members,)``."""
+        return member_losses(
+            self.logits(state, settings, self.batches.x_held_out), self.batches.y_held_out
+        )
+
+    def logits(self, state: InnerState, settings: Tensor, x: Tensor) -> Tensor:
+        """Logits under batch statistics, for ``x`` of shape ``(members, examples, ...)``."""
+        model = higher.monkeypatch(
+            self.population, copy_initial_weights=False, track_higher_grads=False
+        )
+        return self._call(model, state, settings, x)
+
+    @torch.no_grad()
+    def accuracy(self, state: InnerState, settings: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Accuracy of each member with batch norm statistics re-estimated on training data.
+
+        Args:
+            state: at the end of a run.
+            settings: shape ``(members, layers, len(FIELDS))``; terminal ones for a hard network.
+            x: inputs, shape ``(examples, ...)``, the same for all members.
+            y: labels, shape ``(examples,)``.
+
+        Returns:
+            shape ``(members,)``, in [0, 1].
+        """
+        population = self.population
+        model = higher.monkeypatch(population, copy_initial_weights=False, track_higher_grads=False)
+        try:
+            for seen, index in enumerate(self.batches.order[-1][:20]):
+                population.track_batch_norm(1 / (seen + 1))  # a plain mean over the batches
+                self._call(model, state, settings, self.batches.x[index])
+            population.template.eval()
+            correct = []
+            for chunk, labels in zip(x.split(500), y.split(500), strict=True):
+                shared = chunk.expand(population.members, *chunk.shape)
+                prediction = self._call(model, state, settings, shared).argmax(-1)
+                correct.append((prediction == labels).double().sum(-1))
+        finally:
+            population.template.train()
+            population.track_batch_norm(None)
+        return torch.stack(correct).sum(0) / len(y)
+
+    def telemetry(self, state: InnerState, losses: list[Tensor]) -> Telemetry:
+        """What a policy may see after the epochs whose mean losses are given; no gradient."""
+        error = self._weight_error(state)
+        if not losses:
+            one = torch.ones(error.shape[:-1])
+            return Telemetry(one, one, error)
+        before = losses[-2] if len(losses) > 1 else losses[-1]
+        return Telemetry(losses[-1] / losses[0], losses[-1] / before, error)
+
+    def _call(self, model: nn.Module, state: InnerState, settings: Tensor, x: Tensor) -> Tensor:
+        carried = self._carried_buffers(state.tensors[3 * self._count :])
+        replaced = {**self.population.noise_buffers(settings), **carried}
+        result: Tensor = model(x, replaced, params=list(state.tensors[: self._count]))
+        return result
+
+    def _rate(self, step: int, parameters: list[Tensor]) -> list[Tensor]:
+        total = self.batches.order.shape[0] * self.batches.order.shape[1]
+        rate = self.learning_rate * (0.5 * (1 + math.cos(math.pi * step / total)))
+        return [rate.view(-1, *[1] * (p.dim() - 1)) for p in parameters]
+
+    def _carried_buffers(self, carried: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        names = [
+            f"{quantizer}.{name}"
+            for _, quantizer, _, _ in self.population.weights
+            for name in CARRIED
+        ]
+        return dict(zip(names, carried, strict=True))
+
+    def _weight(self, parameters: list[Tensor], name: str) -> Tensor:
+        return parameters[self._position[self.population.key(name)]]
+
+    def _freeze(
+        self, parameters: list[Tensor], carried: tuple[Tensor, ...], settings: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The carried buffers after the settings' fractions, by soft membership."""
+        result: list[Tensor] = []
+        for place, (name, _, quantizer, layer) in enumerate(self.population.weights):
+            weight = self._weight(parameters, name)
+            membership, held, held_scale, scale_held = carried[4 * place : 4 * place + 4]
+            scale = self._scale(quantizer, weight, held_scale, scale_held)
+            x = weight / scale
+            backward = settings[:, layer, _WEIGHT_BACKWARD].view(-1, *[1] * (x.dim() - 1))
+            projected = scale * quantize_unchecked(
+                x, quantizer.levels, 0.0, 0.0, backward * quantizer.levels.step, 0.0,
+                quantizer.noise,
+            )  # fmt: skip
+            order = priority(x.detach(), quantizer.levels, self.partition)
+            width = max(self.membership_width, 1e-9)
+            new = vmap(lambda o, m, f, w=width: soft_membership(o, m, f, w))(
+                order, membership, settings[:, layer, _FRACTION]
+            )
+            started = new.detach().flatten(1).amax(1) > 0
+            started = started.view(-1, *[1] * (scale.dim() - 1)).to(scale.dtype)
+            result += [
+                new,
+                hold(held, membership, projected, new),
+                scale,
+                torch.maximum(scale_held, started.expand_as(scale_held)),
+            ]
+        return tuple(result)
+
+    @torch.no_grad()
+    def _weight_error(self, state: InnerState) -> Tensor:
+        """Relative quantization error, shape ``(members, layers)``; 0 where weights stay real.
+
+        Frozen weights have none, as in a model whose frozen weights are put back on their levels.
+        """
+        error = torch.zeros(self.population.members, len(self.population.layers))
+        parameters = list(state.tensors[: self._count])
+        carried = state.tensors[3 * self._count :]
+        for place, (name, _, quantizer, layer) in enumerate(self.population.weights):
+            weight = self._weight(parameters, name)
+            membership, held, held_scale, scale_held = carried[4 * place : 4 * place + 4]
+            scale = self._scale(quantizer, weight, held_scale, scale_held)
+            gap = (1 - membership) * (weight - scale * quantizer.levels.quantize(weight / scale))
+            kept = torch.lerp(weight, held, membership)
+            norms = [t.flatten(1).norm(dim=1) for t in (gap, kept)]
+            error[:, layer] = norms[0] / norms[1].clamp(min=1e-12)
+        return error
+
+    @staticmethod
+    def _scale(
+        quantizer: WeightQuantizer, weight: Tensor, held_scale: Tensor, scale_held: Tensor
+    ) -> Tensor:
+        """The scale in force of each member, in a shape that broadcasts to the stacked weight."""
+        scale = vmap(lambda w: quantizer.rule(w, quantizer.levels))(weight)
+        return torch.where(scale_held > 0, held_scale, scale)
+
+
+def member_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of each member, shape ``(members,)``."""
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return losses.view(labels.shape).mean(1)

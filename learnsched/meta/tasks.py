@@ -1,0 +1,243 @@
+"""Tasks: what a schedule is trained on. Network family × data × horizon × learning rate × bits × seed.
+
+Tasks of one architecture form a :class:`Task` of several members, trained as one population.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from learnsched.convert import quantize_, quantized_layers
+from learnsched.data import DataSet, load
+from learnsched.levels import LevelSet, binary, ternary, unsigned
+from learnsched.meta.inner import Batches, InnerLoop
+from learnsched.meta.networks import cnn1d, cnn2d, mlp
+from learnsched.meta.population import Population
+from learnsched.noise import noise_shape
+
+T = TypeVar("T")
+
+BITS: dict[str, tuple[LevelSet, LevelSet]] = {
+    "ternary/2-bit": (ternary(), unsigned(2)),
+    "ternary/ternary": (ternary(), ternary()),
+    "binary/binary": (binary(), binary()),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Members of one architecture, data set and horizon; they differ in seed and learning rate.
+
+    Attributes:
+        family: ``mlp``, ``cnn1d`` or ``cnn2d``.
+        data: ``mnist1d`` or ``digits`` in meta-training.
+        width: units or channels of the hidden layers.
+        depth: layers with weights, at least 2.
+        horizon: epochs.
+        steps: optimizer steps an epoch.
+        batch: examples a step.
+        bits: a key of :data:`BITS`.
+        learning_rates: maximum of the cosine schedule, one a member.
+        fine_tuning: start from a float network trained for as many steps.
+        seed: of initial weights, order of the data, and held-out batches.
+        runs: how many seeds the members have; member i has the seed of member ``i % runs``. All
+            differ if 0.
+    """
+
+    family: str
+    data: str
+    width: int
+    depth: int
+    horizon: int
+    steps: int
+    batch: int
+    bits: str
+    learning_rates: tuple[float, ...]
+    fine_tuning: bool
+    seed: int
+    runs: int = 0
+
+    @property
+    def name(self) -> str:
+        """What distinguishes the task in tables, seeds and learning rates left out."""
+        start = ", fine-tuned" if self.fine_tuning else ""
+        return (
+            f"{self.data} {self.family} {self.depth}×{self.width}, {self.bits}, "
+            f"{self.horizon}×{self.steps} steps{start}"
+        )
+
+    def build(
+        self,
+        data: DataSet,
+        *,
+        noise: str = "normal",
+        partition: str = "settled",
+        membership_width: float = 0.05,
+        held_out: int = 256,
+        eps: float = 1e-6,
+    ) -> InnerLoop:
+        """The inner loop of this task, at its initial state.
+
+        Args:
+            data: the data set called ``self.data``.
+            noise: shape of the noise that settings are for.
+            partition: order in which INQ takes weights.
+            membership_width: see :class:`InnerLoop`.
+            held_out: validation examples of the outer loss, per member.
+            eps: Adam's ε.
+        """
+        members = len(self.learning_rates)
+        runs = self.runs or members
+        x, y = data.train.x, data.train.y
+        generators = [torch.Generator().manual_seed(_mixed(self.seed, run)) for run in range(runs)]
+        member_run = torch.arange(members) % runs
+        order = torch.stack([self._order(len(y), g) for g in generators])[member_run]
+        picked = torch.stack(
+            [torch.randint(len(data.validation.y), (held_out,), generator=g) for g in generators]
+        )[member_run]
+        batches = Batches(
+            x,
+            y,
+            order.movedim(0, 2).contiguous(),
+            data.validation.x[picked],
+            data.validation.y[picked],
+        )
+        rates = torch.tensor(self.learning_rates)
+        models = self._models(data, runs)
+        if self.fine_tuning:
+            before = torch.stack([self._order(len(y), g) for g in generators])[member_run]
+            _pretrain(models, x, y, before.flatten(1, 2), rates)
+        weight, activation = BITS[self.bits]
+        for model in models:
+            quantize_(model, weight, activation, example_input=x[:1])
+            for layer in quantized_layers(model):
+                for quantizer in layer.quantizers:
+                    quantizer.noise = noise_shape(noise)
+        return InnerLoop(
+            Population(models),
+            batches,
+            rates,
+            fine_tuning=self.fine_tuning,
+            partition=partition,
+            membership_width=membership_width,
+            eps=eps,
+        )
+
+    def _order(self, examples: int, generator: torch.Generator) -> Tensor:
+        """Indices of shape (horizon, steps, batch), cycling through permutations of the examples."""
+        needed = self.horizon * self.steps * self.batch
+        rounds = -(-needed // examples)
+        order = [torch.randperm(examples, generator=generator) for _ in range(rounds)]
+        return torch.cat(order)[:needed].view(self.horizon, self.steps, self.batch)
+
+    def _models(self, data: DataSet, runs: int) -> list[nn.Module]:
+        """Float networks of the members, initialised from their seeds."""
+        inputs = math.prod(data.shape)
+        makers: dict[str, Callable[[], nn.Module]] = {
+            "mlp": lambda: mlp(inputs, self.width, self.depth, data.classes),
+            "cnn1d": lambda: cnn1d(inputs, self.width, self.depth, data.classes),
+            "cnn2d": lambda: cnn2d(data.shape[-1], self.width, self.depth, data.classes),
+        }
+        if self.family not in makers:
+            raise ValueError(f"unknown family {self.family!r}; choose one of {', '.join(makers)}")
+        models = []
+        with torch.random.fork_rng(devices=[]):  # initialisation draws from the global generator
+            for member in range(len(self.learning_rates)):
+                torch.manual_seed(_mixed(self.seed, member % runs))
+                models.append(makers[self.family]())
+        return models
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A distribution of tasks.
+
+    Attributes:
+        architectures: (data, family, widths, depths) to draw from.
+        horizons: epochs to draw from.
+        total_steps: fewest and most optimizer steps of a run, drawn log-uniformly.
+        batches: examples a step, to draw from.
+        bits: from keys of :data:`BITS` to their weight.
+        learning_rates: smallest and largest, drawn log-uniformly for each member.
+        fine_tuning: probability to start from a float network.
+        members: members of a task.
+        tasks: tasks of an outer step.
+    """
+
+    architectures: tuple[tuple[str, str, tuple[int, ...], tuple[int, ...]], ...]
+    horizons: tuple[int, ...]
+    total_steps: tuple[int, int]
+    batches: tuple[int, ...]
+    bits: tuple[tuple[str, float], ...]
+    learning_rates: tuple[float, float]
+    fine_tuning: float
+    members: int
+    tasks: int
+
+    def sample(self, seed: int, outer_step: int) -> list[Task]:
+        """The tasks of an outer step; the same for the same arguments."""
+        generator = torch.Generator().manual_seed(_mixed(seed, outer_step))
+        # Tasks of one step share their number of optimizer steps, so that ranks finish together.
+        low, high = (math.log(n) for n in self.total_steps)
+        total = math.exp(low + (high - low) * _uniform(generator))
+        return [self._draw(generator, total) for _ in range(self.tasks)]
+
+    def _draw(self, generator: torch.Generator, total: float) -> Task:
+        data, family, widths, depths = _choice(self.architectures, generator)
+        horizon = _choice(self.horizons, generator)
+        weights = torch.tensor([w for _, w in self.bits])
+        bits = self.bits[int(torch.multinomial(weights, 1, generator=generator))][0]
+        low, high = (math.log(r) for r in self.learning_rates)
+        return Task(
+            family=family,
+            data=data,
+            width=_choice(widths, generator),
+            depth=_choice(depths, generator),
+            horizon=horizon,
+            steps=max(2, round(total / horizon)),
+            batch=_choice(self.batches, generator),
+            bits=bits,
+            learning_rates=tuple(
+                math.exp(low + (high - low) * _uniform(generator)) for _ in range(self.members)
+            ),
+            fine_tuning=_uniform(generator) < self.fine_tuning,
+            seed=int(torch.randint(2**31, (), generator=generator)),
+        )
+
+    def load(self) -> Mapping[str, DataSet]:
+        """The data sets of the mix, by name."""
+        return {name: load(name) for name in sorted({a[0] for a in self.architectures})}
+
+
+def _pretrain(
+    models: Sequence[nn.Module], x: Tensor, y: Tensor, order: Tensor, rates: Tensor
+) -> None:
+    """Train float networks in place, each on its own batches of ``order`` (members, steps, batch)."""
+    for member, model in enumerate(models):
+        optimizer = torch.optim.Adam(model.parameters(), lr=float(rates[member]))
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(order[member]))
+        for index in order[member]:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[index]), y[index]).backward()
+            optimizer.step()
+            scheduler.step()
+
+
+def _choice(options: Sequence[T], generator: torch.Generator) -> T:
+    return options[int(torch.randint(len(options), (), generator=generator))]
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator))
+
+
+def _mixed(seed: int, step: int) -> int:
+    """One seed out of two, so that neighbouring runs do not share tasks."""
+    return (seed * 1_000_003 + step * 7_919 + 12_345) % 2**63

@@ -1,0 +1,284 @@
+"""The outer loop: meta-training of a learned policy, with checkpoints that lose nothing.
+
+Every outer step draws its tasks from (seed, step), so a resumed run sees what the uninterrupted one
+would have seen, and a run on several processes what a run on one would have.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from learnsched.data import DataSet
+from learnsched.files import replacing, write_text
+from learnsched.meta import distribution
+from learnsched.meta.estimators import (
+    Estimator,
+    Unrolled,
+    policy_rollout,
+    run_forward,
+    terminal_settings,
+)
+from learnsched.meta.tasks import Mix, Task
+from learnsched.policies.learned import LearnedPolicy
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """All that decides the result of meta-training, beside the number of outer steps.
+
+    Attributes:
+        mix: the distribution of tasks.
+        validation: tasks that select the policy; never trained on.
+        seed: of tasks and of the meta-network.
+        learning_rate: of the outer optimizer, Adam.
+        betas: its coefficients.
+        average: decay of the exponential average of the meta-parameters.
+        clip: largest norm of one member's gradient, in running medians of such norms.
+        validate_every: outer steps between validations.
+    """
+
+    mix: Mix
+    validation: tuple[Task, ...]
+    seed: int = 0
+    learning_rate: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    average: float = 0.95
+    clip: float = 1.0
+    validate_every: int = 10
+
+
+class MetaTrainer:
+    """Trains the network of a policy.
+
+    Args:
+        policy: its network is changed in place.
+        config: how to train.
+        folder: where ``checkpoint.safetensors``, ``log.jsonl`` and ``config.json`` are kept.
+        data: the data sets of the mix and of validation, by name.
+        estimator: what gives gradients; the full unroll if None.
+
+    Raises:
+        FileExistsError: the folder holds a run of another configuration.
+        ValueError: the folder's checkpoint is damaged.
+    """
+
+    def __init__(
+        self,
+        policy: LearnedPolicy,
+        config: TrainerConfig,
+        folder: str | Path,
+        data: Mapping[str, DataSet],
+        estimator: Estimator | None = None,
+    ) -> None:
+        self.policy = policy
+        self.config = config
+        self.folder = Path(folder)
+        self.data = data
+        self.estimator = estimator or Unrolled()
+        self.step = 0
+        self.seconds = 0.0
+        self._parameters = dict(policy.network.named_parameters())
+        self._optimizer = torch.optim.Adam(
+            self._parameters.values(), lr=config.learning_rate, betas=config.betas
+        )
+        for parameter in self._parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        self._average = {n: p.detach().clone() for n, p in self._parameters.items()}
+        self._best = {n: p.detach().clone() for n, p in self._parameters.items()}
+        self.best_loss = math.inf
+        self.best_step = 0
+        self._typical_norm = math.nan
+        self._log: list[dict[str, Any]] = []
+        self._open()
+
+    def run(self, steps: int, progress: Callable[[dict[str, Any]], None] | None = None) -> None:
+        """Train until ``steps`` outer steps have been taken since the very start.
+
+        Args:
+            steps: outer steps in all.
+            progress: called with the log entry of every outer step.
+        """
+        while self.step < steps:
+            entry = self._outer_step()
+            last = self.step == steps
+            if self.step % self.config.validate_every == 0 or last:
+                entry["validation_loss"] = self._validate()
+            self._log.append(entry)
+            self._save()
+            if progress is not None:
+                progress(entry)
+
+    def load_best(self) -> None:
+        """Give the policy the averaged parameters that did best in validation."""
+        self._assign(self._best)
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """One entry an outer step."""
+        return list(self._log)
+
+    def _outer_step(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        tasks = self.config.mix.sample(self.config.seed, self.step)
+        rank, world = distribution.rank(), distribution.world_size()
+        mine = {i: self._task_gradient(tasks[i]) for i in range(rank, len(tasks), world)}
+        results = distribution.gather(mine, len(tasks))
+        gradient = torch.stack([r["gradient"] for r in results]).mean(0)
+        norms = torch.cat([r["norms"] for r in results])
+        losses = torch.cat([r["losses"] for r in results])
+        used = norms.isfinite()
+        self._apply(gradient)
+        if bool(used.any()):
+            median = float(norms[used].median())
+            old = median if math.isnan(self._typical_norm) else self._typical_norm
+            self._typical_norm = 0.9 * old + 0.1 * median
+        self.step += 1
+        elapsed = time.perf_counter() - start
+        self.seconds += elapsed
+        return {
+            "step": self.step,
+            "outer_loss": float(losses[used].mean()) if bool(used.any()) else math.nan,
+            "norm_median": float(norms[used].median()) if bool(used.any()) else math.nan,
+            "norm_largest": float(norms[used].max()) if bool(used.any()) else math.inf,
+            "dropped": int((~used).sum()),
+            "seconds": elapsed,
+        }
+
+    def _task_gradient(self, task: Task) -> dict[str, Tensor]:
+        """The clipped gradient of a task, summed over members and flat over parameters."""
+        inner = task.build(self.data[task.data])
+        members = len(task.learning_rates)
+        rollout = policy_rollout(self.policy, inner.run, members)
+        estimate = self.estimator(inner, rollout)
+        norms = estimate.norms
+        finite = norms.isfinite() & estimate.loss.isfinite()
+        limit = self.config.clip * self._typical_norm
+        if math.isnan(limit):
+            limit = self.config.clip * float(norms[finite].median()) if bool(finite.any()) else 1.0
+        factor = torch.where(finite, (limit / norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
+        adjoint = torch.nan_to_num(estimate.gradient) * factor.view(1, -1, 1, 1) / members
+        gradients = torch.autograd.grad(
+            estimate.settings,
+            list(self._parameters.values()),
+            adjoint,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return {
+            "gradient": torch.cat([g.flatten() for g in gradients]),
+            "norms": torch.where(finite, norms, math.inf),
+            "losses": estimate.loss,
+        }
+
+    def _apply(self, gradient: Tensor) -> None:
+        sizes = [p.numel() for p in self._parameters.values()]
+        for parameter, part in zip(self._parameters.values(), gradient.split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter).clone()
+        self._optimizer.step()
+        keep = min(self.config.average, self.step / (self.step + 5))
+        for name, parameter in self._parameters.items():
+            self._average[name].lerp_(parameter.detach(), 1 - keep)
+
+    def _validate(self) -> float:
+        """Loss of the averaged policy on the hard networks of the validation tasks."""
+        current = {n: p.detach().clone() for n, p in self._parameters.items()}
+        self._assign(self._average)
+        tasks = self.config.validation
+        rank, world = distribution.rank(), distribution.world_size()
+        mine = {i: self._task_loss(tasks[i]) for i in range(rank, len(tasks), world)}
+        results = distribution.gather(mine, len(tasks))
+        self._assign(current)
+        loss = float(torch.stack([r["loss"] for r in results]).mean())
+        if loss < self.best_loss:
+            self.best_loss, self.best_step = loss, self.step
+            self._best = {n: p.clone() for n, p in self._average.items()}
+        return loss
+
+    @torch.no_grad()
+    def _assign(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(values[name])
+
+    def _task_loss(self, task: Task) -> dict[str, Tensor]:
+        inner = task.build(self.data[task.data], membership_width=0.0)
+        rollout = policy_rollout(self.policy, inner.run, len(task.learning_rates))
+        with torch.no_grad():
+            states, table, _ = run_forward(inner, rollout)
+            last = terminal_settings(table[-1], inner.run, inner.run.horizon - 1)
+            return {"loss": inner.outer_loss(states[-1], last).mean()}
+
+    def _open(self) -> None:
+        """Start a run in the folder, or take up the one that is there."""
+        config = json.dumps(
+            {"policy": self.policy.config(), "trainer": asdict(self.config)}, indent=1
+        )
+        path = self.folder / "config.json"
+        if path.exists():
+            if json.loads(path.read_text()) != json.loads(config):
+                raise FileExistsError(
+                    f"{self.folder} holds a run of another configuration ({path}); "
+                    "choose another folder, or the same preset, seed and options as before"
+                )
+        elif distribution.rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, config)
+        distribution.barrier()
+        if (self.folder / "checkpoint.safetensors").exists():
+            self._load()
+
+    def _save(self) -> None:
+        if distribution.rank() != 0:
+            return
+        tensors = {f"average.{n}": t for n, t in self._average.items()}
+        tensors.update({f"best.{n}": t for n, t in self._best.items()})
+        for name, parameter in self._parameters.items():
+            tensors[f"parameter.{name}"] = parameter.detach()
+            state = self._optimizer.state[parameter]
+            tensors.update(
+                {f"adam.{k}.{name}": state[k] for k in ("step", "exp_avg", "exp_avg_sq")}
+            )
+        scalars = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "best_loss": self.best_loss,
+            "best_step": self.best_step,
+            "typical_norm": self._typical_norm,
+            "log": self._log,
+        }
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with replacing(self.folder / "checkpoint.safetensors") as temporary:
+            save_file(contiguous, temporary, metadata={"trainer": json.dumps(scalars)})
+        lines = "".join(json.dumps(entry) + "\n" for entry in self._log)
+        write_text(self.folder / "log.jsonl", lines)
+
+    def _load(self) -> None:
+        path = self.folder / "checkpoint.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                scalars = json.loads(file.metadata()["trainer"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); remove it to start this run again"
+            ) from error
+        self._assign({n: tensors[f"parameter.{n}"] for n in self._parameters})
+        for name, parameter in self._parameters.items():
+            self._average[name] = tensors[f"average.{name}"]
+            self._best[name] = tensors[f"best.{name}"]
+            self._optimizer.state[parameter] = {
+                k: tensors[f"adam.{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq")
+            }
+        self.step, self.seconds = scalars["step"], scalars["seconds"]
+        self.best_loss, self.best_step = scalars["best_loss"], scalars["best_step"]
+        self._typical_norm, self._log = scalars["typical_norm"], scalars["log"]

@@ -1,0 +1,250 @@
+"""Quantized weights and activations as modules.
+
+Noise levels, memberships and held values are buffers, so that ``state_dict``, ``torch.compile``,
+``higher`` and data-parallel wrappers all see them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from learnsched.annealed import quantize_unchecked
+from learnsched.incremental import hard_membership, hold, priority
+from learnsched.levels import LevelSet
+from learnsched.noise import noise_shape
+from learnsched.scales import ScaleRule
+
+NOISE_BUFFERS = ("forward_std", "backward_std", "forward_mean", "backward_mean")
+
+
+class _Quantizer(nn.Module):
+    """What weights and activations share: a level set and the noise, in units of the level step."""
+
+    forward_std: Tensor
+    backward_std: Tensor
+    forward_mean: Tensor
+    backward_mean: Tensor
+    layer_name: str = ""
+    layer_index: int = 0
+
+    def __init__(self, levels: LevelSet, like: Tensor) -> None:
+        super().__init__()
+        self.levels = levels
+        self.noise = noise_shape("normal")
+        self.mode = "expectation"
+        for name in NOISE_BUFFERS:
+            initial = 1.0 if name == "backward_std" else 0.0
+            self.register_buffer(
+                name, torch.full((), initial, dtype=like.dtype, device=like.device)
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A noise shape holds functions of torch, not all of which can be pickled: keep its name.
+        return {**self.__dict__, "noise": self.noise.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "noise": noise_shape(state["noise"])})
+
+    def _annealed(self, x: Tensor) -> Tensor:
+        step = self.levels.step
+        return quantize_unchecked(
+            x,
+            self.levels,
+            self.forward_std * step,
+            self.forward_mean * step,
+            self.backward_std * step,
+            self.backward_mean * step,
+            self.noise,
+            self.mode,
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # A float checkpoint knows nothing of quantizers: they keep what they have.
+        if not any(key.startswith(prefix) for key in state_dict):
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        return f"levels={self.levels.name}, noise={self.noise.name}"
+
+
+class WeightQuantizer(_Quantizer):
+    """Quantizes a weight: annealed where it is free, held where INQ has frozen it.
+
+    Args:
+        levels: the level set.
+        rule: chooses the scale anew from the weight at each forward pass, until the first weight of
+            a channel is frozen; then that channel's scale stays.
+        weight: the weight, of which shape, dtype and device are taken.
+
+    Shape:
+        weight of shape ``(channels, ...)`` in, the same shape out.
+    """
+
+    membership: Tensor
+    held: Tensor
+    held_scale: Tensor
+    scale_held: Tensor
+
+    def __init__(self, levels: LevelSet, rule: ScaleRule, weight: Tensor) -> None:
+        super().__init__(levels, weight)
+        self.rule = rule
+        detached = weight.detach()
+        scale = rule(detached, levels)
+        self.register_buffer("membership", torch.zeros_like(detached))
+        self.register_buffer("held", torch.zeros_like(detached))
+        self.register_buffer("held_scale", torch.ones_like(scale))
+        self.register_buffer("scale_held", torch.zeros_like(scale))
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """The positive scale in force, in a shape that broadcasts to the weight."""
+        return torch.where(self.scale_held > 0, self.held_scale, self.rule(weight, self.levels))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        scale = self.scale(weight)
+        return torch.lerp(self._annealed(weight / scale) * scale, self.held, self.membership)
+
+    def project(self, weight: Tensor) -> Tensor:
+        """The weight on its level set: hard where free, as held where frozen."""
+        scale = self.scale(weight)
+        hard = self.levels.quantize(weight / scale) * scale
+        return torch.where(self.membership > 0, self.held, hard)
+
+    @torch.no_grad()
+    def freeze_(
+        self,
+        weight: Tensor,
+        fraction: float,
+        partition: str,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Project and freeze the share ``fraction`` of the weights, in ``weight`` too.
+
+        Args:
+            weight: the parameter; its frozen entries are overwritten with their levels.
+            fraction: in [0, 1], not below what is frozen (``redraw`` excepted).
+            partition: the order, see :func:`learnsched.incremental.priority`.
+            generator: random numbers of the random partitions.
+
+        Raises:
+            ValueError: the fraction decreases or leaves [0, 1], or the partition is unknown.
+        """
+        redraw = partition == "redraw"
+        scale = self.scale(weight)
+        order = priority(weight / scale, self.levels, partition, generator)
+        membership = hard_membership(order, self.membership, fraction, redraw=redraw)
+        projected = self.levels.quantize(weight / scale) * scale
+        released = torch.zeros_like(self.membership) if redraw else self.membership
+        self.held.copy_(hold(self.held, released, projected, membership))
+        self.membership.copy_(membership)
+        if not redraw or fraction == 1:
+            started = _any_per_channel(membership, self.scale_held) > self.scale_held
+            self.held_scale.copy_(torch.where(started, scale, self.held_scale))
+            self.scale_held.copy_(torch.maximum(self.scale_held, started.to(self.scale_held)))
+        self.restore_(weight)
+
+    @torch.no_grad()
+    def restore_(self, weight: Tensor) -> None:
+        """Put frozen entries of the parameter back where an optimizer has moved them."""
+        weight.copy_(torch.where(self.membership > 0, self.held, weight))
+
+    @torch.no_grad()
+    def error(self, weight: Tensor) -> Tensor:
+        """Relative quantization error ``|w - project(w)| / |w|``, a scalar at least 0."""
+        return (weight - self.project(weight)).norm() / weight.norm().clamp(min=1e-12)
+
+
+class ActivationQuantizer(_Quantizer):
+    """Quantizes an activation with one scale for the tensor.
+
+    Args:
+        levels: the level set.
+        scale: initial scale, positive.
+        rule: how calibration chooses the scale.
+        before: applied ahead of the staircase; None where the staircase does all (a ReLU's clipping
+            is part of a staircase without negative levels).
+        like: a tensor of the dtype and device to use.
+
+    Shape:
+        any shape in, the same shape out.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self,
+        levels: LevelSet,
+        scale: float,
+        rule: ScaleRule,
+        before: nn.Module | None,
+        like: Tensor,
+    ) -> None:
+        super().__init__(levels, like)
+        self.rule = rule
+        self.before = before
+        self.register_buffer("scale", torch.full((), scale, dtype=like.dtype, device=like.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.before is not None:
+            x = self.before(x)
+        return self._annealed(x / self.scale) * self.scale
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer that computes with its quantized weight."""
+
+    weight_quantizer: WeightQuantizer
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantizedConv1d(nn.Conv1d):
+    """A 1-d convolution that computes with its quantized weight."""
+
+    weight_quantizer: WeightQuantizer
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantizedConv2d(nn.Conv2d):
+    """A 2-d convolution that computes with its quantized weight."""
+
+    weight_quantizer: WeightQuantizer
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight_quantizer(self.weight), self.bias)
+
+
+QuantizedLayer = QuantizedLinear | QuantizedConv1d | QuantizedConv2d
+
+QUANTIZED_TYPES: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Linear: QuantizedLinear,
+    nn.Conv1d: QuantizedConv1d,
+    nn.Conv2d: QuantizedConv2d,
+}
+
+
+def _any_per_channel(membership: Tensor, like: Tensor) -> Tensor:
+    """1 where any weight that shares an entry of the scale is frozen."""
+    frozen = membership
+    for dim in range(membership.dim()):
+        if like.dim() == 0 or like.shape[dim] == 1:
+            frozen = frozen.amax(dim=dim, keepdim=True)
+    return frozen.reshape(like.shape)

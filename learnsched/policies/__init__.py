@@ -1,0 +1,18 @@
+"""Policies: what makes the settings of a run. One file a family."""
+
+from learnsched.policies.annealing import AdditiveNoiseAnnealing
+from learnsched.policies.incremental import IncrementalQuantization
+from learnsched.policies.learned import BaseCurve, Domain, LearnedPolicy, MetaNetwork
+from learnsched.policies.relaxed import Relaxed
+from learnsched.policies.straight_through import StraightThrough
+
+__all__ = [
+    "AdditiveNoiseAnnealing",
+    "BaseCurve",
+    "Domain",
+    "IncrementalQuantization",
+    "LearnedPolicy",
+    "MetaNetwork",
+    "Relaxed",
+    "StraightThrough",
+]

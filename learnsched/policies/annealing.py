@@ -1,0 +1,111 @@
+"""Additive noise annealing: noise that decays by a power law over an interval of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from learnsched.noise import noise_shape
+from learnsched.schedule import RunInfo, Setting, Telemetry
+
+Interval = Literal["same_start", "same_end", "partition", "overlapped"]
+INTERVALS = ("same_start", "same_end", "partition", "overlapped")
+
+
+@dataclass(frozen=True)
+class AdditiveNoiseAnnealing:
+    """ANA: forward std ``std * ((t1 - u) / (t1 - t0))^power`` for progress u in [t0, t1], then 0.
+
+    With L layers, layer ℓ from the input, and everything scaled to the share ``end`` of the run, the
+    interval ``[t0, t1]`` is ``[0, (ℓ + 1) / L]`` (``same_start``), ``[(L - 1 - ℓ) / L, 1]``
+    (``same_end``), ``[ℓ / L, (ℓ + 1) / L]`` (``partition``) or ``[0, 1]`` (``overlapped``).
+
+    Args:
+        std: initial forward std in level steps, at least 0.
+        end: share of the run after which every layer is hard, in (0, 1].
+        interval: how the layers' decays are synchronised.
+        power: exponent of the decay, positive.
+        progressive: multiply the power by ``L - ℓ``, so that layers near the input sharpen faster.
+        mean: initial shift of the forward noise in level steps; decays with half the power.
+        backward_std: constant std of the backward noise in level steps; the initial forward std if
+            None.
+        activation_backward_std: the same for activations; ``backward_std`` if None.
+        noise: shape of the noise.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Source:
+        Spallanzani et al. 2019 (arXiv:1905.10452), Spallanzani et al. 2022 (arXiv:2203.11323).
+
+    Example:
+        >>> from learnsched.schedule import LayerInfo, plan
+        >>> run = RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=5)
+        >>> policy = AdditiveNoiseAnnealing(std=0.4, end=0.5)
+        >>> plan(policy, run)["weight_forward_std"].flatten().tolist()
+        [0.4, 0.2, 0.0, 0.0, 0.0]
+    """
+
+    std: float = 0.35
+    end: float = 0.5
+    interval: Interval = "overlapped"
+    power: float = 1.0
+    progressive: bool = False
+    mean: float = 0.0
+    backward_std: float | None = None
+    activation_backward_std: float | None = None
+    noise: str = "normal"
+    partition: str = "settled"
+    metrics: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        noise_shape(self.noise)
+        if self.interval not in INTERVALS:
+            raise ValueError(
+                f"unknown interval {self.interval!r}; choose one of {', '.join(INTERVALS)}"
+            )
+        if not 0 < self.end <= 1:
+            raise ValueError(f"end is a share of the run in (0, 1], got {self.end}")
+        if self.std < 0 or self.power <= 0:
+            raise ValueError(
+                f"std must be at least 0 and power positive, got {self.std} and {self.power}"
+            )
+
+    def begin(self, run: RunInfo) -> None:
+        """No state."""
+
+    def settings(
+        self, run: RunInfo, epoch: int, telemetry: Telemetry, state: None
+    ) -> tuple[Sequence[Setting], None]:
+        """The settings of the formula at the epoch's progress."""
+        count = len(run.layers)
+        return [self._setting(run.progress(epoch), layer, count) for layer in range(count)], None
+
+    def _setting(self, progress: float, layer: int, count: int) -> Setting:
+        start, stop = _interval(self.interval, layer, count)
+        start, stop = start * self.end, stop * self.end
+        left = min(max((stop - progress) / (stop - start), 0.0), 1.0)
+        power = self.power * (count - layer if self.progressive else 1)
+        std, mean = self.std * left**power, self.mean * left ** (power / 2)
+        backward = self.std if self.backward_std is None else self.backward_std
+        of_activation = self.activation_backward_std
+        return Setting(
+            weight_forward_std=std,
+            weight_backward_std=backward,
+            activation_forward_std=std,
+            activation_backward_std=backward if of_activation is None else of_activation,
+            weight_forward_mean=mean,
+            activation_forward_mean=mean,
+        )
+
+
+def _interval(kind: str, layer: int, count: int) -> tuple[float, float]:
+    """Start and stop of a layer's decay as shares of the annealed part of the run."""
+    if kind == "same_start":
+        return 0.0, (layer + 1) / count
+    if kind == "same_end":
+        return (count - 1 - layer) / count, 1.0
+    if kind == "partition":
+        return layer / count, (layer + 1) / count
+    return 0.0, 1.0

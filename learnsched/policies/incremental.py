@@ -1,0 +1,109 @@
+"""Incremental network quantization: a growing fraction of the weights frozen on their levels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from learnsched.incremental import PARTITIONS, check_fraction
+from learnsched.schedule import RunInfo, Setting, Telemetry
+
+# Cumulative fractions of Zhou et al. 2017, section 3.3 (5 bits) and table 4 (4, 3 and 2 bits).
+PUBLISHED_FRACTIONS: dict[int, tuple[float, ...]] = {
+    5: (0.5, 0.75, 0.875, 1.0),
+    4: (0.3, 0.5, 0.8, 0.9, 0.95, 1.0),
+    3: (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0),
+    2: (0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.975, 1.0),
+}
+
+# Uniform noise one step wide: the expectation of the staircase is the identity inside its range.
+IDENTITY_STD = 1 / math.sqrt(12)
+
+
+@dataclass(frozen=True)
+class IncrementalQuantization:
+    """INQ: freeze the given cumulative fractions, one after the other, over the run.
+
+    Free weights stay real inside the range of their level set, by uniform noise one step wide.
+    Activations are hard, with backward noise of fixed std.
+
+    Args:
+        fractions: non-decreasing, ending at 1; or the number of bits (2 to 5) for the paper's.
+        partition: ``magnitude`` or ``random`` (the paper), ``redraw`` (RPR) or ``settled``.
+        start: share of the run before the first fraction is frozen, in [0, 1).
+        activation_forward_std: constant std of the activations' forward noise, in level steps.
+        activation_backward_std: std of the activations' backward noise, in level steps.
+
+    Raises:
+        ValueError: fractions decrease, leave [0, 1] or do not end at 1; the partition is unknown.
+
+    Source:
+        Zhou et al. 2017 (arXiv:1702.03044), table 4; RPR: Cavigelli and Benini 2020
+        (arXiv:2001.01091).
+
+    Example:
+        >>> from learnsched.schedule import LayerInfo, plan
+        >>> run = RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=4)
+        >>> plan(IncrementalQuantization(5), run)["fraction"].flatten().tolist()
+        [0.5, 0.75, 0.875, 1.0]
+    """
+
+    fractions: int | tuple[float, ...] = 2
+    partition: str = "magnitude"
+    start: float = 0.0
+    activation_backward_std: float = IDENTITY_STD
+    activation_forward_std: float = 0.0
+    noise: str = "uniform"
+    metrics: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.partition not in PARTITIONS:
+            raise ValueError(
+                f"unknown partition {self.partition!r}; choose one of {', '.join(PARTITIONS)}"
+            )
+        if isinstance(self.fractions, int) and self.fractions not in PUBLISHED_FRACTIONS:
+            raise ValueError(
+                f"the paper has fractions for 2, 3, 4 and 5 bits, not {self.fractions}; "
+                "give a tuple of your own"
+            )
+        if not 0 <= self.start < 1:
+            raise ValueError(f"start is a share of the run in [0, 1), got {self.start}")
+        values = self.cumulative
+        for fraction in values:
+            check_fraction(fraction)
+        if any(b < a for a, b in zip(values, values[1:], strict=False)):
+            raise ValueError(f"fractions are cumulative and may not decrease, got {values}")
+        if not values or values[-1] != 1:
+            raise ValueError(f"the last fraction must be 1, got {values}")
+
+    @property
+    def cumulative(self) -> tuple[float, ...]:
+        """The cumulative fractions in force."""
+        if isinstance(self.fractions, int):
+            return PUBLISHED_FRACTIONS[self.fractions]
+        return self.fractions
+
+    def begin(self, run: RunInfo) -> None:
+        """No state."""
+
+    def settings(
+        self, run: RunInfo, epoch: int, telemetry: Telemetry, state: None
+    ) -> tuple[Sequence[Setting], None]:
+        """The fraction of the phase that the epoch belongs to, the same for all layers."""
+        setting = Setting(
+            weight_forward_std=IDENTITY_STD,
+            weight_backward_std=IDENTITY_STD,
+            activation_forward_std=self.activation_forward_std,
+            activation_backward_std=self.activation_backward_std,
+            fraction=self._fraction(epoch / run.horizon),
+        )
+        return [setting] * len(run.layers), None
+
+    def _fraction(self, elapsed: float) -> float:
+        if elapsed < self.start:
+            return 0.0
+        values = self.cumulative
+        # The tolerance keeps k / n * n from falling into the phase before.
+        phase = int((elapsed - self.start) / (1 - self.start) * len(values) + 1e-9)
+        return values[min(phase, len(values) - 1)]

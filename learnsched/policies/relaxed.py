@@ -1,0 +1,34 @@
+"""The relaxed network: never hardened, the practical upper bound of what a schedule can reach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from learnsched.schedule import RunInfo, Setting, Telemetry
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """Constant noise, forward and backward, until the terminal condition.
+
+    ``finalize_`` hardens the network nonetheless; the upper bound is its accuracy before that.
+
+    Args:
+        std: in level steps, positive.
+        noise: shape of the noise.
+    """
+
+    std: float = 0.35
+    noise: str = "normal"
+    partition: str = "settled"
+    metrics: tuple[str, ...] = ()
+
+    def begin(self, run: RunInfo) -> None:
+        """No state."""
+
+    def settings(
+        self, run: RunInfo, epoch: int, telemetry: Telemetry, state: None
+    ) -> tuple[Sequence[Setting], None]:
+        """The same setting for every layer and epoch."""
+        return [Setting(self.std, self.std, self.std, self.std)] * len(run.layers), None

@@ -1,0 +1,199 @@
+"""Scale rules: the positive factor between a tensor and its level set."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from learnsched.levels import LevelSet
+
+Per = Literal["tensor", "channel"]
+
+_SMALLEST = 1e-12
+
+
+@runtime_checkable
+class ScaleRule(Protocol):
+    """What chooses the scale of a tensor."""
+
+    def __call__(self, x: Tensor, levels: LevelSet) -> Tensor:
+        """The scale of ``x``, positive, in a shape that broadcasts to it."""
+        ...
+
+
+@dataclass(frozen=True)
+class AbsoluteMean:
+    """The mean of absolute values, per tensor or per channel (first dimension). BWN, XNOR-Net.
+
+    Example:
+        >>> from learnsched import ternary
+        >>> AbsoluteMean()(torch.tensor([[1.0, -3.0], [0.5, 0.5]]), ternary()).flatten().tolist()
+        [2.0, 0.5]
+    """
+
+    per: Per = "channel"
+
+    def __post_init__(self) -> None:
+        _check_per(self.per)
+
+    def __call__(self, x: Tensor, levels: LevelSet) -> Tensor:
+        return x.abs().mean(dim=_reduced(x, self.per), keepdim=True).clamp(min=_smallest(x))
+
+
+@dataclass(frozen=True)
+class Maximum:
+    """The largest magnitude falls on the outermost level.
+
+    Example:
+        >>> from learnsched import signed
+        >>> Maximum("tensor")(torch.tensor([1.5, -0.2]), signed(3)).item()
+        0.5
+    """
+
+    per: Per = "channel"
+
+    def __post_init__(self) -> None:
+        _check_per(self.per)
+
+    def __call__(self, x: Tensor, levels: LevelSet) -> Tensor:
+        top = max(abs(q) for q in levels.values)
+        most = x.abs().amax(dim=_reduced(x, self.per), keepdim=True)
+        return most.clamp(min=_smallest(x)) / top
+
+
+@dataclass(frozen=True)
+class PowerOfTwo:
+    """The power of two that puts the outermost level at INQ's ``2^n1``.
+
+    ``n1 = floor(log2(4 max|x| / 3))``; for level sets whose outermost level is a power of two
+    (Zhou et al. 2017, equation 2). The result carries no gradient.
+
+    Example:
+        >>> from learnsched import power_of_two
+        >>> PowerOfTwo()(torch.tensor([3.2, -0.1]), power_of_two(5)).item()
+        4.0
+    """
+
+    per: Per = "tensor"
+
+    def __post_init__(self) -> None:
+        _check_per(self.per)
+
+    def __call__(self, x: Tensor, levels: LevelSet) -> Tensor:
+        top = max(abs(q) for q in levels.values)
+        most = x.detach().abs().amax(dim=_reduced(x, self.per), keepdim=True)
+        # The logarithm itself would round up just below a power of two.
+        mantissa, exponent = torch.frexp(most.clamp(min=_smallest(x)))
+        return torch.exp2(exponent.to(x.dtype) - (mantissa < 0.75).to(x.dtype)) / top
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """The scale that minimises the squared error of hard quantization, per tensor or channel.
+
+    Candidates on a logarithmic grid, each moved by one step of alternating least squares, then half
+    as many around the best of them. The result carries no gradient.
+
+    Example:
+        >>> from learnsched import ternary
+        >>> x = 0.3 * torch.tensor([-1.0, 0.0, 1.0, 1.0])
+        >>> round(LeastSquares("tensor")(x, ternary()).item(), 4)
+        0.3
+    """
+
+    per: Per = "channel"
+    candidates: int = 24
+
+    def __post_init__(self) -> None:
+        _check_per(self.per)
+        if self.candidates < 2:
+            raise ValueError(f"candidates must be at least 2, got {self.candidates}")
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, levels: LevelSet) -> Tensor:
+        x = x.detach()
+        dims = _reduced(x, self.per)
+        widest = Maximum(self.per)(x, levels)
+        best = widest
+        least = torch.full_like(best, math.inf)
+        spacing = 1.8 / (self.candidates - 1)
+        coarse = torch.logspace(-1.5, 0.3, self.candidates)
+        fine = torch.logspace(-spacing, spacing, self.candidates // 2 + 1)
+        for grid in (coarse, fine):
+            centre = widest if grid is coarse else best
+            for factor in grid.tolist():
+                scale, error = _refit(x, centre * factor, levels, dims)
+                best = torch.where(error < least, scale, best)
+                least = torch.minimum(least, error)
+        return best.clamp(min=_smallest(x))
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One given scale for the whole tensor.
+
+    Raises:
+        ValueError: the value is not positive and finite.
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.value) and self.value > 0):
+            raise ValueError(f"a fixed scale must be positive and finite, got {self.value}")
+
+    def __call__(self, x: Tensor, levels: LevelSet) -> Tensor:
+        return x.new_full((), self.value)
+
+
+def default_weight_rule(levels: LevelSet) -> ScaleRule:
+    """The customary rule of a level set: power of two, absolute mean, or least squares."""
+    if levels.name.startswith("power_of_two"):
+        return PowerOfTwo()
+    if len(levels.values) <= 3:
+        return AbsoluteMean()
+    return LeastSquares()
+
+
+def unit_normal_scale(levels: LevelSet) -> float:
+    """Least squares scale for what a batch norm puts out, a standard normal variable.
+
+    Level sets without negative levels are fitted to its positive part, as after a ReLU.
+
+    Example:
+        >>> from learnsched import unsigned
+        >>> round(unit_normal_scale(unsigned(2)), 2)
+        0.65
+    """
+    grid = torch.special.ndtri((torch.arange(8192, dtype=torch.float64) + 0.5) / 8192)
+    x = grid.clamp(min=0) if levels.values[0] >= 0 else grid
+    return float(LeastSquares("tensor", candidates=200)(x, levels))
+
+
+def _refit(
+    x: Tensor, scale: Tensor, levels: LevelSet, dims: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """One step of alternating least squares, and the error of the scale it arrives at."""
+    q = levels.quantize(x / scale)
+    fitted = (x * q).sum(dims, keepdim=True) / (q * q).sum(dims, keepdim=True).clamp(min=_SMALLEST)
+    scale = torch.where(fitted > 0, fitted, scale)
+    error = (x - scale * levels.quantize(x / scale)).square().sum(dims, keepdim=True)
+    return scale, error
+
+
+def _smallest(x: Tensor) -> float:
+    # A channel of zeros would have scale 0 and divide 0 by 0; float16 has no 1e-12.
+    return max(_SMALLEST, torch.finfo(x.dtype).tiny)
+
+
+def _reduced(x: Tensor, per: Per) -> tuple[int, ...]:
+    return tuple(range(x.dim())) if per == "tensor" or x.dim() < 2 else tuple(range(1, x.dim()))
+
+
+def _check_per(per: str) -> None:
+    if per not in ("tensor", "channel"):
+        raise ValueError(f"per must be 'tensor' or 'channel', got {per!r}")

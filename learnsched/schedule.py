@@ -1,0 +1,249 @@
+"""Settings, schedules and the policies that make them.
+
+A *setting* is what one layer gets in one epoch; a *schedule* is the table of settings, horizon ×
+layers; a *policy* makes the settings epoch by epoch and may look at telemetry of the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one layer gets in one epoch. Levels of noise are in level steps.
+
+    Attributes:
+        weight_forward_std: std of the noise in the value of the weights, at least 0; 0 is hard.
+        weight_backward_std: std of the noise in the gradient of the weights, at least 0.
+        activation_forward_std: the same for activations.
+        activation_backward_std: the same for activations.
+        fraction: share of the weights that INQ has frozen, in [0, 1].
+        weight_forward_mean: shift of the noise in the value of the weights.
+        activation_forward_mean: the same for activations.
+
+    Raises:
+        ValueError: a std is negative, the fraction leaves [0, 1], or a number is not finite.
+    """
+
+    weight_forward_std: float = 0.0
+    weight_backward_std: float = 1.0
+    activation_forward_std: float = 0.0
+    activation_backward_std: float = 1.0
+    fraction: float = 0.0
+    weight_forward_mean: float = 0.0
+    activation_forward_mean: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+            if name.endswith("_std") and value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}; 0 quantizes hard")
+        if not 0 <= self.fraction <= 1:
+            raise ValueError(f"fraction must lie in [0, 1], got {self.fraction}")
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether nothing is left to anneal: hard, unshifted and frozen."""
+        return (
+            self.weight_forward_std == self.activation_forward_std == 0
+            and self.weight_forward_mean == self.activation_forward_mean == 0
+            and self.fraction == 1
+        )
+
+
+FIELDS = tuple(f.name for f in dataclasses.fields(Setting))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Settings of every epoch and layer.
+
+    Args:
+        table: shape ``(horizon, layers, len(FIELDS))``, columns as in :data:`FIELDS`.
+        layers: names of the layers, from the input.
+
+    Raises:
+        ValueError: shapes do not match, or a fraction decreases.
+    """
+
+    table: Tensor
+    layers: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        expected = (len(self.layers), len(FIELDS))
+        if self.table.dim() != 3 or tuple(self.table.shape[1:]) != expected:
+            raise ValueError(
+                f"a schedule of {len(self.layers)} layers has shape (horizon, {expected[0]}, "
+                f"{expected[1]}), got {tuple(self.table.shape)}"
+            )
+        fraction = self["fraction"]
+        if bool((fraction[1:] < fraction[:-1]).any()):
+            raise ValueError("an INQ fraction may not decrease from one epoch to the next")
+
+    @classmethod
+    def from_settings(cls, rows: Sequence[Sequence[Setting]], layers: Sequence[str]) -> Schedule:
+        """From one row of settings an epoch, one setting a layer."""
+        numbers = [[[getattr(s, name) for name in FIELDS] for s in row] for row in rows]
+        return cls(torch.tensor(numbers, dtype=torch.float64), tuple(layers))
+
+    @property
+    def horizon(self) -> int:
+        """Number of epochs."""
+        return len(self.table)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The values of one field, shape ``(horizon, layers)``."""
+        return self.table[..., FIELDS.index(name)]
+
+    def settings(self, epoch: int) -> tuple[Setting, ...]:
+        """The settings of one epoch, one a layer."""
+        return tuple(Setting(*row) for row in self.table[epoch].tolist())
+
+    def __iter__(self) -> Iterator[tuple[Setting, ...]]:
+        return (self.settings(epoch) for epoch in range(self.horizon))
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What a policy may know of a layer before training.
+
+    Attributes:
+        name: where the layer sits in the model.
+        fan_in: inputs of one output unit; 0 for a layer without quantized weights.
+        weight_levels: number of levels of its weights; 0 if they stay real.
+        activation_levels: number of levels of its activation; 0 if it stays real.
+    """
+
+    name: str
+    fan_in: int
+    weight_levels: int
+    activation_levels: int
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a policy may know of a run before training.
+
+    Attributes:
+        layers: the layers, from the input.
+        horizon: number of epochs, at least 1.
+        steps_per_epoch: optimizer steps in an epoch, or None while unknown.
+        fine_tuning: whether training starts from a trained float network.
+    """
+
+    layers: tuple[LayerInfo, ...]
+    horizon: int
+    steps_per_epoch: int | None = None
+    fine_tuning: bool = False
+
+    def __post_init__(self) -> None:
+        if self.horizon < 1:
+            raise ValueError(f"the horizon must be at least one epoch, got {self.horizon}")
+        if not self.layers:
+            raise ValueError("a run needs at least one quantized layer")
+
+    def progress(self, epoch: int) -> float:
+        """``epoch / (horizon - 1)`` in [0, 1]; 1 for a horizon of one epoch."""
+        return 1.0 if self.horizon == 1 else epoch / (self.horizon - 1)
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """What a policy may see of a run, without units and without gradient.
+
+    Leading dimensions, if any, are runs that are trained together.
+
+    Attributes:
+        loss: mean training loss of the epoch before over that of the first epoch, shape ``(...)``.
+        loss_trend: mean training loss of the epoch before over that of the one before it, same shape.
+        weight_error: relative quantization error of each layer's weights, shape ``(..., layers)``.
+    """
+
+    loss: Tensor
+    loss_trend: Tensor
+    weight_error: Tensor
+
+    @classmethod
+    def initial(cls, weight_error: Tensor) -> Telemetry:
+        """Before any training."""
+        one = torch.ones(weight_error.shape[:-1], dtype=weight_error.dtype)
+        return cls(one, one, weight_error)
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """What makes the settings of a run, epoch by epoch.
+
+    Attributes:
+        noise: shape of the noise that the settings' std belongs to.
+        partition: order in which INQ takes weights.
+        metrics: names of the metrics that ``QuantizationScheduler.step`` must be given.
+    """
+
+    @property
+    def noise(self) -> str: ...  # noqa: D102
+
+    @property
+    def partition(self) -> str: ...  # noqa: D102
+
+    @property
+    def metrics(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    def begin(self, run: RunInfo) -> Any:
+        """The policy's own state at the start of a run: None, or tensors in a dictionary."""
+        ...
+
+    def settings(
+        self, run: RunInfo, epoch: int, telemetry: Telemetry, state: Any
+    ) -> tuple[Sequence[Setting], Any]:
+        """The settings of ``epoch``, one a layer, and the policy's new state."""
+        ...
+
+
+def terminal(setting: Setting, run: RunInfo, epoch: int) -> Setting:
+    """The setting with the terminal conditions forced in the last epoch.
+
+    There the forward noise vanishes and every weight is frozen. A horizon of one epoch trains hard
+    and freezes when it ends, since it would train nothing otherwise.
+    """
+    if epoch < run.horizon - 1:
+        return setting
+    return dataclasses.replace(
+        setting,
+        weight_forward_std=0.0,
+        activation_forward_std=0.0,
+        weight_forward_mean=0.0,
+        activation_forward_mean=0.0,
+        fraction=1.0 if run.horizon > 1 else 0.0,
+    )
+
+
+def plan(policy: Policy, run: RunInfo, *, hardened: bool = True) -> Schedule:
+    """The schedule of a policy that needs no telemetry, or as if telemetry stood still.
+
+    Args:
+        policy: what makes the settings.
+        run: what is trained.
+        hardened: whether the terminal conditions hold, as they do under a scheduler.
+
+    Example:
+        >>> from learnsched.policies import StraightThrough
+        >>> run = RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=3)
+        >>> plan(StraightThrough(), run)["fraction"].flatten().tolist()
+        [0.0, 0.0, 1.0]
+    """
+    telemetry = Telemetry.initial(torch.full((len(run.layers),), 0.5))
+    state, rows = policy.begin(run), []
+    for epoch in range(run.horizon):
+        settings, state = policy.settings(run, epoch, telemetry, state)
+        rows.append([terminal(s, run, epoch) if hardened else s for s in settings])
+    return Schedule.from_settings(rows, [layer.name for layer in run.layers])

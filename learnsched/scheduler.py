@@ -1,0 +1,298 @@
+"""``QuantizationScheduler``: applies a policy's settings to a model, epoch by epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learnsched.convert import quantized_layers
+from learnsched.incremental import check_fraction
+from learnsched.noise import noise_shape
+from learnsched.schedule import FIELDS, Policy, RunInfo, Schedule, Setting, Telemetry, terminal
+
+_STATE_VERSION = 1
+
+
+class History:
+    """The settings that were applied so far and the metrics that were reported.
+
+    Attributes:
+        metrics: one dictionary of numbers for every epoch that has ended.
+    """
+
+    def __init__(self, layers: Sequence[str]) -> None:
+        self.layers = tuple(layers)
+        self.settings: list[tuple[Setting, ...]] = []
+        self.metrics: list[dict[str, float]] = []
+
+    @property
+    def schedule(self) -> Schedule:
+        """What was applied, as a schedule of as many epochs as have begun."""
+        return Schedule.from_settings(self.settings, self.layers)
+
+    def plot(self, path: str | Path | None = None, *, title: str | None = None) -> Any:
+        """Plot the settings, layers × epochs; see :func:`learnsched.plotting.plot_schedule`."""
+        from learnsched.plotting import plot_schedule
+
+        return plot_schedule(self.schedule, path, title=title)
+
+
+class QuantizationScheduler:
+    """Sets noise and frozen fractions of a quantized model for each epoch.
+
+    The constructor applies the settings of epoch 0. Call :meth:`step` after every epoch, the last
+    one included; then ``finalize_``.
+
+    Args:
+        model: converted by ``quantize_``.
+        policy: what makes the settings, from :mod:`learnsched.policies` or ``load_pretrained``.
+        epochs: the horizon, at least 1.
+        steps_per_epoch: optimizer steps in an epoch, ``len(loader)``. A learned policy reads it; if
+            None, it is counted from the first epoch on.
+        fine_tuning: whether training starts from a trained float network.
+        optimizer: if given, frozen weights are put back after each of its steps; otherwise the
+            forward pass uses their frozen values, and the parameter follows at :meth:`step`.
+        seed: of random INQ partitions.
+
+    Raises:
+        ValueError: the model has no quantized layers, ``epochs`` is less than 1, or the policy asks
+            for a fraction that decreases.
+
+    Example:
+        >>> import learnsched as ls
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU())
+        >>> net = ls.quantize_(net, ls.ternary(), ls.unsigned(2))
+        >>> scheduler = ls.QuantizationScheduler(net, ls.policies.StraightThrough(), epochs=2)
+        >>> scheduler.get_last_setting()[0].fraction
+        0.0
+        >>> scheduler.step()
+        >>> scheduler.get_last_setting()[0].fraction
+        1.0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: Policy,
+        epochs: int,
+        *,
+        steps_per_epoch: int | None = None,
+        fine_tuning: bool = False,
+        optimizer: torch.optim.Optimizer | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(policy, Policy):
+            raise TypeError(
+                f"policy must have begin() and settings(), got {type(policy).__name__}; see "
+                "learnsched.policies and learnsched.load_pretrained"
+            )
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+            raise ValueError(f"epochs must be a whole number of at least 1, got {epochs!r}")
+        noise = noise_shape(policy.noise)
+        self._layers = quantized_layers(model)
+        self.policy = policy
+        infos = tuple(layer.info for layer in self._layers)
+        self._run = RunInfo(infos, epochs, steps_per_epoch, fine_tuning)
+        self.epoch = 0
+        self.history = History([info.name for info in infos])
+        self._seed = seed
+        self._passes = 0
+        self._state = policy.begin(self._run)
+        # All checks that can fail come before this line: from here on the model changes.
+        for layer in self._layers:
+            for quantizer in layer.quantizers:
+                quantizer.noise = noise
+        self._handles: list[Any] = []
+        if steps_per_epoch is None:
+            self._handles.append(model.register_forward_pre_hook(self._count))
+        if optimizer is not None:
+            self._handles.append(optimizer.register_step_post_hook(self._after_optimizer))
+        self._apply(self._telemetry())
+
+    @property
+    def epochs(self) -> int:
+        """The horizon."""
+        return self._run.horizon
+
+    def get_last_setting(self) -> tuple[Setting, ...]:
+        """The settings in force, one a layer, from the input."""
+        return self.history.settings[-1]
+
+    def step(self, metrics: Mapping[str, float | Tensor] | None = None) -> None:
+        """End an epoch: take its metrics and apply the settings of the next.
+
+        Args:
+            metrics: numbers by name, such as ``{"train_loss": loss}``, the mean over the epoch.
+
+        Raises:
+            RuntimeError: all epochs have been stepped through.
+            KeyError: a metric that the policy needs is missing.
+            TypeError: a metric is not a number.
+        """
+        if self.epoch >= self.epochs:
+            raise RuntimeError(
+                f"step() was called {self.epoch + 1} times for a horizon of {self.epochs} epochs; "
+                "make a new scheduler with more epochs"
+            )
+        numbers = {name: _number(name, value) for name, value in (metrics or {}).items()}
+        missing = [name for name in self.policy.metrics if name not in numbers]
+        if missing:
+            raise KeyError(
+                f"{type(self.policy).__name__} needs the metric {missing[0]!r}; call "
+                f"scheduler.step(metrics={{{missing[0]!r}: value}})"
+            )
+        for name in self.policy.metrics:
+            if not math.isfinite(numbers[name]):
+                _warn_not_finite(name, numbers[name])
+        self.history.metrics.append(numbers)
+        self.epoch += 1
+        if self._run.steps_per_epoch is None and self._passes:
+            self._set_steps(self._passes)
+        if self.epoch < self.epochs:
+            self._apply(self._telemetry())
+        else:
+            self._freeze([Setting(fraction=1.0)] * len(self._layers))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives only; the model's own buffers are in the model's state_dict."""
+        return {
+            "version": _STATE_VERSION,
+            "epoch": self.epoch,
+            "epochs": self.epochs,
+            "layers": list(self.history.layers),
+            "fine_tuning": self._run.fine_tuning,
+            "steps_per_epoch": self._run.steps_per_epoch,
+            "seed": self._seed,
+            "policy": type(self.policy).__name__,
+            "policy_state": self._state,
+            "settings": torch.tensor(
+                [[[getattr(s, f) for f in FIELDS] for s in row] for row in self.history.settings],
+                dtype=torch.float64,
+            ),
+            "metrics": [dict(m) for m in self.history.metrics],
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken; load the model's state_dict too.
+
+        Raises:
+            ValueError: the state is of another version, horizon, policy or model.
+        """
+        expected = {
+            "version": _STATE_VERSION,
+            "epochs": self.epochs,
+            "layers": list(self.history.layers),
+            "policy": type(self.policy).__name__,
+        }
+        for name, value in expected.items():
+            if state_dict.get(name) != value:
+                raise ValueError(
+                    f"this state has {name} {state_dict.get(name)!r}, the scheduler {value!r}; "
+                    "make the scheduler with the same model, policy and epochs as before"
+                )
+        self.epoch = state_dict["epoch"]
+        self._seed = state_dict["seed"]
+        if state_dict["steps_per_epoch"] is not None:
+            self._set_steps(state_dict["steps_per_epoch"])
+        self._state = state_dict["policy_state"]
+        rows = state_dict["settings"].tolist()
+        self.history.settings = [tuple(Setting(*values) for values in row) for row in rows]
+        self.history.metrics = [dict(m) for m in state_dict["metrics"]]
+        self._set_noise(self.get_last_setting())
+
+    def _apply(self, telemetry: Telemetry) -> None:
+        raw, state = self.policy.settings(self._run, self.epoch, telemetry, self._state)
+        settings = tuple(terminal(setting, self._run, self.epoch) for setting in raw)
+        self._check(settings)
+        self._state = state
+        self.history.settings.append(settings)
+        self._set_noise(settings)
+        self._freeze(settings)
+
+    def _check(self, settings: Sequence[Setting]) -> None:
+        if len(settings) != len(self._layers):
+            raise ValueError(
+                f"the policy gave {len(settings)} settings for {len(self._layers)} layers"
+            )
+        before = self.history.settings[-1] if self.history.settings else None
+        for index, setting in enumerate(settings):
+            check_fraction(setting.fraction)
+            if before is not None and setting.fraction < before[index].fraction:
+                raise ValueError(
+                    f"the policy lets the INQ fraction of {self.history.layers[index]} decrease "
+                    f"from {before[index].fraction} to {setting.fraction}; fractions are cumulative"
+                )
+
+    @torch.no_grad()
+    def _set_noise(self, settings: Sequence[Setting]) -> None:
+        for layer, s in zip(self._layers, settings, strict=True):
+            if layer.weight is not None:
+                quantizer = layer.weight.weight_quantizer
+                quantizer.forward_std.fill_(s.weight_forward_std)
+                quantizer.backward_std.fill_(s.weight_backward_std)
+                quantizer.forward_mean.fill_(s.weight_forward_mean)
+            for activation in layer.activations:
+                activation.forward_std.fill_(s.activation_forward_std)
+                activation.backward_std.fill_(s.activation_backward_std)
+                activation.forward_mean.fill_(s.activation_forward_mean)
+
+    def _freeze(self, settings: Sequence[Setting]) -> None:
+        for index, (layer, setting) in enumerate(zip(self._layers, settings, strict=True)):
+            if layer.weight is None:
+                continue
+            weight = layer.weight.weight
+            generator = torch.Generator(weight.device)
+            generator.manual_seed(self._seed * 1_000_003 + self.epoch * 1_009 + index)
+            layer.weight.weight_quantizer.freeze_(
+                weight, setting.fraction, self.policy.partition, generator
+            )
+
+    def _telemetry(self) -> Telemetry:
+        errors = [
+            0.0
+            if layer.weight is None
+            else float(layer.weight.weight_quantizer.error(layer.weight.weight))
+            for layer in self._layers
+        ]
+        losses = [m["train_loss"] for m in self.history.metrics if "train_loss" in m]
+        first = losses[0] if losses else 1.0
+        last = losses[-1] if losses else 1.0
+        before = losses[-2] if len(losses) > 1 else last
+        return Telemetry(_ratio(last, first), _ratio(last, before), torch.tensor(errors))
+
+    def _set_steps(self, steps: int) -> None:
+        run = self._run
+        self._run = RunInfo(run.layers, run.horizon, steps, run.fine_tuning)
+
+    def _count(self, model: nn.Module, inputs: Any) -> None:
+        if model.training and self.epoch == 0:
+            self._passes += 1
+
+    def _after_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        for layer in self._layers:
+            if layer.weight is not None:
+                layer.weight.weight_quantizer.restore_(layer.weight.weight)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the metric {name!r} must be a number, got {value!r}") from error
+
+
+def _ratio(value: float, reference: float) -> Tensor:
+    return torch.tensor(value / reference if reference else 1.0)
+
+
+def _warn_not_finite(name: str, value: float) -> None:
+    import warnings
+
+    warnings.warn(
+        f"the metric {name!r} is {value}: the policy is shown no change instead", stacklevel=3
+    )
