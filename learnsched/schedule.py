@@ -190,13 +190,13 @@ class Policy(Protocol):
     """
 
     @property
-    def noise(self) -> str: ...  # noqa: D102
+    def noise(self) -> str: ...
 
     @property
-    def partition(self) -> str: ...  # noqa: D102
+    def partition(self) -> str: ...
 
     @property
-    def metrics(self) -> tuple[str, ...]: ...  # noqa: D102
+    def metrics(self) -> tuple[str, ...]: ...
 
     def begin(self, run: RunInfo) -> Any:
         """The policy's own state at the start of a run: None, or tensors in a dictionary."""

@@ -1,0 +1,1 @@
+"""What is measured about the package; each module runs with ``python -m``."""

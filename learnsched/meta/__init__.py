@@ -1,0 +1,1 @@
+"""Meta-training: tasks, inner loop, gradient estimators, trainer; separate and swappable."""
