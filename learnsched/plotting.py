@@ -145,6 +145,49 @@ def plot_comparison(
     return figure
 
 
+def plot_learning_curve(
+    log: Sequence[Mapping[str, float]], path: str | os.PathLike[str] | None = None
+) -> Figure:
+    """Outer loss and gradient norms of meta-training over its outer steps.
+
+    Args:
+        log: entries of :attr:`learnsched.meta.trainer.MetaTrainer.log`.
+        path: file to write, in the format of its suffix (PNG without one); None writes none.
+
+    Raises:
+        ValueError: the log is empty.
+        FileNotFoundError: the folder of ``path`` does not exist.
+        ImportError: matplotlib is missing.
+    """
+    if not log:
+        raise ValueError("the log is empty; meta-training has taken no outer step yet")
+    steps = np.array([entry["step"] for entry in log])
+    checks = [entry for entry in log if "validation_loss" in entry]
+    with _paper_style():
+        figure = _figure(2, height=2.4)
+        losses, norms = figure.subplots(1, 2)
+        losses.plot(steps, [e["outer_loss"] for e in log], ".", color="0.6", label="sampled tasks")
+        losses.plot(
+            [e["step"] for e in checks],
+            [e["validation_loss"] for e in checks],
+            "o-",
+            color="black",
+            markerfacecolor="white",
+            label="validation tasks",
+        )
+        losses.set_ylabel("outer loss, hard network / nats")
+        for name, style in (("norm_median", "o"), ("norm_largest", "^")):
+            values = [e[name] if np.isfinite(e[name]) else np.nan for e in log]
+            label = name.removeprefix("norm_") + " of the tasks"
+            norms.semilogy(steps, values, style, color="0.4", markerfacecolor="white", label=label)
+        norms.set_ylabel("norm of the schedule's gradient / nats")
+        for panel in (losses, norms):
+            panel.set_xlabel("outer step")
+            panel.legend()
+        _save(figure, path)
+    return figure
+
+
 def _accuracies(task: str, method: str, values: ArrayLike) -> np.ndarray[Any, Any]:
     """In per cent."""
     runs = np.asarray(values, dtype=np.float64)

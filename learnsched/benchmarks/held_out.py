@@ -71,6 +71,9 @@ HELD_OUT: dict[str, Task] = {
 }
 
 
+QUICK_TASKS = {"other seeds": HELD_OUT["other seeds"]}
+
+
 def search(
     method: Method, task: Task, data: DataSet, budget: Budget, seed: int
 ) -> tuple[float, Policy | None, float]:
@@ -132,6 +135,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """One record for each task and method, test accuracies of all runs in it.
 
+    Under torchrun the jobs are split over the ranks; every rank gets all records.
+
     Args:
         methods: what to compare.
         tasks: by name.
@@ -140,31 +145,37 @@ def compare(
         progress: called with each record as it is made.
         done: records of an interrupted comparison, which are not made again.
     """
-    records = [dict(record) for record in done]
-    finished = {(r["task"], r["method"]) for r in records}
-    for name, task in tasks.items():
-        data = load(task.data)
-        for method in methods:
-            if (name, method.name) in finished:
-                continue
-            start = time.perf_counter()
-            rate, policy, validation = search(method, task, data, budget, seed)
-            final = replace(task, seed=task.seed + 1)
-            test = train(method, final, data, [rate], [policy], budget.runs, data.test)
-            record = {
-                "task": name,
-                "cell": task.name,
-                "method": method.name,
-                "learning_rate": rate,
-                "policy": None if policy is None else asdict(policy),  # type: ignore[call-overload]
-                "validation": validation,
-                "test": test.flatten().tolist(),
-                "seconds": time.perf_counter() - start,
-            }
-            records.append(record)
-            if progress is not None:
-                progress(record)
-    return records
+    finished = {(r["task"], r["method"]) for r in done}
+    jobs = [
+        (name, task, method)
+        for name, task in tasks.items()
+        for method in methods
+        if (name, method.name) not in finished
+    ]
+    mine = {}
+    for index in range(distribution.rank(), len(jobs), distribution.world_size()):
+        mine[index] = _record(*jobs[index], budget, seed)
+        if progress is not None:
+            progress(mine[index])
+    return [*map(dict, done), *distribution.gather(mine, len(jobs))]
+
+
+def _record(name: str, task: Task, method: Method, budget: Budget, seed: int) -> dict[str, Any]:
+    start = time.perf_counter()
+    data = load(task.data)
+    rate, policy, validation = search(method, task, data, budget, seed)
+    final = replace(task, seed=task.seed + 1)
+    test = train(method, final, data, [rate], [policy], budget.runs, data.test)
+    return {
+        "task": name,
+        "cell": task.name,
+        "method": method.name,
+        "learning_rate": rate,
+        "policy": None if policy is None else asdict(policy),  # type: ignore[call-overload]
+        "validation": validation,
+        "test": test.flatten().tolist(),
+        "seconds": time.perf_counter() - start,
+    }
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
@@ -186,6 +197,22 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         lines.append("| **learned − best hand-coded** | " + " | ".join(row) + " |")
     lines += ["", *(f"- {task}: {cells[task]}" for task in tasks)]
     return "\n".join(lines)
+
+
+def by_task(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Test accuracies by task and method, as :func:`learnsched.plotting.plot_comparison` takes."""
+    result: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        result.setdefault(record["task"], {})[record["method"]] = record["test"]
+    return result
+
+
+def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean test accuracy by task and method."""
+    return {
+        task: {name: round(float(np.mean(test)), 4) for name, test in row.items()}
+        for task, row in by_task(records).items()
+    }
 
 
 def _interval(values: np.ndarray, sign: str = "") -> str:
@@ -213,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     options = parser.parse_args(arguments)
     policy = load_pretrained(options.artefact)
-    names = options.tasks or (["other seeds"] if options.quick else list(HELD_OUT))
+    names = options.tasks or list(QUICK_TASKS if options.quick else HELD_OUT)
     methods = [
         field.learned(policy),
         field.start_of(policy),

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch.distributed as dist
-from torch import Tensor
+
+T = TypeVar("T")
 
 
 def start() -> None:
@@ -40,7 +42,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather(mine: Mapping[int, dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
+def gather(mine: Mapping[int, T], count: int) -> list[T]:
     """All ranks' results in the order of their indices, on every rank.
 
     Gathering rather than summing keeps the order of additions, and so every bit of the sum, the same
@@ -52,7 +54,7 @@ def gather(mine: Mapping[int, dict[str, Tensor]], count: int) -> list[dict[str, 
     """
     if not _active():
         return [mine[i] for i in range(count)]
-    parts: list[Mapping[int, dict[str, Tensor]]] = [{} for _ in range(world_size())]
+    parts: list[dict[int, T]] = [{} for _ in range(world_size())]
     dist.all_gather_object(parts, dict(mine))
     merged = {index: result for part in parts for index, result in part.items()}
     return [merged[i] for i in range(count)]

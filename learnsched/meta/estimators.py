@@ -131,8 +131,8 @@ def terminal_settings(settings: Tensor, run: RunInfo, epoch: int) -> Tensor:
     """:func:`learnsched.schedule.terminal` for tensors of shape ``(..., len(FIELDS))``."""
     if epoch < run.horizon - 1:
         return settings
-    keep = torch.tensor([name.endswith("backward_std") for name in FIELDS])
-    end = torch.zeros(len(FIELDS))
+    keep = torch.tensor([name.endswith("backward_std") for name in FIELDS], device=settings.device)
+    end = settings.new_zeros(len(FIELDS))
     end[_FRACTION] = 1.0 if run.horizon > 1 else 0.0
     return torch.where(keep, settings, end)
 

@@ -127,7 +127,7 @@ class InnerLoop:
         """
         count = self._count
         parameters = list(state.tensors[:count])
-        carried = self._freeze(parameters, state.tensors[3 * count :], settings)
+        carried = self._freeze(parameters, state.tensors[3 * count :], settings, epoch)
         replaced = {**self.population.noise_buffers(settings), **self._carried_buffers(carried)}
         model = higher.monkeypatch(
             self.population, copy_initial_weights=False, track_higher_grads=track
@@ -207,7 +207,7 @@ class InnerLoop:
         """What a policy may see after the epochs whose mean losses are given; no gradient."""
         error = self._weight_error(state)
         if not losses:
-            one = torch.ones(error.shape[:-1])
+            one = error.new_ones(error.shape[:-1])
             return Telemetry(one, one, error)
         before = losses[-2] if len(losses) > 1 else losses[-1]
         return Telemetry(losses[-1] / losses[0], losses[-1] / before, error)
@@ -235,10 +235,15 @@ class InnerLoop:
         return parameters[self._position[self.population.key(name)]]
 
     def _freeze(
-        self, parameters: list[Tensor], carried: tuple[Tensor, ...], settings: Tensor
+        self,
+        parameters: list[Tensor],
+        carried: tuple[Tensor, ...],
+        settings: Tensor,
+        epoch: int,
     ) -> tuple[Tensor, ...]:
         """The carried buffers after the settings' fractions, by soft membership."""
         result: list[Tensor] = []
+        generator = torch.Generator(settings.device).manual_seed(epoch)
         for place, (name, _, quantizer, layer) in enumerate(self.population.weights):
             weight = self._weight(parameters, name)
             membership, held, held_scale, scale_held = carried[4 * place : 4 * place + 4]
@@ -249,7 +254,7 @@ class InnerLoop:
                 x, quantizer.levels, 0.0, 0.0, backward * quantizer.levels.step, 0.0,
                 quantizer.noise,
             )  # fmt: skip
-            order = priority(x.detach(), quantizer.levels, self.partition)
+            order = priority(x.detach(), quantizer.levels, self.partition, generator)
             width = max(self.membership_width, 1e-9)
             new = vmap(lambda o, m, f, w=width: soft_membership(o, m, f, w))(
                 order, membership, settings[:, layer, _FRACTION]
@@ -270,7 +275,7 @@ class InnerLoop:
 
         Frozen weights have none, as in a model whose frozen weights are put back on their levels.
         """
-        error = torch.zeros(self.population.members, len(self.population.layers))
+        error = self.learning_rate.new_zeros(self.population.members, len(self.population.layers))
         parameters = list(state.tensors[: self._count])
         carried = state.tensors[3 * self._count :]
         for place, (name, _, quantizer, layer) in enumerate(self.population.weights):

@@ -6,7 +6,7 @@ Tasks of one architecture form a :class:`Task` of several members, trained as on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from learnsched.convert import quantize_, quantized_layers
-from learnsched.data import DataSet, load
+from learnsched.data import DataSet
 from learnsched.levels import LevelSet, binary, ternary, unsigned
 from learnsched.meta.inner import Batches, InnerLoop
 from learnsched.meta.networks import cnn1d, cnn2d, mlp
@@ -82,6 +82,7 @@ class Task:
         membership_width: float = 0.05,
         held_out: int = 256,
         eps: float = 1e-6,
+        device: str | torch.device = "cpu",
     ) -> InnerLoop:
         """The inner loop of this task, at its initial state.
 
@@ -92,6 +93,7 @@ class Task:
             membership_width: see :class:`InnerLoop`.
             held_out: validation examples of the outer loss, per member.
             eps: Adam's ε.
+            device: where to train; random numbers are drawn on the CPU all the same.
         """
         members = len(self.learning_rates)
         runs = self.runs or members
@@ -103,13 +105,13 @@ class Task:
             [torch.randint(len(data.validation.y), (held_out,), generator=g) for g in generators]
         )[member_run]
         batches = Batches(
-            x,
-            y,
-            order.movedim(0, 2).contiguous(),
-            data.validation.x[picked],
-            data.validation.y[picked],
+            x.to(device),
+            y.to(device),
+            order.movedim(0, 2).contiguous().to(device),
+            data.validation.x[picked].to(device),
+            data.validation.y[picked].to(device),
         )
-        rates = torch.tensor(self.learning_rates)
+        rates = torch.tensor(self.learning_rates, device=device)
         models = self._models(data, runs)
         if self.fine_tuning:
             before = torch.stack([self._order(len(y), g) for g in generators])[member_run]
@@ -121,7 +123,7 @@ class Task:
                 for quantizer in layer.quantizers:
                     quantizer.noise = noise_shape(noise)
         return InnerLoop(
-            Population(models),
+            Population(models).to(device),
             batches,
             rates,
             fine_tuning=self.fine_tuning,
@@ -210,10 +212,6 @@ class Mix:
             fine_tuning=_uniform(generator) < self.fine_tuning,
             seed=int(torch.randint(2**31, (), generator=generator)),
         )
-
-    def load(self) -> Mapping[str, DataSet]:
-        """The data sets of the mix, by name."""
-        return {name: load(name) for name in sorted({a[0] for a in self.architectures})}
 
 
 def _pretrain(

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from learnsched.data import DataSet
+from learnsched.data import DataSet, load
 from learnsched.files import replacing, write_text
 from learnsched.meta import distribution
 from learnsched.meta.estimators import (
@@ -57,6 +57,11 @@ class TrainerConfig:
     clip: float = 1.0
     validate_every: int = 10
 
+    def load_data(self) -> dict[str, DataSet]:
+        """The data sets of the mix and of validation, by name."""
+        names = {a[0] for a in self.mix.architectures} | {t.data for t in self.validation}
+        return {name: load(name) for name in sorted(names)}
+
 
 class MetaTrainer:
     """Trains the network of a policy.
@@ -67,6 +72,7 @@ class MetaTrainer:
         folder: where ``checkpoint.safetensors``, ``log.jsonl`` and ``config.json`` are kept.
         data: the data sets of the mix and of validation, by name.
         estimator: what gives gradients; the full unroll if None.
+        device: where inner runs train.
 
     Raises:
         FileExistsError: the folder holds a run of another configuration.
@@ -80,12 +86,15 @@ class MetaTrainer:
         folder: str | Path,
         data: Mapping[str, DataSet],
         estimator: Estimator | None = None,
+        *,
+        device: str | torch.device = "cpu",
     ) -> None:
         self.policy = policy
         self.config = config
         self.folder = Path(folder)
         self.data = data
         self.estimator = estimator or Unrolled()
+        self.device = torch.device(device)
         self.step = 0
         self.seconds = 0.0
         self._parameters = dict(policy.network.named_parameters())
@@ -157,7 +166,7 @@ class MetaTrainer:
 
     def _task_gradient(self, task: Task) -> dict[str, Tensor]:
         """The clipped gradient of a task, summed over members and flat over parameters."""
-        inner = task.build(self.data[task.data])
+        inner = task.build(self.data[task.data], device=self.device)
         members = len(task.learning_rates)
         rollout = policy_rollout(self.policy, inner.run, members)
         estimate = self.estimator(inner, rollout)
@@ -176,15 +185,15 @@ class MetaTrainer:
             materialize_grads=True,
         )
         return {
-            "gradient": torch.cat([g.flatten() for g in gradients]),
-            "norms": torch.where(finite, norms, math.inf),
-            "losses": estimate.loss,
+            "gradient": torch.cat([g.flatten() for g in gradients]).cpu(),
+            "norms": torch.where(finite, norms, math.inf).cpu(),
+            "losses": estimate.loss.cpu(),
         }
 
     def _apply(self, gradient: Tensor) -> None:
         sizes = [p.numel() for p in self._parameters.values()]
         for parameter, part in zip(self._parameters.values(), gradient.split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter).clone()
+            parameter.grad = part.view_as(parameter).to(parameter.device, copy=True)
         self._optimizer.step()
         keep = min(self.config.average, self.step / (self.step + 5))
         for name, parameter in self._parameters.items():
@@ -211,12 +220,12 @@ class MetaTrainer:
             parameter.copy_(values[name])
 
     def _task_loss(self, task: Task) -> dict[str, Tensor]:
-        inner = task.build(self.data[task.data], membership_width=0.0)
+        inner = task.build(self.data[task.data], membership_width=0.0, device=self.device)
         rollout = policy_rollout(self.policy, inner.run, len(task.learning_rates))
         with torch.no_grad():
             states, table, _ = run_forward(inner, rollout)
             last = terminal_settings(table[-1], inner.run, inner.run.horizon - 1)
-            return {"loss": inner.outer_loss(states[-1], last).mean()}
+            return {"loss": inner.outer_loss(states[-1], last).mean().cpu()}
 
     def _open(self) -> None:
         """Start a run in the folder, or take up the one that is there."""

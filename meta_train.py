@@ -1,0 +1,184 @@
+"""Meta-train a schedule: train, save the artefact, compare it on held-out tasks, plot.
+
+    python meta_train.py                                   # the quick preset
+    torchrun --nproc-per-node 2 meta_train.py --preset standard --out runs/standard
+
+Everything of a run lies in its folder; an interrupted run goes on with --resume, with the same result
+as one that was not interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learnsched.benchmarks import held_out
+from learnsched.benchmarks import methods as field
+from learnsched.benchmarks.environment import describe
+from learnsched.files import write_text
+from learnsched.meta import distribution
+from learnsched.meta.presets import PRESETS, Preset
+from learnsched.meta.trainer import MetaTrainer, TrainerConfig
+from learnsched.plotting import plot_comparison, plot_learning_curve, plot_schedule
+from learnsched.policies import LearnedPolicy, MetaNetwork
+from learnsched.pretrained import save_artefact
+from learnsched.schedule import LayerInfo, RunInfo, plan
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
+    distribution.start()
+    try:
+        _train_and_report(options)
+    except (FileExistsError, FileNotFoundError, PermissionError, ValueError) as error:
+        sys.exit(f"meta_train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"meta_train.py: interrupted; go on with --out {options.out} --resume")
+    finally:
+        distribution.stop()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="quick")
+    parser.add_argument("--steps", type=int, help="outer steps in all; the preset's if omitted")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder of the run; runs/PRESET-SEED if omitted")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--no-report", action="store_true", help="skip the held-out comparison")
+    options = parser.parse_args()
+    options.out = options.out or Path("runs") / f"{options.preset}-{options.seed}"
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps must be at least 1, got {options.steps}")
+    return options
+
+
+def _train_and_report(options: argparse.Namespace) -> None:
+    preset = PRESETS[options.preset]
+    steps = options.steps or preset.steps
+    started = (options.out / "config.json").exists()
+    distribution.barrier()  # every rank has looked before the first one writes
+    if started and not options.resume:
+        raise FileExistsError(
+            f"{options.out} holds a run already; add --resume to go on with it, or choose another --out"
+        )
+    if options.resume and not started:
+        raise FileNotFoundError(f"{options.out} holds no run to resume; leave --resume out")
+    trainer = _trainer(preset, options)
+    with _Progress(options.out, trainer.step, steps) as progress:
+        trainer.run(steps, progress)
+    trainer.load_best()
+    policy = trainer.policy
+    card = {
+        "name": options.out.name,
+        "made": {
+            "command": " ".join(["meta_train.py", *sys.argv[1:]]),
+            "preset": options.preset,
+            "seed": options.seed,
+            "outer_steps": trainer.step,
+            "processes": distribution.world_size(),
+            "seconds": round(trainer.seconds),
+            "selected_step": trainer.best_step,
+            "validation_loss": trainer.best_loss,
+            "dropped_gradients": sum(entry["dropped"] for entry in trainer.log),
+            "task_mix": asdict(trainer.config.mix),
+            **describe(),
+        },
+    }
+    if distribution.rank() == 0:
+        save_artefact(policy, options.out / "schedule.safetensors", card)
+        plot_learning_curve(trainer.log, options.out / "learning_curve.png")
+        plot_schedule(
+            plan(policy, example_run()),
+            options.out / "schedule.png",
+            title="Learned schedule, 4 layers, 12 epochs of 20 steps, telemetry at rest",
+        )
+    if not options.no_report:
+        _report(policy, card, options)
+
+
+def _trainer(preset: Preset, options: argparse.Namespace) -> MetaTrainer:
+    torch.manual_seed(options.seed)
+    policy = LearnedPolicy(MetaNetwork().to(options.device), preset.base, preset.domain)
+    config = TrainerConfig(**{**vars(preset.trainer), "seed": options.seed})
+    return MetaTrainer(policy, config, options.out, config.load_data(), device=options.device)
+
+
+def _report(policy: LearnedPolicy, card: dict[str, Any], options: argparse.Namespace) -> None:
+    quick = options.preset == "quick"
+    tasks = held_out.QUICK_TASKS if quick else held_out.HELD_OUT
+    methods = [
+        field.learned(policy),
+        field.start_of(policy),
+        *field.hand_coded(),
+        field.upper_bound(),
+    ]
+    records = held_out.compare(methods, tasks, held_out.QUICK if quick else held_out.Budget())
+    if distribution.rank() != 0:
+        return
+    save_artefact(
+        policy,
+        options.out / "schedule.safetensors",
+        {**card, "held_out": held_out.summary(records)},
+    )
+    write_text(options.out / "held_out.json", json.dumps(records, indent=1) + "\n")
+    write_text(options.out / "held_out.md", held_out.table(records) + "\n")
+    plot_comparison(held_out.by_task(records), options.out / "held_out.png")
+    print(held_out.table(records))
+    print(f"\nartefact, card, table and plots: {options.out}")
+
+
+def example_run() -> RunInfo:
+    """A run to draw a schedule for: a small convolutional network."""
+    layers = [LayerInfo(f"layer {i + 1}", fan_in, 3, 4) for i, fan_in in enumerate((5, 24, 24, 40))]
+    return RunInfo(tuple(layers), horizon=12, steps_per_epoch=20)
+
+
+class _Progress:
+    """A bar with outer loss, rate and time left; TensorBoard too, if it is installed."""
+
+    def __init__(self, folder: Path, done: int, steps: int) -> None:
+        from tqdm import tqdm
+
+        first = distribution.rank() == 0
+        self._bar = tqdm(total=steps, initial=done, unit="step", disable=None if first else True)
+        self._writer = _tensorboard(folder) if first else None
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        return self._show
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _show(self, entry: dict[str, Any]) -> None:
+        self._bar.update()
+        self._bar.set_postfix(outer_loss=f"{entry['outer_loss']:.3f}", dropped=entry["dropped"])
+        if self._writer is not None:
+            for name in ("outer_loss", "validation_loss", "norm_median", "norm_largest"):
+                if name in entry:
+                    self._writer.add_scalar(f"meta/{name}", entry[name], entry["step"])
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+if __name__ == "__main__":
+    main()
