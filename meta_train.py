@@ -33,6 +33,7 @@ from learnsched.schedule import LayerInfo, RunInfo, plan
 
 
 def main() -> None:
+    """Train, save, compare, plot."""
     options = _options()
     torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
     distribution.start()

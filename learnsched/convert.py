@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from learnsched.levels import LevelSet
 from learnsched.modules import (
     QUANTIZED_TYPES,
     ActivationQuantizer,
+    PReLUQuantizer,
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedLayer,
@@ -29,8 +32,15 @@ _CLIPPING = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 _SMOOTH = (nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish)
 _ACTIVATIONS = _CLIPPING + _SMOOTH
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_KNOWN = (*QUANTIZED_TYPES, *_ACTIVATIONS)
+
+# Level set and scale rule of each module to quantize, by name.
+Chosen = dict[str, tuple[LevelSet, ScaleRule | None]]
 
 QUANTIZED_LAYERS = (QuantizedLinear, QuantizedConv1d, QuantizedConv2d)
+
+# A search of a tenth of a second, the same for all activations of a level set.
+_initial_scale = functools.cache(unit_normal_scale)
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,8 @@ def quantize_(
         activation_scale: scale rule that calibration uses; by default least squares.
         skip: ``"first"``, ``"last"`` or both: weight layers to keep real, by order of execution.
         overrides: from a pattern of module names (as in :mod:`fnmatch`) to the configuration of the
-            weight layers that match, or to None to keep them real. The first match decides.
+            weight layers that match, and of the activations after them, or to None to keep those
+            weights real. The first match decides. Activations can be matched by their own names.
         example_input: one input, or a tuple of inputs, to find the order of execution with; without
             it the order of registration is taken.
 
@@ -113,9 +124,10 @@ def quantize_(
         ``model`` itself.
 
     Raises:
-        TypeError: a level set is not a :class:`LevelSet`.
-        ValueError: nothing is asked for, a pattern matches nothing, nothing can be quantized, or the
-            model is quantized already.
+        TypeError: a level set is not a :class:`LevelSet`, or a scale rule not a scale rule.
+        ValueError: nothing is asked for, a pattern matches nothing, no weight or no activation can
+            be quantized though asked for, a weight is shared or computed, or the model is quantized
+            already. The model is as it was.
 
     Example:
         >>> from learnsched import ternary, unsigned
@@ -127,16 +139,10 @@ def quantize_(
     base = LayerConfig(weight, activation, weight_scale, activation_scale)
     overrides = dict(overrides or {})
     _check_request(model, base, skip, overrides)
-    order = _execution_order(model, example_input)
-    configs = _configure(order, base, skip, overrides)
-    groups = _group(order, configs)
-    if not groups:
-        raise ValueError(
-            "the model has nothing to quantize: no Linear, Conv1d or Conv2d and no ReLU-like module "
-            "remains after skip and overrides. Activations called as functions (F.relu) are not "
-            "modules: use nn.ReLU instead"
-        )
-    _convert(model, order, groups, configs)
+    order, executed = _execution_order(model, example_input)
+    configs = _configure(order, executed, base, skip, overrides)
+    _check_found(order, configs, base, overrides)
+    _convert(model, order, configs)
     return model
 
 
@@ -151,7 +157,12 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
     names: dict[int, str] = {}
     for module in model.modules():
         if isinstance(module, QUANTIZED_LAYERS):
-            weights[module.weight_quantizer.layer_index] = module
+            twin = weights.setdefault(module.weight_quantizer.layer_index, module)
+            if twin is not module:
+                raise ValueError(
+                    f"{twin.weight_quantizer.layer_name} and {module.weight_quantizer.layer_name} "
+                    "were quantized in different calls; call quantize_ once, on the whole model"
+                )
         if isinstance(module, WeightQuantizer | ActivationQuantizer):
             names[module.layer_index] = module.layer_name
         if isinstance(module, ActivationQuantizer):
@@ -194,7 +205,7 @@ def report(model: nn.Module) -> Report:
         elif isinstance(module, ActivationQuantizer):
             inside.update(module.modules())
             rows.append((name, "activation", module.levels.name, f"{module.scale.item():.4g}"))
-        elif type(module) in QUANTIZED_TYPES or isinstance(module, _ACTIVATIONS):
+        elif isinstance(module, _KNOWN):
             rows.append((name, type(module).__name__, "real", ""))
     return Report(tuple(rows))
 
@@ -217,25 +228,35 @@ def _check_request(
                     "level sets are made by ternary(), unsigned(2) and the like, "
                     f"got {type(levels).__name__}"
                 )
+        for rule in (config.weight_scale, config.activation_scale):
+            if rule is not None and (isinstance(rule, type) or not isinstance(rule, ScaleRule)):
+                raise TypeError(
+                    f"scale rules are made by AbsoluteMean(), LeastSquares() and the like, got {rule!r}"
+                )
     if all(c.weight is None and c.activation is None for c in configs):
         raise ValueError("nothing to do: give weight=, activation= or overrides= a level set")
     if isinstance(skip, str) or any(s not in ("first", "last") for s in skip):
         raise ValueError(f"skip takes a sequence of 'first' and 'last', got {skip!r}")
     if any(isinstance(m, WeightQuantizer | ActivationQuantizer) for m in model.modules()):
         raise ValueError("the model is quantized already; start again from the float model")
+    if any(map(is_lazy, model.parameters())):
+        raise ValueError("the model has lazy modules; run a batch through it first")
 
 
 def _execution_order(
     model: nn.Module, example_input: Tensor | tuple[Any, ...] | None
-) -> list[tuple[str, nn.Module]]:
-    """Named leaf modules of interest, by first execution; those never executed come last."""
+) -> tuple[list[tuple[str, nn.Module]], int]:
+    """Named leaf modules of interest, by first execution, and how many of them were executed."""
     wanted = {
         module: name
         for name, module in model.named_modules()
-        if type(module) in QUANTIZED_TYPES or isinstance(module, _ACTIVATIONS + _BATCH_NORMS)
+        # Only a parent can put something in the place of an activation.
+        if type(module) in QUANTIZED_TYPES
+        or (name and type(module) in _ACTIVATIONS)
+        or isinstance(module, _BATCH_NORMS)
     }
     if example_input is None:
-        return [(name, module) for module, name in wanted.items()]
+        return [(name, module) for module, name in wanted.items()], len(wanted)
     executed: dict[nn.Module, str] = {}
 
     def record(module: nn.Module, _: Any) -> None:
@@ -253,30 +274,44 @@ def _execution_order(
             module.training = True
         for handle in handles:
             handle.remove()
-    executed.update({m: name for m, name in wanted.items() if m not in executed})
-    return [(name, module) for module, name in executed.items()]
+    every = {**executed, **wanted}
+    return [(name, module) for module, name in every.items()], len(executed)
 
 
 def _configure(
     order: list[tuple[str, nn.Module]],
+    executed: int,
     base: LayerConfig,
     skip: Sequence[str],
     overrides: Mapping[str, LayerConfig | None],
-) -> dict[str, LayerConfig]:
-    """The configuration of every module that gets quantized, by name."""
-    weights = [name for name, module in order if type(module) in QUANTIZED_TYPES]
+) -> Chosen:
+    """Level set and scale rule of every module that gets quantized."""
+    weights = [name for name, module in order[:executed] if type(module) in QUANTIZED_TYPES]
     real = {weights[0 if end == "first" else -1] for end in skip if weights}
     unmatched = set(overrides)
-    configs = {}
+    configs: Chosen = {}
+    following = base
     for name, module in order:
+        if isinstance(module, _BATCH_NORMS):
+            continue
+        is_weight = type(module) in QUANTIZED_TYPES
         matches = [pattern for pattern in overrides if fnmatch.fnmatchcase(name, pattern)]
         unmatched.difference_update(matches)
-        config = overrides[matches[0]] if matches else base
-        if config is None or (not matches and name in real):
+        config: LayerConfig | None
+        if matches:
+            config = overrides[matches[0]]
+        elif is_weight:
+            config = None if name in real else base
+        else:
+            config = following
+        if is_weight:
+            following = config or base
+        if config is None:
             continue
-        levels = config.weight if type(module) in QUANTIZED_TYPES else config.activation
-        if levels is not None and not isinstance(module, _BATCH_NORMS):
-            configs[name] = config
+        levels = config.weight if is_weight else config.activation
+        if levels is not None:
+            rule = config.weight_scale if is_weight else config.activation_scale
+            configs[name] = levels, rule
     if unmatched:
         raise ValueError(
             f"no module matches {sorted(unmatched)}; the modules that can be quantized are "
@@ -285,91 +320,138 @@ def _configure(
     return configs
 
 
+def _check_found(
+    order: list[tuple[str, nn.Module]],
+    configs: Chosen,
+    base: LayerConfig,
+    overrides: Mapping[str, LayerConfig | None],
+) -> None:
+    """Refuse what was asked for and would change nothing."""
+    quantized = [type(module) in QUANTIZED_TYPES for name, module in order if name in configs]
+    asked = [base, *(c for c in overrides.values() if c is not None)]
+    if any(c.weight is not None for c in asked) and True not in quantized:
+        raise ValueError(
+            "no weight is left to quantize: no Linear, Conv1d or Conv2d remains after skip and "
+            "overrides"
+        )
+    if any(c.activation is not None for c in asked) and False not in quantized:
+        raise ValueError(
+            "no activation is left to quantize: the model holds no ReLU-like module, or none remains "
+            "after overrides. Activations called as functions (F.relu) are not modules: use nn.ReLU "
+            "instead, or leave activation= out"
+        )
+
+
 @dataclass
 class _Group:
     name: str
-    weight: str | None
-    activations: list[str]
+    members: list[str]
 
 
-def _group(order: list[tuple[str, nn.Module]], configs: Mapping[str, LayerConfig]) -> list[_Group]:
+def _group(order: list[tuple[str, nn.Module]], configs: Chosen) -> list[_Group]:
     """Each weight with the activations that follow it; real weights may lead a layer too."""
     groups: list[_Group] = []
     for name, module in order:
-        if type(module) in QUANTIZED_TYPES:
-            groups.append(_Group(name, name if name in configs else None, []))
-        elif name in configs:
-            if not groups:
-                groups.append(_Group(name, None, []))
-            groups[-1].activations.append(name)
-    return [group for group in groups if group.weight or group.activations]
+        if type(module) in QUANTIZED_TYPES or (name in configs and not groups):
+            groups.append(_Group(name, []))
+        if name in configs:
+            groups[-1].members.append(name)
+    return [group for group in groups if group.members]
 
 
-def _convert(
-    model: nn.Module,
-    order: list[tuple[str, nn.Module]],
-    groups: list[_Group],
-    configs: Mapping[str, LayerConfig],
-) -> None:
+def _convert(model: nn.Module, order: list[tuple[str, nn.Module]], configs: Chosen) -> None:
     modules = dict(order)
+    quantizers = {
+        name: _weight_quantizer(model, name, modules[name], *config)
+        if type(modules[name]) in QUANTIZED_TYPES
+        else _activation_quantizer(model, modules[name], *config)
+        for name, config in configs.items()
+    }
+    _warn(model, order, configs)
+    # All that can fail comes before this line: from here on the model changes.
+    for index, group in enumerate(_group(order, configs)):
+        for name in group.members:
+            module, quantizer = modules[name], quantizers[name]
+            quantizer.layer_name, quantizer.layer_index = group.name, index
+            quantizer.train(module.training)
+            if isinstance(quantizer, ActivationQuantizer):
+                _replace(model, module, quantizer)
+            else:
+                # The class changes, not the object: hooks, parameters, references stay valid.
+                module.__class__ = QUANTIZED_TYPES[type(module)]
+                module.add_module("weight_quantizer", quantizer)
+    for module in model.modules():
+        # In evaluation these would hand the real weights to one fused operation.
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
+def _warn(model: nn.Module, order: list[tuple[str, nn.Module]], configs: Chosen) -> None:
     normalized = {
         name
         for (_, before), (name, _) in zip(order, order[1:], strict=False)
         if isinstance(before, _BATCH_NORMS)
     }
-    uncalibrated = []
-    for index, group in enumerate(groups):
-        if group.weight is not None:
-            module, config = modules[group.weight], configs[group.weight]
-            _quantize_weight(module, config, group.name, index)
-        for name in group.activations:
-            quantizer = _activation_quantizer(model, modules[name], configs[name])
-            quantizer.layer_name, quantizer.layer_index = group.name, index
-            _replace(model, modules[name], quantizer)
-            if name not in normalized:
-                uncalibrated.append(name)
+    uncalibrated = [
+        name
+        for name, module in order
+        if name in configs and type(module) in _ACTIVATIONS and name not in normalized
+    ]
     if uncalibrated:
         warnings.warn(
             f"no batch norm precedes {uncalibrated}: their scale is a guess until "
             "learnsched.calibrate_(model, batches) has seen data",
-            stacklevel=3,
+            stacklevel=4,
+        )
+    foreign = [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, _KNOWN) and type(module) not in _KNOWN
+    ]
+    if foreign:
+        warnings.warn(
+            f"{foreign} stay real: what a subclass computes with its weight is not known",
+            stacklevel=4,
         )
 
 
-def _quantize_weight(module: nn.Module, config: LayerConfig, name: str, index: int) -> None:
-    levels = config.weight
-    weight = module.weight
-    if levels is None or not isinstance(weight, Tensor):
-        raise TypeError(f"{name} has no weight to quantize")
-    rule = config.weight_scale or default_weight_rule(levels)
-    quantizer = WeightQuantizer(levels, rule, weight)
-    quantizer.layer_name, quantizer.layer_index = name, index
-    # The class changes rather than the object: hooks, parameters and references to it stay valid.
-    module.__class__ = QUANTIZED_TYPES[type(module)]
-    module.add_module("weight_quantizer", quantizer)
+def _weight_quantizer(
+    model: nn.Module, name: str, module: nn.Module, levels: LevelSet, rule: ScaleRule | None
+) -> WeightQuantizer:
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    keep = f"or keep it real with overrides={{{name!r}: None}}"
+    if weight is None:
+        raise ValueError(
+            f"the weight of {name} is computed from others, as by weight_norm or pruning; remove "
+            f"that, {keep}"
+        )
+    users = [
+        other
+        for other, user in model.named_modules()
+        if user is not module and any(p is weight for p in user.parameters(recurse=False))
+    ]
+    if users:
+        raise ValueError(f"{name} shares its weight with {users}; give it its own, {keep}")
+    return WeightQuantizer(levels, rule or default_weight_rule(levels), weight)
 
 
 def _activation_quantizer(
-    model: nn.Module, module: nn.Module, config: LayerConfig
+    model: nn.Module, module: nn.Module, levels: LevelSet, rule: ScaleRule | None
 ) -> ActivationQuantizer:
-    levels = config.activation
-    if levels is None:
-        raise TypeError("no level set for the activation")
+    scale, rule = _initial_scale(levels), rule or LeastSquares("tensor")
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    return ActivationQuantizer(
-        levels,
-        unit_normal_scale(levels),
-        config.activation_scale or LeastSquares("tensor"),
-        None if isinstance(module, _CLIPPING) else module,
-        like,
-    )
+    if isinstance(module, nn.PReLU):
+        return PReLUQuantizer(levels, scale, rule, module, like)
+    before = None if isinstance(module, _CLIPPING) else module
+    return ActivationQuantizer(levels, scale, rule, before, like)
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever ``old`` is registered, so that a shared module stays shared."""
     for parent in list(model.modules()):
-        if parent is new:
-            continue
-        for name, child in list(parent.named_children()):
+        # named_children() would leave out the second name of the same module.
+        for name, child in list(parent._modules.items()):
             if child is old:
                 setattr(parent, name, new)

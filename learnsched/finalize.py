@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -57,7 +58,9 @@ def calibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         ``model`` itself.
 
     Raises:
-        ValueError: there are no batches, or the model has no quantized layers.
+        TypeError: a batch is neither a tensor nor a tuple that starts with one.
+        ValueError: there are no batches, an activation is not finite, or the model has no quantized
+            layers. The scales are as they were.
 
     Example:
         >>> from learnsched import quantize_, ternary, unsigned
@@ -66,23 +69,21 @@ def calibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         >>> net = calibrate_(net, [torch.randn(64, 8)])
     """
     activations = [a for layer in quantized_layers(model) for a in layer.activations]
-    count = 0
-    fits: list[list[Tensor]] = [[] for _ in activations]
-    handles = [a.register_forward_pre_hook(_fit(f)) for a, f in zip(activations, fits, strict=True)]
-    kept = {m: {n: b.clone() for n, b in m.named_buffers()} for m in _batch_norms(model)}
+    inputs = _inputs(batches, model)
+    scales = [(a.scale, a.scale.clone()) for a in activations]
+    statistics = [(b, b.clone()) for module in _batch_norms(model) for b in module.buffers()]
+    handles = [a.register_forward_pre_hook(_fit()) for a in activations]
     try:
-        with _training(model):
-            for batch in batches:
-                model(_input(batch, model))
-                count += 1
+        with _batch_statistics(model):
+            for x in inputs:
+                model(x)
+    except BaseException:
+        _put_back(scales)
+        raise
     finally:
         for handle in handles:
             handle.remove()
-        for module, buffers in kept.items():
-            for name, value in buffers.items():
-                getattr(module, name).copy_(value)
-    if count == 0:
-        raise ValueError("calibrate_ got no batches; pass a data loader or a list of inputs")
+        _put_back(statistics)
     return model
 
 
@@ -98,28 +99,29 @@ def reestimate_batch_norm_(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
         ``model`` itself.
 
     Raises:
-        ValueError: there are no batches.
+        TypeError: a batch is neither a tensor nor a tuple that starts with one.
+        ValueError: there are no batches. The statistics are as they were.
     """
+    return _reestimate(model, _inputs(batches, model))
+
+
+def _reestimate(model: nn.Module, inputs: Iterator[Tensor]) -> nn.Module:
     norms = _batch_norms(model)
-    momenta = {module: module.momentum for module in norms}
-    kept = {m: {n: b.clone() for n, b in m.named_buffers()} for m in norms}
-    count = 0
+    momenta = [module.momentum for module in norms]
+    statistics = [(b, b.clone()) for module in norms for b in module.buffers()]
     try:
         for module in norms:
             module.reset_running_stats()
             module.momentum = None  # a cumulative mean
-        with _training(model):
-            for batch in batches:
-                model(_input(batch, model))
-                count += 1
+        with _batch_statistics(model):
+            for x in inputs:
+                model(x)
+    except BaseException:
+        _put_back(statistics)
+        raise
     finally:
-        for module, momentum in momenta.items():
+        for module, momentum in zip(norms, momenta, strict=True):
             module.momentum = momentum
-            if count == 0:
-                for name, value in kept[module].items():
-                    getattr(module, name).copy_(value)
-    if count == 0:
-        raise ValueError("no batches to estimate batch norm statistics from; is the loader empty?")
     return model
 
 
@@ -136,9 +138,11 @@ def finalize_(model: nn.Module, loader: Iterable[Any] | None = None) -> nn.Modul
 
     Raises:
         RuntimeError: a weight is not on its level set, to the bit (it is not finite, for one).
+        TypeError: a batch is neither a tensor nor a tuple that starts with one.
         ValueError: the model has no quantized layers, or the loader is empty.
     """
     layers = quantized_layers(model)
+    inputs = None if loader is None else _inputs(loader, model)
     for layer in layers:
         if layer.weight is not None and not bool(layer.weight.weight.isfinite().all()):
             raise RuntimeError(
@@ -156,9 +160,7 @@ def finalize_(model: nn.Module, loader: Iterable[Any] | None = None) -> nn.Modul
     for layer in layers:
         if layer.weight is not None:
             _check_on_levels(layer.info.name, layer.weight)
-    if loader is not None:
-        reestimate_batch_norm_(model, loader)
-    return model
+    return model if inputs is None else _reestimate(model, inputs)
 
 
 @torch.no_grad()
@@ -197,11 +199,17 @@ def _check_on_levels(name: str, module: QuantizedLayer) -> IntegerWeights:
     return IntegerWeights(codes, quantizer.levels.values, scale)
 
 
-def _fit(fitted: list[Tensor]) -> Callable[[ActivationQuantizer, tuple[Tensor, ...]], None]:
+def _fit() -> Callable[[ActivationQuantizer, tuple[Tensor, ...]], None]:
     """A hook that fits an activation's scale to its input, and keeps the mean over batches."""
+    fitted: list[Tensor] = []
 
     def hook(module: ActivationQuantizer, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0] if module.before is None else module.before(inputs[0])
+        x = module.ahead(inputs[0])
+        if not bool(x.isfinite().all()):
+            raise ValueError(
+                f"an activation after {module.layer_name} is not finite, so no scale fits it; look "
+                "for NaN in the data and the weights"
+            )
         if module.levels.values[0] >= 0:
             x = x.clamp(min=0)  # what is clipped away does not count as quantization error
         fitted.append(module.rule(x, module.levels).mean())
@@ -215,8 +223,13 @@ def _batch_norms(model: nn.Module) -> list[Any]:
     return [m for m in norms if m.track_running_stats]
 
 
+def _put_back(kept: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, value in kept:
+        tensor.copy_(value)
+
+
 @contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
+def _batch_statistics(model: nn.Module) -> Iterator[None]:
     """Batch norms use batch statistics; everything else, dropout too, stays as in evaluation."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
@@ -230,8 +243,23 @@ def _training(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+def _inputs(batches: Iterable[Any], model: nn.Module) -> Iterator[Tensor]:
+    """The inputs of the batches; that there is a first one is checked at once."""
+    if isinstance(batches, Tensor):
+        raise TypeError("pass a list of batches, [x], or a data loader; got one tensor")
+    iterator = iter(batches)
+    try:
+        first = _input(next(iterator), model)
+    except StopIteration:
+        raise ValueError(
+            "there are no batches; pass a data loader or a list of inputs that is not empty, nor an "
+            "iterator that was used up before"
+        ) from None
+    return chain([first], (_input(batch, model) for batch in iterator))
+
+
 def _input(batch: Any, model: nn.Module) -> Tensor:
-    x = batch[0] if isinstance(batch, tuple | list) else batch
+    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(x, Tensor):
         raise TypeError(
             f"a batch must be a tensor, or a tuple that starts with one, got {type(x).__name__}"

@@ -73,8 +73,9 @@ class _Quantizer(nn.Module):
         error_msgs: list[str],
     ) -> None:
         # A float checkpoint knows nothing of quantizers: they keep what they have.
-        if not any(key.startswith(prefix) for key in state_dict):
-            return
+        own = {prefix + name: buffer for name, buffer in self.named_buffers(recurse=False)}
+        if own.keys().isdisjoint(state_dict):
+            state_dict = {**state_dict, **own}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -121,9 +122,12 @@ class WeightQuantizer(_Quantizer):
 
     def project(self, weight: Tensor) -> Tensor:
         """The weight on its level set: hard where free, as held where frozen."""
-        scale = self.scale(weight)
-        hard = self.levels.quantize(weight / scale) * scale
+        hard = self._hard(weight, self.scale(weight))
         return torch.where(self.membership > 0, self.held, hard)
+
+    def _hard(self, weight: Tensor, scale: Tensor) -> Tensor:
+        # A staircase would give NaN a level, and hide that training has diverged.
+        return torch.where(weight.isfinite(), self.levels.quantize(weight / scale) * scale, weight)
 
     @torch.no_grad()
     def freeze_(
@@ -148,7 +152,7 @@ class WeightQuantizer(_Quantizer):
         scale = self.scale(weight)
         order = priority(weight / scale, self.levels, partition, generator)
         membership = hard_membership(order, self.membership, fraction, redraw=redraw)
-        projected = self.levels.quantize(weight / scale) * scale
+        projected = self._hard(weight, scale)
         released = torch.zeros_like(self.membership) if redraw else self.membership
         self.held.copy_(hold(self.held, released, projected, membership))
         self.membership.copy_(membership)
@@ -156,6 +160,9 @@ class WeightQuantizer(_Quantizer):
             started = _any_per_channel(membership, self.scale_held) > self.scale_held
             self.held_scale.copy_(torch.where(started, scale, self.held_scale))
             self.scale_held.copy_(torch.maximum(self.scale_held, started.to(self.scale_held)))
+        if fraction == 1:
+            # A change of dtype since has rounded held weights and held scale apart.
+            self.held.copy_(self._hard(self.held, self.held_scale))
         self.restore_(weight)
 
     @torch.no_grad()
@@ -165,8 +172,12 @@ class WeightQuantizer(_Quantizer):
 
     @torch.no_grad()
     def error(self, weight: Tensor) -> Tensor:
-        """Relative quantization error ``|w - project(w)| / |w|``, a scalar at least 0."""
-        return (weight - self.project(weight)).norm() / weight.norm().clamp(min=1e-12)
+        """Relative quantization error ``|w - project(w)| / |w|``, a scalar at least 0.
+
+        Frozen weights have none, wherever an optimizer has moved their parameter.
+        """
+        kept = torch.where(self.membership > 0, self.held, weight)
+        return (kept - self.project(weight)).norm() / kept.norm().clamp(min=1e-12)
 
 
 class ActivationQuantizer(_Quantizer):
@@ -199,10 +210,26 @@ class ActivationQuantizer(_Quantizer):
         self.before = before
         self.register_buffer("scale", torch.full((), scale, dtype=like.dtype, device=like.device))
 
+    def ahead(self, x: Tensor) -> Tensor:
+        """What the staircase is applied to."""
+        result: Tensor = x if self.before is None else self.before(x)
+        return result
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.before is not None:
-            x = self.before(x)
-        return self._annealed(x / self.scale) * self.scale
+        return self._annealed(self.ahead(x) / self.scale) * self.scale
+
+
+class PReLUQuantizer(ActivationQuantizer):
+    """Quantizes the output of a PReLU, whose learned slope keeps its name in checkpoints."""
+
+    def __init__(
+        self, levels: LevelSet, scale: float, rule: ScaleRule, before: nn.PReLU, like: Tensor
+    ) -> None:
+        super().__init__(levels, scale, rule, None, like)
+        self.weight = before.weight
+
+    def ahead(self, x: Tensor) -> Tensor:
+        return F.prelu(x, self.weight)
 
 
 class QuantizedLinear(nn.Linear):

@@ -101,7 +101,13 @@ class Schedule:
         return len(self.table)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The values of one field, shape ``(horizon, layers)``."""
+        """The values of one field, shape ``(horizon, layers)``.
+
+        Raises:
+            KeyError: there is no such field.
+        """
+        if name not in FIELDS:
+            raise KeyError(f"a setting has no field {name!r}; it has {', '.join(FIELDS)}")
         return self.table[..., FIELDS.index(name)]
 
     def settings(self, epoch: int) -> tuple[Setting, ...]:
@@ -150,6 +156,8 @@ class RunInfo:
             raise ValueError(f"the horizon must be at least one epoch, got {self.horizon}")
         if not self.layers:
             raise ValueError("a run needs at least one quantized layer")
+        if self.steps_per_epoch is not None and self.steps_per_epoch < 1:
+            raise ValueError(f"an epoch has at least one step, got {self.steps_per_epoch}")
 
     def progress(self, epoch: int) -> float:
         """``epoch / (horizon - 1)`` in [0, 1]; 1 for a horizon of one epoch."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from learnsched.convert import quantized_layers
-from learnsched.incremental import check_fraction
+from learnsched.incremental import PARTITIONS
 from learnsched.noise import noise_shape
 from learnsched.schedule import FIELDS, Policy, RunInfo, Schedule, Setting, Telemetry, terminal
 
@@ -53,15 +56,18 @@ class QuantizationScheduler:
         policy: what makes the settings, from :mod:`learnsched.policies` or ``load_pretrained``.
         epochs: the horizon, at least 1.
         steps_per_epoch: optimizer steps in an epoch, ``len(loader)``. A learned policy reads it; if
-            None, it is counted from the first epoch on.
+            None, it is counted in the first epoch: steps of ``optimizer`` if given, otherwise forward
+            passes in training mode.
         fine_tuning: whether training starts from a trained float network.
         optimizer: if given, frozen weights are put back after each of its steps; otherwise the
             forward pass uses their frozen values, and the parameter follows at :meth:`step`.
         seed: of random INQ partitions.
 
     Raises:
-        ValueError: the model has no quantized layers, ``epochs`` is less than 1, or the policy asks
-            for a fraction that decreases.
+        TypeError: ``policy`` is no policy or ``optimizer`` no optimizer.
+        ValueError: the model has no quantized layers or more frozen weights than the policy starts
+            with, ``epochs`` is less than 1, or the policy's settings do not fit. The model is as it
+            was.
 
     Example:
         >>> import learnsched as ls
@@ -86,33 +92,41 @@ class QuantizationScheduler:
         optimizer: torch.optim.Optimizer | None = None,
         seed: int = 0,
     ) -> None:
-        if not isinstance(policy, Policy):
+        if isinstance(policy, type) or not isinstance(policy, Policy):
             raise TypeError(
-                f"policy must have begin() and settings(), got {type(policy).__name__}; see "
+                f"policy must have begin() and settings(), got {policy!r}; see "
                 "learnsched.policies and learnsched.load_pretrained"
             )
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
             raise ValueError(f"epochs must be a whole number of at least 1, got {epochs!r}")
         noise = noise_shape(policy.noise)
+        if policy.partition not in PARTITIONS:
+            raise ValueError(
+                f"the policy's partition is {policy.partition!r}; it must be one of "
+                f"{', '.join(PARTITIONS)}"
+            )
         self._layers = quantized_layers(model)
         self.policy = policy
         infos = tuple(layer.info for layer in self._layers)
         self._run = RunInfo(infos, epochs, steps_per_epoch, fine_tuning)
         self.epoch = 0
         self.history = History([info.name for info in infos])
-        self._seed = seed
-        self._passes = 0
+        self._seed = operator.index(seed)
+        self._counted = 0
         self._state = policy.begin(self._run)
-        # All checks that can fail come before this line: from here on the model changes.
+        settings, state = self._ask(self._run, 0, [])
+        # All that can fail comes before this line: from here on the model changes.
         for layer in self._layers:
             for quantizer in layer.quantizers:
                 quantizer.noise = noise
-        self._handles: list[Any] = []
-        if steps_per_epoch is None:
-            self._handles.append(model.register_forward_pre_hook(self._count))
+        self._counter = None
         if optimizer is not None:
-            self._handles.append(optimizer.register_step_post_hook(self._after_optimizer))
-        self._apply(self._telemetry())
+            optimizer.register_step_post_hook(self._after_optimizer)
+        elif steps_per_epoch is None:
+            self._counter = model.register_forward_pre_hook(self._count)
+        self._apply(settings, state)
 
     @property
     def epochs(self) -> int:
@@ -121,7 +135,8 @@ class QuantizationScheduler:
 
     def get_last_setting(self) -> tuple[Setting, ...]:
         """The settings in force, one a layer, from the input."""
-        return self.history.settings[-1]
+        last = self.history.settings[-1]
+        return last if self.epoch < self.epochs else tuple(replace(s, fraction=1.0) for s in last)
 
     def step(self, metrics: Mapping[str, float | Tensor] | None = None) -> None:
         """End an epoch: take its metrics and apply the settings of the next.
@@ -133,13 +148,14 @@ class QuantizationScheduler:
             RuntimeError: all epochs have been stepped through.
             KeyError: a metric that the policy needs is missing.
             TypeError: a metric is not a number.
+            ValueError: the policy's settings do not fit. Nothing has changed then, nor with the others.
         """
         if self.epoch >= self.epochs:
             raise RuntimeError(
                 f"step() was called {self.epoch + 1} times for a horizon of {self.epochs} epochs; "
                 "make a new scheduler with more epochs"
             )
-        numbers = {name: _number(name, value) for name, value in (metrics or {}).items()}
+        numbers = _numbers(metrics)
         missing = [name for name in self.policy.metrics if name not in numbers]
         if missing:
             raise KeyError(
@@ -148,15 +164,25 @@ class QuantizationScheduler:
             )
         for name in self.policy.metrics:
             if not math.isfinite(numbers[name]):
-                _warn_not_finite(name, numbers[name])
+                warnings.warn(
+                    f"the metric {name!r} is {numbers[name]}: the policy is shown no change instead",
+                    stacklevel=2,
+                )
+        run = self._run
+        if run.steps_per_epoch is None and self._counted:
+            run = replace(run, steps_per_epoch=self._counted)
+        epoch = self.epoch + 1
+        if epoch < self.epochs:
+            settings, state = self._ask(run, epoch, [*self.history.metrics, numbers])
+        # All that can fail comes before this line: from here on the model changes.
         self.history.metrics.append(numbers)
-        self.epoch += 1
-        if self._run.steps_per_epoch is None and self._passes:
-            self._set_steps(self._passes)
-        if self.epoch < self.epochs:
-            self._apply(self._telemetry())
+        self.epoch, self._run = epoch, run
+        if self._counter is not None:
+            self._counter.remove()
+        if epoch < self.epochs:
+            self._apply(settings, state)
         else:
-            self._freeze([Setting(fraction=1.0)] * len(self._layers))
+            self._freeze(self.get_last_setting())
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only; the model's own buffers are in the model's state_dict."""
@@ -168,7 +194,7 @@ class QuantizationScheduler:
             "fine_tuning": self._run.fine_tuning,
             "steps_per_epoch": self._run.steps_per_epoch,
             "seed": self._seed,
-            "policy": type(self.policy).__name__,
+            "policy": _description(self.policy),
             "policy_state": self._state,
             "settings": torch.tensor(
                 [[[getattr(s, f) for f in FIELDS] for s in row] for row in self.history.settings],
@@ -187,7 +213,8 @@ class QuantizationScheduler:
             "version": _STATE_VERSION,
             "epochs": self.epochs,
             "layers": list(self.history.layers),
-            "policy": type(self.policy).__name__,
+            "fine_tuning": self._run.fine_tuning,
+            "policy": _description(self.policy),
         }
         for name, value in expected.items():
             if state_dict.get(name) != value:
@@ -198,35 +225,48 @@ class QuantizationScheduler:
         self.epoch = state_dict["epoch"]
         self._seed = state_dict["seed"]
         if state_dict["steps_per_epoch"] is not None:
-            self._set_steps(state_dict["steps_per_epoch"])
+            self._run = replace(self._run, steps_per_epoch=state_dict["steps_per_epoch"])
         self._state = state_dict["policy_state"]
         rows = state_dict["settings"].tolist()
         self.history.settings = [tuple(Setting(*values) for values in row) for row in rows]
         self.history.metrics = [dict(m) for m in state_dict["metrics"]]
         self._set_noise(self.get_last_setting())
 
-    def _apply(self, telemetry: Telemetry) -> None:
-        raw, state = self.policy.settings(self._run, self.epoch, telemetry, self._state)
-        settings = tuple(terminal(setting, self._run, self.epoch) for setting in raw)
-        self._check(settings)
-        self._state = state
-        self.history.settings.append(settings)
-        self._set_noise(settings)
-        self._freeze(settings)
-
-    def _check(self, settings: Sequence[Setting]) -> None:
+    def _ask(
+        self, run: RunInfo, epoch: int, metrics: Sequence[Mapping[str, float]]
+    ) -> tuple[tuple[Setting, ...], Any]:
+        """The policy's settings of an epoch, checked, and its new state; nothing changes."""
+        raw, state = self.policy.settings(run, epoch, self._telemetry(metrics), self._state)
+        settings = tuple(terminal(setting, run, epoch) for setting in raw)
         if len(settings) != len(self._layers):
             raise ValueError(
                 f"the policy gave {len(settings)} settings for {len(self._layers)} layers"
             )
-        before = self.history.settings[-1] if self.history.settings else None
-        for index, setting in enumerate(settings):
-            check_fraction(setting.fraction)
-            if before is not None and setting.fraction < before[index].fraction:
+        before = self.history.settings[-1] if self.history.settings else settings
+        for layer, old, new in zip(self._layers, before, settings, strict=True):
+            if new.fraction < old.fraction:
                 raise ValueError(
-                    f"the policy lets the INQ fraction of {self.history.layers[index]} decrease "
-                    f"from {before[index].fraction} to {setting.fraction}; fractions are cumulative"
+                    f"the policy lets the INQ fraction of {layer.info.name} decrease from "
+                    f"{old.fraction} to {new.fraction}; fractions are cumulative"
                 )
+            if layer.weight is None:
+                continue
+            membership = layer.weight.weight_quantizer.membership
+            frozen = int(torch.count_nonzero(membership))
+            if frozen > round(new.fraction * membership.numel()):
+                raise ValueError(
+                    f"{frozen} of {membership.numel()} weights of {layer.info.name} are frozen, the "
+                    f"policy asks for the fraction {new.fraction}. To resume, make the scheduler "
+                    "before the model's and its own state are loaded; to train anew, quantize the "
+                    "float model again"
+                )
+        return settings, state
+
+    def _apply(self, settings: tuple[Setting, ...], state: Any) -> None:
+        self._state = state
+        self.history.settings.append(settings)
+        self._set_noise(settings)
+        self._freeze(settings)
 
     @torch.no_grad()
     def _set_noise(self, settings: Sequence[Setting]) -> None:
@@ -252,47 +292,52 @@ class QuantizationScheduler:
                 weight, setting.fraction, self.policy.partition, generator
             )
 
-    def _telemetry(self) -> Telemetry:
+    def _telemetry(self, metrics: Sequence[Mapping[str, float]]) -> Telemetry:
         errors = [
             0.0
             if layer.weight is None
             else float(layer.weight.weight_quantizer.error(layer.weight.weight))
             for layer in self._layers
         ]
-        losses = [m["train_loss"] for m in self.history.metrics if "train_loss" in m]
-        first = losses[0] if losses else 1.0
-        last = losses[-1] if losses else 1.0
-        before = losses[-2] if len(losses) > 1 else last
+        losses: list[float] = []
+        for numbers in metrics:
+            loss = numbers.get("train_loss", math.nan)
+            if math.isfinite(loss):
+                losses.append(loss)
+            else:
+                losses += losses[-1:]
+        first, before, last = (losses[0], losses[-2:][0], losses[-1]) if losses else (1.0,) * 3
         return Telemetry(_ratio(last, first), _ratio(last, before), torch.tensor(errors))
 
-    def _set_steps(self, steps: int) -> None:
-        run = self._run
-        self._run = RunInfo(run.layers, run.horizon, steps, run.fine_tuning)
-
     def _count(self, model: nn.Module, inputs: Any) -> None:
-        if model.training and self.epoch == 0:
-            self._passes += 1
+        self._counted += model.training
 
     def _after_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._counted += self.epoch == 0
         for layer in self._layers:
             if layer.weight is not None:
                 layer.weight.weight_quantizer.restore_(layer.weight.weight)
 
 
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"the metric {name!r} must be a number, got {value!r}") from error
+def _numbers(metrics: Mapping[str, float | Tensor] | None) -> dict[str, float]:
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f'metrics are given by name, as {{"train_loss": loss}}, got {metrics!r}')
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            numbers[name] = float(value.detach() if isinstance(value, Tensor) else value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"the metric {name!r} must be a number, got {value!r}") from error
+    return numbers
 
 
 def _ratio(value: float, reference: float) -> Tensor:
     return torch.tensor(value / reference if reference else 1.0)
 
 
-def _warn_not_finite(name: str, value: float) -> None:
-    import warnings
-
-    warnings.warn(
-        f"the metric {name!r} is {value}: the policy is shown no change instead", stacklevel=3
-    )
+def _description(policy: Policy) -> str:
+    """Of a policy and its parameters, if it has a ``repr`` of its own."""
+    described = type(policy).__repr__ is not object.__repr__
+    return repr(policy) if described else type(policy).__name__

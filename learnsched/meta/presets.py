@@ -50,7 +50,7 @@ _QUICK_MIX = Mix(
     total_steps=(60, 120),
     batches=(32,),
     bits=(("ternary/2-bit", 1.0),),
-    learning_rates=(5e-3, 2e-2),
+    learning_rates=(5e-3, 5e-2),
     fine_tuning=0.2,
     members=8,
     tasks=2,
@@ -67,7 +67,7 @@ _STANDARD_MIX = Mix(
     total_steps=(100, 400),
     batches=(32, 64),
     bits=(("ternary/2-bit", 0.7), ("ternary/ternary", 0.15), ("binary/binary", 0.15)),
-    learning_rates=(3e-3, 2e-2),
+    learning_rates=(5e-3, 5e-2),
     fine_tuning=0.25,
     members=6,
     tasks=2,
@@ -88,7 +88,7 @@ def _validation(
             steps=steps,
             batch=64,
             bits="ternary/2-bit",
-            learning_rates=(0.01,) * members,
+            learning_rates=(0.02,) * members,
             fine_tuning=fine_tuning,
             seed=1_000_000 + index,
         )
@@ -123,6 +123,16 @@ PRESETS: dict[str, Preset] = {
         base=_BASE,
     ),
 }
+PRESETS["short"] = replace(
+    PRESETS["standard"],
+    steps=30,
+    trainer=replace(
+        PRESETS["standard"].trainer,
+        mix=replace(_STANDARD_MIX, total_steps=(80, 250), bits=(("ternary/2-bit", 1.0),)),
+        learning_rate=0.01,
+        average=0.85,
+    ),
+)
 PRESETS["long"] = replace(
     PRESETS["standard"],
     steps=1000,

@@ -41,7 +41,8 @@ class TrainerConfig:
         mix: the distribution of tasks.
         validation: tasks that select the policy; never trained on.
         seed: of tasks and of the meta-network.
-        learning_rate: of the outer optimizer, Adam.
+        learning_rate: of the outer optimizer, Adam, at the start.
+        decay: outer steps after which the learning rate is half of it; ``1 / (1 + step / decay)``.
         betas: its coefficients.
         average: decay of the exponential average of the meta-parameters.
         clip: largest norm of one member's gradient, in running medians of such norms.
@@ -52,6 +53,7 @@ class TrainerConfig:
     validation: tuple[Task, ...]
     seed: int = 0
     learning_rate: float = 0.01
+    decay: float = 30.0
     betas: tuple[float, float] = (0.9, 0.99)
     average: float = 0.95
     clip: float = 1.0
@@ -194,6 +196,8 @@ class MetaTrainer:
         sizes = [p.numel() for p in self._parameters.values()]
         for parameter, part in zip(self._parameters.values(), gradient.split(sizes), strict=True):
             parameter.grad = part.view_as(parameter).to(parameter.device, copy=True)
+        rate = self.config.learning_rate / (1 + self.step / self.config.decay)
+        self._optimizer.param_groups[0]["lr"] = rate
         self._optimizer.step()
         keep = min(self.config.average, self.step / (self.step + 5))
         for name, parameter in self._parameters.items():

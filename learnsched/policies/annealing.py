@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -67,10 +68,9 @@ class AdditiveNoiseAnnealing:
             )
         if not 0 < self.end <= 1:
             raise ValueError(f"end is a share of the run in (0, 1], got {self.end}")
-        if self.std < 0 or self.power <= 0:
-            raise ValueError(
-                f"std must be at least 0 and power positive, got {self.std} and {self.power}"
-            )
+        if not 0 < self.power < math.inf:
+            raise ValueError(f"power must be positive and finite, got {self.power}")
+        self._setting(0.0, 0, 1)  # checks the levels of noise
 
     def begin(self, run: RunInfo) -> None:
         """No state."""

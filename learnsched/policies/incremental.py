@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from learnsched.incremental import PARTITIONS, check_fraction
+from learnsched.noise import noise_shape
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
 # Cumulative fractions of Zhou et al. 2017, section 3.3 (5 bits) and table 4 (4, 3 and 2 bits).
@@ -67,6 +68,7 @@ class IncrementalQuantization:
                 f"the paper has fractions for 2, 3, 4 and 5 bits, not {self.fractions}; "
                 "give a tuple of your own"
             )
+        noise_shape(self.noise)
         if not 0 <= self.start < 1:
             raise ValueError(f"start is a share of the run in [0, 1), got {self.start}")
         values = self.cumulative
@@ -76,6 +78,7 @@ class IncrementalQuantization:
             raise ValueError(f"fractions are cumulative and may not decrease, got {values}")
         if not values or values[-1] != 1:
             raise ValueError(f"the last fraction must be 1, got {values}")
+        self._setting(0.0)  # checks the levels of noise
 
     @property
     def cumulative(self) -> tuple[float, ...]:
@@ -91,14 +94,16 @@ class IncrementalQuantization:
         self, run: RunInfo, epoch: int, telemetry: Telemetry, state: None
     ) -> tuple[Sequence[Setting], None]:
         """The fraction of the phase that the epoch belongs to, the same for all layers."""
-        setting = Setting(
+        return [self._setting(epoch / run.horizon)] * len(run.layers), None
+
+    def _setting(self, elapsed: float) -> Setting:
+        return Setting(
             weight_forward_std=IDENTITY_STD,
             weight_backward_std=IDENTITY_STD,
             activation_forward_std=self.activation_forward_std,
             activation_backward_std=self.activation_backward_std,
-            fraction=self._fraction(epoch / run.horizon),
+            fraction=self._fraction(elapsed),
         )
-        return [setting] * len(run.layers), None
 
     def _fraction(self, elapsed: float) -> float:
         if elapsed < self.start:

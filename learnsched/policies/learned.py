@@ -27,11 +27,14 @@ class BaseCurve:
     """The hand-coded schedule that the meta-network's outputs are offsets from.
 
     Attributes:
-        forward_std: initial std of the forward noise, in level steps.
+        forward_std: initial std of the forward noise, in level steps, in [0, 1].
         hard_from: progress from which the base is hard, in (0, 1].
-        weight_backward_std: constant std of the weights' backward noise, in level steps.
-        activation_backward_std: constant std of the activations' backward noise, in level steps.
+        weight_backward_std: constant std of the weights' backward noise, in level steps, positive.
+        activation_backward_std: the same for activations.
         freeze_from: progress from which the fraction rises linearly to 1, in [0, 1).
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     forward_std: float = 0.3
@@ -39,6 +42,16 @@ class BaseCurve:
     weight_backward_std: float = 0.7
     activation_backward_std: float = 0.8
     freeze_from: float = 0.5
+
+    def __post_init__(self) -> None:
+        backward = (self.weight_backward_std, self.activation_backward_std)
+        if not (
+            0 <= self.forward_std <= 1
+            and 0 < self.hard_from <= 1
+            and 0 <= self.freeze_from < 1
+            and all(0 < std < math.inf for std in backward)
+        ):
+            raise ValueError(f"a number is out of its range, see BaseCurve, in {self}")
 
     def at(self, progress: float) -> tuple[float, float, float, float, float]:
         """Weight forward and backward std, activation forward and backward std, fraction."""
@@ -62,12 +75,20 @@ class Domain:
         steps: fewest and most optimizer steps of a run.
         depth: fewest and most layers.
         fan_in: smallest and largest fan-in.
+
+    Raises:
+        ValueError: a range is not positive and finite, or is reversed.
     """
 
     horizon: tuple[float, float] = (1, 1000)
     steps: tuple[float, float] = (1, 1_000_000)
     depth: tuple[float, float] = (1, 1000)
     fan_in: tuple[float, float] = (1, 1_000_000)
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in asdict(self).items():
+            if not 0 < low <= high < math.inf:
+                raise ValueError(f"{name} must go from a positive number up, got {low} to {high}")
 
     def outside(self, run: RunInfo) -> list[str]:
         """What of a run lies more than a factor of two outside, in words."""
@@ -155,6 +176,9 @@ class LearnedPolicy:
         self.domain = domain or Domain()
         self.open_loop = open_loop
         self.metrics: tuple[str, ...] = () if open_loop else ("train_loss",)
+
+    def __repr__(self) -> str:
+        return f"LearnedPolicy({self.config()})"
 
     def config(self) -> dict[str, Any]:
         """All but the network's parameters, as JSON data."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from learnsched.noise import noise_shape
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
 
@@ -17,12 +19,20 @@ class Relaxed:
     Args:
         std: in level steps, positive.
         noise: shape of the noise.
+
+    Raises:
+        ValueError: the std is not positive and finite, or the noise is unknown.
     """
 
     std: float = 0.35
     noise: str = "normal"
     partition: str = "settled"
     metrics: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        noise_shape(self.noise)
+        if not 0 < self.std < math.inf:
+            raise ValueError(f"std must be positive and finite, got {self.std}")
 
     def begin(self, run: RunInfo) -> None:
         """No state."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from learnsched.noise import noise_shape
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
 
@@ -20,6 +21,9 @@ class StraightThrough:
         activation_backward_std: in level steps, at least 0; as for the weights if None.
         noise: shape of the backward noise.
 
+    Raises:
+        ValueError: a std is negative or not finite, or the noise is unknown.
+
     Example:
         >>> from learnsched.schedule import LayerInfo, plan
         >>> run = RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=2)
@@ -33,6 +37,10 @@ class StraightThrough:
     partition: str = "settled"
     metrics: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        noise_shape(self.noise)
+        self._setting()  # checks the levels of noise
+
     def begin(self, run: RunInfo) -> None:
         """No state."""
 
@@ -40,9 +48,11 @@ class StraightThrough:
         self, run: RunInfo, epoch: int, telemetry: Telemetry, state: None
     ) -> tuple[Sequence[Setting], None]:
         """The same setting for every layer and epoch."""
+        return [self._setting()] * len(run.layers), None
+
+    def _setting(self) -> Setting:
         backward = self.activation_backward_std
-        setting = Setting(
+        return Setting(
             weight_backward_std=self.weight_backward_std,
             activation_backward_std=self.weight_backward_std if backward is None else backward,
         )
-        return [setting] * len(run.layers), None

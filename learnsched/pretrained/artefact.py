@@ -36,7 +36,7 @@ def list_pretrained() -> list[str]:
         >>> "default" in list_pretrained()
         True
     """
-    return sorted(path.stem for path in _HERE.glob("*.safetensors"))
+    return sorted(path.stem for path in _HERE.glob("[!.]*.safetensors"))
 
 
 def load_pretrained(name_or_path: str | Path) -> LearnedPolicy:
@@ -103,14 +103,14 @@ def save_artefact(policy: LearnedPolicy, path: str | Path, card: Mapping[str, An
         raise ValueError(f"an artefact is saved under a name ending in .safetensors, got {path}")
     tensors = {n: t.detach().cpu().contiguous() for n, t in policy.network.state_dict().items()}
     data = save(tensors)
-    full = {
+    own = {
         "format": FORMAT_VERSION,
         "feature_schema": FEATURE_SCHEMA,
         "sha256": hashlib.sha256(data).hexdigest(),
         "config": policy.config(),
-        **card,
     }
-    text = json.dumps(full, indent=2) + "\n"
+    # What describes the file comes last again: the card may be that of another artefact.
+    text = json.dumps({**own, **card, **own}, indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as tensor_file, replacing(path.with_suffix(".json")) as card_file:
         tensor_file.write_bytes(data)

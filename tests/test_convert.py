@@ -1,0 +1,641 @@
+"""quantize_: what it changes, what it keeps, what it refuses."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import learnsched as ls
+from learnsched.convert import quantized_layers
+from learnsched.modules import ActivationQuantizer, QuantizedLinear
+from learnsched.scales import AbsoluteMean, Fixed, Maximum
+
+pytestmark = pytest.mark.filterwarnings("ignore:no batch norm precedes")
+
+
+def mlp(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)
+    )
+
+
+def cnn():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.ReLU6(),
+        nn.Unflatten(2, (2, 3)), nn.Conv2d(4, 5, 2), nn.BatchNorm2d(5), nn.Hardtanh(0, 4),
+        nn.Flatten(), nn.Linear(10, 3),
+    )  # fmt: skip
+
+
+class Reversed(nn.Module):
+    """Registered from the output to the input; one ReLU for both layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+        self.relu = nn.ReLU()
+        self.middle = nn.Linear(6, 6)
+        self.stem = nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.head(self.relu(self.middle(self.relu(self.stem(x)))))
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleDict({"block": mlp(), "act": nn.ReLU()})
+        self.heads = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+
+    def forward(self, x):
+        x = self.body["act"](self.body["block"](x))
+        return self.heads[0](x) + self.heads[1](x)
+
+
+def names(model):
+    return [layer.info.name for layer in quantized_layers(model)]
+
+
+def snapshot(model):
+    """Everything that a refused call must not change."""
+    return (
+        [(n, id(m), type(m), m.training, len(m._forward_pre_hooks)) for n, m in
+         model.named_modules()],
+        {k: v.clone() for k, v in model.state_dict().items()},
+    )  # fmt: skip
+
+
+def assert_unchanged(model, before):
+    modules, state = snapshot(model)
+    assert modules == before[0]
+    assert state.keys() == before[1].keys()
+    assert all(torch.equal(v, before[1][k]) for k, v in state.items())
+
+
+@pytest.mark.parametrize("make", [mlp, cnn, Reversed, Nested])
+@pytest.mark.parametrize("training", [True, False])
+def test_parameters_keep_identity_value_and_name(make, training):
+    model = make().train(training)
+    before = dict(model.named_parameters())
+    values = {n: p.detach().clone() for n, p in before.items()}
+    result = ls.quantize_(model, ls.ternary(), ls.unsigned(2))
+    after = dict(model.named_parameters())
+    assert result is model
+    assert list(after) == list(before)
+    assert all(after[n] is before[n] and torch.equal(after[n], values[n]) for n in after)
+    assert all(m.training is training for m in model.modules())
+
+
+@pytest.mark.parametrize("make", [mlp, cnn, Reversed, Nested])
+def test_a_float_checkpoint_loads_strictly(make):
+    model = ls.quantize_(make(), ls.ternary(), ls.unsigned(2))
+    torch.manual_seed(1)
+    checkpoint = {k: torch.rand_like(v.float()) for k, v in make().state_dict().items()}
+    scale = quantized_layers(model)[0].activations[0].scale.clone()
+    model.load_state_dict(checkpoint, strict=True)
+    assert all(torch.equal(p, checkpoint[n]) for n, p in model.named_parameters())
+    assert quantized_layers(model)[0].activations[0].scale == scale
+
+
+def test_what_is_missing_or_unknown_in_a_checkpoint_is_still_found():
+    model = ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2))
+    state = model.state_dict()
+    del state["0.weight_quantizer.held"]
+    state["2.colour"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match=r"(?s)held.*colour"):
+        model.load_state_dict(state)
+    float_state = mlp().state_dict()
+    del float_state["3.bias"]
+    with pytest.raises(RuntimeError, match=r"3\.bias"):
+        model.load_state_dict(float_state)
+
+
+@pytest.mark.parametrize("make", [mlp, cnn, Nested])
+def test_a_quantized_state_round_trips_through_a_file(make):
+    x = torch.randn(4, 1, 8) if make is cnn else torch.randn(4, 8)
+    model = ls.quantize_(make(), ls.ternary(), ls.unsigned(2))
+    policy = ls.policies.IncrementalQuantization((0.4, 1.0))
+    ls.QuantizationScheduler(model, policy, epochs=4)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    twin = ls.quantize_(make(), ls.ternary(), ls.unsigned(2))
+    twin.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    for layer in quantized_layers(twin):
+        for quantizer in layer.quantizers:
+            quantizer.noise = quantized_layers(model)[0].quantizers[0].noise
+    assert torch.equal(model.eval()(x), twin.eval()(x))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_equal_and_independent(duplicate):
+    model = ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2)).eval()
+    ls.QuantizationScheduler(model, ls.policies.AdditiveNoiseAnnealing(noise="logistic"), epochs=3)
+    twin = duplicate(model)
+    x = torch.randn(4, 8)
+    assert torch.equal(model(x), twin(x))
+    assert names(twin) == names(model)
+    assert repr(ls.report(twin)) == repr(ls.report(model))
+    before = model(x)
+    ls.finalize_(twin)
+    assert torch.equal(model(x), before)
+
+
+def test_a_whole_model_survives_torch_save():
+    model = ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2)).eval()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    twin = torch.load(file, weights_only=False)
+    x = torch.randn(4, 8)
+    assert torch.equal(model(x), twin(x))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_an_optimizer_made_before_trains_the_quantized_model(kind):
+    model = mlp()
+    optimizer = kind(model.parameters(), lr=0.1)
+    ls.quantize_(model, ls.ternary(), ls.unsigned(2))
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.randn(16, 8)).square().sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+ACTIVATIONS = [
+    nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.Hardtanh(-2, 2), nn.LeakyReLU(), nn.PReLU(6),
+    nn.RReLU(), nn.ELU(), nn.CELU(), nn.SELU(), nn.GELU(), nn.SiLU(), nn.Mish(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=lambda a: type(a).__name__)
+def test_every_relu_like_module_is_quantized(act):
+    model = nn.Sequential(nn.Linear(8, 6), act)
+    float_state, x = copy.deepcopy(model.state_dict()), torch.randn(40, 8)
+    levels = ls.unsigned(2)
+    parameters = dict(model.named_parameters())
+    ls.quantize_(model, activation=levels).eval()
+    reference = copy.deepcopy(act).eval()(model[0](x))
+    scale = model[1].scale
+    assert torch.equal(model(x), levels.quantize(reference / scale) * scale)
+    assert dict(model.named_parameters()) == parameters
+    model.load_state_dict(float_state, strict=True)
+
+
+def test_an_activation_without_batch_norm_is_warned_of():
+    with pytest.warns(UserWarning, match=r"no batch norm precedes \['4'\].*calibrate_") as caught:
+        ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2))
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ls.quantize_(cnn(), ls.ternary(), ls.unsigned(2))
+        ls.quantize_(mlp(), ls.ternary())
+
+
+def test_a_warning_turned_into_an_error_leaves_the_model_alone():
+    model = mlp()
+    before = snapshot(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning):
+            ls.quantize_(model, ls.ternary(), ls.unsigned(2))
+    assert_unchanged(model, before)
+
+
+def test_after_a_batch_norm_the_scale_suits_a_standard_normal():
+    model = ls.quantize_(mlp(), activation=ls.unsigned(2))
+    x = torch.randn(200_000).clamp(min=0)
+
+    def error(scale):
+        return float((x - ls.unsigned(2).quantize(x / scale) * scale).square().mean())
+
+    best = min((0.4 + 0.01 * i for i in range(60)), key=error)
+    assert float(model[2].scale) == pytest.approx(best, abs=0.03)
+
+
+def test_a_shared_relu_stays_one_module_in_every_place():
+    relu = nn.ReLU()
+    model = nn.Sequential(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu, nn.ModuleList([relu]))
+    ls.quantize_(model, ls.ternary(), ls.unsigned(2))
+    assert isinstance(model[1], ActivationQuantizer)
+    assert model[1] is model[3] is model[4][0]
+    assert not any(isinstance(m, nn.ReLU) for m in model.modules())
+
+
+def test_a_relu_that_a_forward_uses_twice_belongs_to_its_first_layer():
+    model = ls.quantize_(Reversed(), ls.ternary(), ls.unsigned(2), example_input=torch.zeros(1, 8))
+    layers = quantized_layers(model)
+    assert [layer.info.name for layer in layers] == ["stem", "middle", "head"]
+    assert layers[0].activations == (model.relu,)
+    assert [layer.activations for layer in layers[1:]] == [(), ()]
+    assert [layer.info.activation_levels for layer in layers] == [4, 0, 0]
+
+
+def test_a_linear_under_two_names_is_quantized_once():
+    linear = nn.Linear(5, 5)
+    model = nn.Sequential(linear, nn.ReLU(), linear)
+    state = copy.deepcopy(model.state_dict())
+    ls.quantize_(model, ls.ternary(), ls.unsigned(2))
+    assert type(model[0]) is QuantizedLinear
+    assert model[0] is model[2] is linear
+    assert names(model) == ["0"]
+    model.load_state_dict(state, strict=True)
+    ls.finalize_(model)
+    assert list(ls.integer_weights(model)) == ["0"]
+
+
+@pytest.mark.parametrize("other", ["embedding", "linear"])
+def test_a_weight_that_another_module_uses_is_refused(other):
+    model = nn.ModuleDict({"first": nn.Embedding(6, 4), "last": nn.Linear(4, 6)})
+    if other == "linear":
+        model["first"] = nn.Linear(4, 6)
+    model["last"].weight = model["first"].weight
+    before = snapshot(model)
+    pattern = "last" if other == "embedding" else "first"
+    with pytest.raises(ValueError, match=rf"{pattern} shares its weight with \['\w+'\].*overrides"):
+        ls.quantize_(model, ls.ternary())
+    assert_unchanged(model, before)
+
+
+def test_the_root_may_be_the_layer():
+    linear = ls.quantize_(nn.Linear(4, 3), ls.ternary(), skip=())
+    assert type(linear) is QuantizedLinear
+    assert names(linear) == [""]
+    assert linear(torch.randn(2, 4)).shape == (2, 3)
+    ls.QuantizationScheduler(linear, ls.policies.StraightThrough(), 1).step()
+    ls.finalize_(linear, [torch.randn(2, 4)])
+    assert list(ls.integer_weights(linear)) == [""]
+
+
+def test_the_root_cannot_be_the_activation():
+    with pytest.raises(ValueError, match="no activation is left"):
+        ls.quantize_(nn.ReLU(), activation=ls.unsigned(2))
+
+
+def test_without_an_example_the_order_is_that_of_registration():
+    model = ls.quantize_(Reversed(), ls.ternary(), skip=("first",))
+    assert names(model) == ["middle", "stem"]
+
+
+@pytest.mark.parametrize(
+    ("skip", "expected"),
+    [
+        (("first",), ["middle", "head"]),
+        (("last",), ["stem", "middle"]),
+        (["last", "first"], ["middle"]),
+    ],
+)
+def test_first_and_last_are_found_by_execution(skip, expected):
+    model = ls.quantize_(Reversed(), ls.ternary(), skip=skip, example_input=torch.zeros(2, 8))
+    assert names(model) == expected
+
+
+def test_the_last_layer_is_one_that_is_executed():
+    class WithSpare(Reversed):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Linear(6, 3)
+
+    model = ls.quantize_(WithSpare(), ls.ternary(), skip=("last",), example_input=torch.zeros(1, 8))
+    assert names(model) == ["stem", "middle", "spare"]
+
+
+def test_several_inputs_are_given_as_a_tuple():
+    class Two(Reversed):
+        def forward(self, x, y):
+            return super().forward(x + y)
+
+    x = torch.zeros(1, 8)
+    assert names(ls.quantize_(Two(), ls.ternary(), example_input=(x, x)))[0] == "stem"
+
+
+def test_an_activation_may_follow_a_real_weight_or_none():
+    model = nn.Sequential(nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    ls.quantize_(model, ls.ternary(), ls.unsigned(2), skip=("first",))
+    infos = [layer.info for layer in quantized_layers(model)]
+    assert [(i.name, i.fan_in, i.weight_levels, i.activation_levels) for i in infos] == [
+        ("0", 0, 0, 4),
+        ("1", 0, 0, 4),
+        ("3", 4, 3, 0),
+    ]
+
+
+def test_several_activations_after_one_weight_share_its_layer():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(), nn.GELU(), nn.Linear(4, 2))
+    ls.quantize_(model, ls.ternary(), ls.unsigned(2))
+    first, last = quantized_layers(model)
+    assert first.activations == (model[1], model[3])
+    assert last.activations == ()
+
+
+def test_fan_in_of_convolutions_counts_the_kernel_and_the_group():
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Conv1d(3, 2, 5))
+    ls.quantize_(model, ls.binary())
+    assert [layer.info.fan_in for layer in quantized_layers(model)] == [18, 15]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"heads.*": None}, ["body.block.0", "body.block.3", "body.block.5"]),
+        ({"*block*": None}, ["heads.0", "heads.1"]),
+        ({"heads.1": ls.LayerConfig(ls.binary()), "*": None}, ["heads.1"]),
+        ({"*": None, "heads.1": ls.LayerConfig(ls.binary())}, None),
+    ],
+)
+def test_overrides_match_patterns_and_the_first_decides(overrides, expected):
+    model = Nested()
+    if expected is None:
+        with pytest.raises(ValueError, match="no weight is left to quantize"):
+            ls.quantize_(model, ls.ternary(), overrides=overrides)
+        return
+    ls.quantize_(model, ls.ternary(), overrides=overrides)
+    assert names(model) == expected
+
+
+def test_an_override_wins_over_skip_and_alone_suffices():
+    config = ls.LayerConfig(ls.signed(4), weight_scale=Maximum())
+    model = ls.quantize_(mlp(), ls.ternary(), skip=("first", "last"), overrides={"0": config})
+    assert names(model) == ["0", "3"]
+    assert model[0].weight_quantizer.levels.name == "signed4"
+    assert model[0].weight_quantizer.rule == Maximum()
+    assert names(ls.quantize_(mlp(), overrides={"3": config})) == ["3"]
+
+
+def test_an_override_of_a_weight_holds_for_the_activations_after_it():
+    config = ls.LayerConfig(ls.binary(), ls.unsigned(4), activation_scale=Fixed(0.1))
+    model = ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2), overrides={"0": config})
+    assert model[2].levels.name == "unsigned4"
+    assert model[2].rule == Fixed(0.1)
+    assert model[4].levels.name == "unsigned2"
+
+
+def test_an_override_of_an_activation_leaves_its_weight_alone():
+    overrides = {"2": None, "4": ls.LayerConfig(activation=ls.unsigned(3))}
+    model = ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2), overrides=overrides)
+    assert type(model[2]) is nn.ReLU
+    assert model[4].levels.name == "unsigned3"
+    assert names(model) == ["0", "3", "5"]
+
+
+def test_none_keeps_a_weight_real_and_its_activation_quantized():
+    model = ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2), overrides={"0": None})
+    assert type(model[0]) is nn.Linear
+    assert isinstance(model[2], ActivationQuantizer)
+
+
+class Capped(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).clamp(max=1)
+
+
+def broken(x):
+    raise ArithmeticError("broken forward")
+
+
+def with_weight_norm():
+    model = mlp()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(model[3])
+    return model
+
+
+REFUSED = [
+    (mlp, {"weight": "ternary"}, TypeError, r"ternary\(\).*got str"),
+    (mlp, {"weight": ls.ternary}, TypeError, "got function"),
+    (mlp, {"activation": 2}, TypeError, "got int"),
+    (mlp, {"overrides": {"0": ls.ternary()}}, TypeError, "LayerConfig or None, got LevelSet"),
+    (mlp, {"overrides": {"0": ls.LayerConfig(2)}}, TypeError, "got int"),
+    (mlp, {"weight": ls.ternary(), "weight_scale": AbsoluteMean}, TypeError, "scale rule"),
+    (mlp, {"weight": ls.ternary(), "activation_scale": 0.5}, TypeError, r"LeastSquares.*got 0\.5"),
+    (mlp, {}, ValueError, "nothing to do"),
+    (mlp, {"overrides": {"0": None}}, ValueError, "nothing to do"),
+    (mlp, {"weight": ls.ternary(), "skip": "first"}, ValueError, "sequence of 'first' and 'last'"),
+    (mlp, {"weight": ls.ternary(), "skip": ("second",)}, ValueError, "sequence of 'first'"),
+    (mlp, {"weight": ls.ternary(), "overrides": {"head.*": None}}, ValueError,
+     r"no module matches \['head\.\*'\].*\['0', '2', '3', '4', '5'\]"),
+    (mlp, {"weight": ls.ternary(), "overrides": {"1": None}}, ValueError,
+     r"no module matches \['1'\]"),
+    (lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
+     {"weight": ls.ternary(), "skip": ("first", "last")}, ValueError, "no weight is left"),
+    (lambda: nn.Sequential(nn.LayerNorm(4)), {"weight": ls.ternary()}, ValueError,
+     "no weight is left"),
+    (lambda: nn.Sequential(nn.Linear(4, 4)),
+     {"weight": ls.ternary(), "activation": ls.unsigned(2)}, ValueError, r"F\.relu.*use nn\.ReLU"),
+    (lambda: nn.Sequential(nn.LazyLinear(4)), {"weight": ls.ternary()}, ValueError, "lazy"),
+    (lambda: nn.Sequential(Capped(4, 4)), {"weight": ls.ternary()}, ValueError,
+     "no weight is left"),
+    (with_weight_norm, {"weight": ls.ternary()}, ValueError,
+     "weight of 3 is computed from others.*overrides={'3': None}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "options", "kind", "message"), REFUSED)
+def test_a_refused_call_says_why_and_changes_nothing(make, options, kind, message):
+    model = make()
+    if any(map(nn.parameter.is_lazy, model.parameters())):
+        with pytest.raises(kind, match=message):
+            ls.quantize_(model, **options)
+        return
+    before = snapshot(model)
+    with pytest.raises(kind, match=message):
+        ls.quantize_(model, **options)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_forward_that_fails_on_the_example_changes_nothing(training):
+    model = mlp().train(training)
+    model[1].eval()
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        ls.quantize_(model, ls.ternary(), example_input=torch.zeros(2, 5))
+    assert_unchanged(model, before)
+
+
+def test_the_example_moves_neither_statistics_nor_flags_nor_gradients():
+    model = mlp()
+    model[1].eval()
+    statistics = copy.deepcopy(model[1].state_dict())
+    ls.quantize_(model, ls.ternary(), example_input=torch.randn(4, 8))
+    assert all(torch.equal(v, statistics[k]) for k, v in model[1].state_dict().items())
+    assert [m.training for m in model] == [True, False, True, True, True, True]
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_rule_that_fails_changes_nothing():
+    def rule(x, levels):
+        if x.shape == (6, 6):
+            raise ArithmeticError("no scale")
+        return x.abs().mean()
+
+    model = mlp()
+    before = snapshot(model)
+    with pytest.raises(ArithmeticError, match="no scale"):
+        ls.quantize_(model, ls.ternary(), ls.unsigned(2), weight_scale=rule)
+    assert_unchanged(model, before)
+
+
+def test_a_second_call_is_refused():
+    model = ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="quantized already"):
+        ls.quantize_(model, ls.ternary())
+    with pytest.raises(ValueError, match="quantized already"):
+        ls.quantize_(nn.Sequential(model, nn.Linear(3, 3)), ls.ternary())
+    assert_unchanged(model, before)
+
+
+def test_models_quantized_apart_are_told_from_one_model():
+    joined = nn.Sequential(*(ls.quantize_(mlp(), ls.ternary()) for _ in range(2)))
+    with pytest.raises(ValueError, match="in different calls"):
+        ls.QuantizationScheduler(joined, ls.policies.StraightThrough(), 2)
+
+
+def test_a_float_model_has_no_quantized_layers():
+    with pytest.raises(ValueError, match=r"call learnsched\.quantize_ first"):
+        quantized_layers(mlp())
+
+
+def test_report_is_a_table_of_what_is_quantized_and_what_is_not():
+    model = ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2), skip=("last",), overrides={"4": None})
+    assert repr(ls.report(model)).splitlines() == [
+        "module  kind        levels     scale",
+        "0       Linear      ternary    AbsoluteMean",
+        f"2       activation  unsigned2  {model[2].scale.item():.4g}",
+        "3       Linear      ternary    AbsoluteMean",
+        "4       ReLU        real",
+        "5       Linear      real",
+    ]
+
+
+def test_report_names_the_activation_and_not_what_it_wraps():
+    model = ls.quantize_(nn.Sequential(nn.Linear(3, 3), nn.GELU()), activation=ls.unsigned(2))
+    assert [row[:2] for row in ls.report(model).rows] == [("0", "Linear"), ("1", "activation")]
+
+
+def test_hooks_on_weight_layers_survive():
+    model, seen = mlp(), []
+    model[3].register_forward_hook(lambda *_: seen.append("forward"))
+    model[3].register_forward_pre_hook(lambda *_: seen.append("before"))
+    model[3].register_full_backward_hook(lambda *_: seen.append("backward"))
+    ls.quantize_(model, ls.ternary(), ls.unsigned(2))
+    model(torch.randn(4, 8)).sum().backward()
+    assert seen == ["before", "forward", "backward"]
+
+
+def test_references_to_weight_layers_stay_valid():
+    model = mlp()
+    layer = model[3]
+    ls.quantize_(model, ls.ternary())
+    assert model[3] is layer
+    assert isinstance(layer, nn.Linear)
+
+
+def test_functional_activations_leave_a_weight_only_model_usable():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(F.relu(self.first(x)))
+
+    with pytest.raises(ValueError, match=r"F\.relu"):
+        ls.quantize_(Functional(), ls.ternary(), ls.unsigned(2))
+    assert names(ls.quantize_(Functional(), ls.ternary())) == ["first", "last"]
+
+
+def test_attention_stays_real_as_a_whole_and_is_reported():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "out": nn.Linear(4, 4)})
+    twin = copy.deepcopy(model)
+    with pytest.warns(
+        UserWarning, match=r"attention\.out_proj \(NonDynamicallyQuantizableLinear\)"
+    ):
+        ls.quantize_(model, ls.ternary())
+    assert names(model) == ["out"]
+    assert ("attention.out_proj", "NonDynamicallyQuantizableLinear", "real", "") in ls.report(
+        model
+    ).rows
+    x = torch.randn(3, 2, 4)
+    attention = model["attention"](x, x, x)[0]
+    assert torch.equal(attention, twin["attention"](x, x, x)[0])
+
+
+def test_subclasses_stay_real_with_a_warning():
+    class Softened(nn.ReLU):
+        def forward(self, x):
+            return super().forward(x) - 0.1
+
+    model = nn.Sequential(nn.Linear(4, 4), Softened(), Capped(4, 4), nn.ReLU())
+    with pytest.warns(UserWarning, match=r"1 \(Softened\)', '2 \(Capped\).* stay real"):
+        ls.quantize_(model, ls.ternary(), ls.unsigned(2))
+    assert [type(m).__name__ for m in model] == [
+        "QuantizedLinear", "Softened", "Capped", "ActivationQuantizer",
+    ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*stay real")
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_fused_transformer_layer_does_not_bypass_the_quantizers(stacked):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(
+        8, 2, 16, dropout=0.0, activation=nn.ReLU(), batch_first=True
+    )
+    if stacked:
+        model = nn.TransformerEncoder(model, 2)
+    ls.quantize_(model, ls.ternary(), ls.unsigned(2))
+    x = torch.randn(2, 5, 8)
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    trained = model(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        fused = model.eval()(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(fused, trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_models_of_any_dtype_are_quantized_in_it(dtype):
+    model = ls.quantize_(mlp().to(dtype), ls.ternary(), ls.unsigned(2))
+    assert {b.dtype for b in model.buffers() if b.is_floating_point()} == {dtype}
+    scheduler = ls.QuantizationScheduler(model, ls.policies.AdditiveNoiseAnnealing(), 2)
+    y = model(torch.randn(8, 8, dtype=dtype))
+    y.sum().backward()
+    assert y.dtype == dtype
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    scheduler.step()
+    ls.finalize_(model)
+
+
+def test_a_model_without_floating_parameters_can_have_activations():
+    model = ls.quantize_(nn.Sequential(nn.Identity(), nn.ReLU()), activation=ls.unsigned(1))
+    assert model(torch.tensor([-1.0, 5.0])).tolist() == [0.0, float(model[1].scale)]
+
+
+def test_a_frozen_parameter_stays_without_gradient():
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    ls.quantize_(model, ls.ternary())
+    model(torch.randn(4, 8)).sum().backward()
+    assert model[0].weight.grad is None
+    assert model[3].weight.grad is not None
+
+
+def test_functional_calls_see_the_buffers():
+    model = ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2)).eval()
+    x = torch.randn(4, 8)
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    soft = state | {"0.weight_quantizer.forward_std": torch.tensor(0.5)}
+    called = torch.func.functional_call(model, soft, (x,))
+    assert not torch.equal(called, model(x))
+    model[0].weight_quantizer.forward_std.fill_(0.5)
+    assert torch.equal(called, model(x))

@@ -1,0 +1,353 @@
+"""Calibration of activations, re-estimated batch norm, and the finished hard network."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import learnsched as ls
+from learnsched.convert import quantized_layers
+from learnsched.scales import AbsoluteMean, Fixed
+
+pytestmark = pytest.mark.filterwarnings("ignore:no batch norm precedes")
+
+LEVELS = {
+    "ternary": ls.ternary(),
+    "binary": ls.binary(),
+    "signed4": ls.signed(4),
+    "power_of_two3": ls.power_of_two(3),
+}
+
+
+def network(weight=None, activation=None, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+        nn.Linear(64, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 3),
+    )  # fmt: skip
+    return ls.quantize_(model, weight or ls.ternary(), activation or ls.unsigned(2), **options)
+
+
+def batches(count=4, size=16, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, 2, 4, 4, generator=generator) for _ in range(count)]
+
+
+def state_of(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def assert_same_state(model, state):
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def inputs_of(model, module, data):
+    """What reaches a module, batch norms on batch statistics and dropout off."""
+    twin, seen = copy.deepcopy(model), []
+    twin.get_submodule(module).register_forward_pre_hook(lambda _, x: seen.append(x[0].detach()))
+    twin.eval()
+    for child in twin.modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            child.train()
+    for x in data:
+        twin(x)
+    return seen
+
+
+def squared_error(x, scale, levels):
+    return float((x - levels.quantize(x / scale) * scale).square().sum())
+
+
+@pytest.mark.parametrize("activation", [ls.unsigned(2), ls.unsigned(3), ls.signed(3)])
+def test_calibration_finds_the_scale_of_least_squared_error(activation):
+    model = network(activation=activation)
+    data = batches(1, 64)
+    ls.calibrate_(model, data)
+    for name in ("2", "6"):
+        # The first scale is in force by the time that the second is fitted.
+        x = inputs_of(model, name, data)[0]
+        x = x.clamp(min=0) if activation.values[0] >= 0 else x
+        most = float(x.abs().max())
+        least = min(squared_error(x, most * i / 2000, activation) for i in range(20, 2400))
+        scale = model.get_submodule(name).scale
+        assert squared_error(x, scale, activation) <= 1.003 * least
+
+
+def test_calibration_takes_the_mean_over_batches():
+    model = network(activation_scale=AbsoluteMean("tensor"))
+    data = batches(3)
+    expected = torch.stack([x.clamp(min=0).mean() for x in inputs_of(model, "2", data)]).mean()
+    ls.calibrate_(model, data)
+    torch.testing.assert_close(model[2].scale, expected)
+
+
+def test_calibration_fits_what_a_smooth_activation_puts_out():
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4), nn.PReLU())
+    rule = AbsoluteMean("tensor")
+    ls.quantize_(model, activation=ls.signed(3), activation_scale=rule)
+    x = torch.randn(50, 4)
+    ls.calibrate_(model, [x])
+    y = nn.functional.gelu(model[0](x))
+    torch.testing.assert_close(model[1].scale, y.abs().mean().detach())
+    z = nn.functional.prelu(model[2](model[1](model[0](x))), model[3].weight)
+    torch.testing.assert_close(model[3].scale, z.abs().mean().detach())
+
+
+def test_calibration_leaves_batch_norm_flags_hooks_and_gradients_alone():
+    model = network().train()
+    model[1].eval()
+    model[5].running_mean.fill_(0.3)
+    before = state_of(model)
+    flags = [m.training for m in model.modules()]
+    assert ls.calibrate_(model, batches()) is model
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"2.scale", "6.scale"}
+    assert [m.training for m in model.modules()] == flags
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_data_loaders_give_tuples(as_list):
+    data = torch.cat(batches())
+    labels = torch.zeros(len(data))
+    loader = DataLoader(TensorDataset(data, labels), batch_size=16)
+    one, two = network(), network()
+    ls.calibrate_(one, [list(b) for b in loader] if as_list else loader)
+    ls.calibrate_(two, (x for x in data.split(16)))
+    assert_same_state(one, two.state_dict())
+
+
+def test_fixed_scales_are_kept_by_calibration():
+    model = ls.calibrate_(network(activation_scale=Fixed(0.25)), batches())
+    assert float(model[2].scale) == float(model[6].scale) == 0.25
+
+
+CALLS = {
+    "calibrate_": ls.calibrate_,
+    "reestimate_batch_norm_": ls.reestimate_batch_norm_,
+    "finalize_": ls.finalize_,
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize(
+    ("data", "kind", "message"),
+    [
+        ([], ValueError, "there are no batches"),
+        (iter(()), ValueError, "there are no batches"),
+        ([[]], TypeError, "a batch must be a tensor, .* got list"),
+        ([{"x": torch.zeros(1)}], TypeError, "got dict"),
+        ([("x", 1)], TypeError, "got str"),
+        (torch.zeros(4, 2, 4, 4), TypeError, r"pass a list of batches, \[x\]"),
+        (3, TypeError, "not iterable"),
+    ],
+)
+def test_wrong_batches_are_refused_before_anything_changes(call, data, kind, message):
+    model = network()
+    before = state_of(model)
+    with pytest.raises(kind, match=message):
+        call(model, data)
+    assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("call", [ls.calibrate_, ls.reestimate_batch_norm_])
+@pytest.mark.parametrize("last", ["text", torch.zeros(1, 2), torch.full((4, 2, 4, 4), torch.nan)])
+def test_a_failure_at_a_later_batch_puts_everything_back(call, last):
+    model = network().train()
+    if call is ls.reestimate_batch_norm_ and isinstance(last, torch.Tensor):
+        last = torch.zeros(1, 2, 4, 4)  # a last batch of one example has no variance
+    before, flags = state_of(model), [m.training for m in model.modules()]
+    momenta = [model[1].momentum, model[5].momentum]
+    with pytest.raises((TypeError, RuntimeError, ValueError)):
+        call(model, [*batches(), last])
+    assert_same_state(model, before)
+    assert [m.training for m in model.modules()] == flags
+    assert [model[1].momentum, model[5].momentum] == momenta
+
+
+def test_activations_that_are_not_finite_are_named():
+    with pytest.raises(ValueError, match="activation after 0 is not finite"):
+        ls.calibrate_(network(), [torch.full((4, 2, 4, 4), torch.inf)])
+
+
+@pytest.mark.parametrize("call", [ls.calibrate_, ls.finalize_, lambda m, _: ls.integer_weights(m)])
+def test_a_float_model_is_refused(call):
+    with pytest.raises(ValueError, match="no quantized layers"):
+        call(nn.Linear(2, 2), [torch.zeros(1, 2)])
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.9, None])
+def test_batch_norm_statistics_become_the_plain_mean_of_the_batches(momentum):
+    model = network()
+    data = batches(5)
+    for index in (1, 5):
+        model[index].momentum = momentum
+        model[index].running_mean.fill_(99)
+    flags = [m.training for m in model.modules()]
+    assert ls.reestimate_batch_norm_(model, data) is model
+    for name, dims in (("1", (0, 2, 3)), ("5", (0,))):
+        seen = inputs_of(model, name, data)
+        norm = model.get_submodule(name)
+        torch.testing.assert_close(
+            norm.running_mean, torch.stack([x.mean(dims) for x in seen]).mean(0)
+        )
+        torch.testing.assert_close(
+            norm.running_var, torch.stack([x.var(dims) for x in seen]).mean(0)
+        )
+        assert norm.momentum == momentum
+        assert norm.num_batches_tracked == 5
+    assert [m.training for m in model.modules()] == flags
+
+
+def test_batch_norm_without_statistics_stays_without():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.ReLU())
+    ls.quantize_(model, ls.ternary(), ls.unsigned(2))
+    x = torch.randn(8, 4)
+    ls.finalize_(ls.calibrate_(model, [x]), [x])
+    assert model[1].running_mean is None
+
+
+@pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_finalize_puts_every_weight_on_its_level_set_to_the_bit(levels, dtype):
+    model = network(levels).to(dtype)
+    assert ls.finalize_(model, [x.to(dtype) for x in batches()]) is model
+    codes = ls.integer_weights(model)
+    assert list(codes) == ["0", "4", "8"]
+    for name, found in codes.items():
+        weight = model.get_submodule(name).weight
+        assert found.codes.dtype == torch.int64
+        assert found.values == levels.values
+        assert (found.scale > 0).all()
+        values = torch.tensor(levels.values, dtype=dtype)[found.codes]
+        assert torch.equal(values * found.scale, weight)
+        assert torch.equal(model.get_submodule(name).weight_quantizer(weight), weight)
+        if levels.name.startswith("power"):
+            with pytest.raises(ValueError, match="are not integers; use codes and values"):
+                _ = found.integers
+        else:
+            assert found.integers.dtype == torch.int64
+            assert torch.equal(found.integers * found.scale, weight)
+
+
+@pytest.mark.parametrize("per", ["tensor", "channel"])
+@pytest.mark.parametrize("rule", [ls.AbsoluteMean, ls.Maximum, ls.PowerOfTwo, ls.LeastSquares])
+def test_finalize_works_with_every_scale_rule(rule, per):
+    model = ls.finalize_(network(ls.signed(3), weight_scale=rule(per)))
+    assert all(len(c.integers.unique()) > 1 for c in ls.integer_weights(model).values())
+
+
+def test_finalize_keeps_levels_that_training_ended_with():
+    model = network()
+    hard = {n: model.get_submodule(n).weight_quantizer.project(model.get_submodule(n).weight)
+            for n in ("0", "4", "8")}  # fmt: skip
+    ls.finalize_(model)
+    assert all(torch.equal(model.get_submodule(n).weight, hard[n]) for n in hard)
+
+
+def test_finalize_removes_the_noise_and_reestimates_batch_norm():
+    model = network()
+    data = batches()
+    for layer in quantized_layers(model):
+        for quantizer in layer.quantizers:
+            for name in ("forward_std", "forward_mean", "backward_mean"):
+                getattr(quantizer, name).fill_(0.4)
+    flags = [m.training for m in model.modules()]
+    ls.finalize_(model, data)
+    for layer in quantized_layers(model):
+        for quantizer in layer.quantizers:
+            assert quantizer.forward_std == quantizer.forward_mean == quantizer.backward_mean == 0
+            assert quantizer.backward_std > 0
+    seen = inputs_of(model, "5", data)
+    torch.testing.assert_close(
+        model[5].running_mean, torch.stack([x.mean(0) for x in seen]).mean(0)
+    )
+    assert [m.training for m in model.modules()] == flags
+    activations = inputs_of(model, "8", data)[0] / model[6].scale
+    torch.testing.assert_close(activations, activations.round())
+
+
+def test_finalize_without_a_loader_keeps_the_statistics():
+    model = network()
+    model[1].running_mean.fill_(0.7)
+    before = copy.deepcopy(model[1].state_dict())
+    ls.finalize_(model)
+    assert all(torch.equal(v, before[k]) for k, v in model[1].state_dict().items())
+
+
+def test_finalize_is_idempotent():
+    model = ls.finalize_(network(ls.signed(4)), batches())
+    before = state_of(model)
+    ls.finalize_(model, batches())
+    assert_same_state(model, before)
+
+
+def test_finalize_after_a_step_too_many_restores_the_levels():
+    model = ls.finalize_(network())
+    before = ls.integer_weights(model)
+    with torch.no_grad():
+        model[4].weight.mul_(0.9)
+    with pytest.raises(RuntimeError, match=r"weights of 4 have left .* call finalize_ again"):
+        ls.integer_weights(model)
+    ls.finalize_(model)
+    assert torch.equal(ls.integer_weights(model)["4"].codes, before["4"].codes)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rule", [None, Fixed(0.1), ls.PowerOfTwo()])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_weights_that_are_not_finite_are_refused(bad, rule, scheduled):
+    model = network(weight_scale=rule)
+    with torch.no_grad():
+        model[4].weight[1, 2] = bad
+    if scheduled:  # freezing must not hide what has happened
+        scheduler = ls.QuantizationScheduler(model, ls.policies.StraightThrough(), 2)
+        scheduler.step()
+        scheduler.step()
+    before = model[0].weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"weight of 4 is not finite.*diverged"):
+        ls.finalize_(model, batches())
+    if not scheduled:
+        assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("levels", [ls.signed(4), ls.power_of_two(3), ls.LevelSet((-0.7, 0.1, 1))])
+def test_a_model_may_change_its_dtype_while_half_of_it_is_frozen(dtype, levels):
+    model = network(levels)
+    ls.QuantizationScheduler(model, ls.policies.IncrementalQuantization((0.5, 1.0)), 4)
+    model.to(dtype)
+    ls.finalize_(model, [x.to(dtype) for x in batches()])
+    assert ls.integer_weights(model)["0"].scale.dtype == dtype
+    model.to(torch.float32)
+    ls.finalize_(model)
+    ls.integer_weights(model)
+
+
+def test_integer_weights_before_finalize_are_refused():
+    model = network()
+    with pytest.raises(RuntimeError, match=r"0 has free weights; call learnsched\.finalize_"):
+        ls.integer_weights(model)
+    ls.QuantizationScheduler(model, ls.policies.IncrementalQuantization((0.5, 1.0)), 4)
+    with pytest.raises(RuntimeError, match="0 has free weights"):
+        ls.integer_weights(model)
+
+
+def test_layers_kept_real_are_not_in_the_codes():
+    model = network(skip=("first", "last"))
+    first = model[0].weight.detach().clone()
+    ls.finalize_(model, batches())
+    assert list(ls.integer_weights(model)) == ["4"]
+    assert torch.equal(model[0].weight, first)
+
+
+def test_a_finished_network_keeps_its_outputs_through_its_state_dict():
+    model = ls.finalize_(network(ls.binary()), batches()).eval()
+    twin = network(ls.binary()).eval()
+    twin.load_state_dict(model.state_dict())
+    x = batches(1)[0]
+    assert torch.equal(twin(x), model(x))
+    assert torch.equal(ls.integer_weights(twin)["0"].codes, ls.integer_weights(model)["0"].codes)

@@ -1,0 +1,311 @@
+"""The learned policy: its outputs, its base curve, its state and its domain."""
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learnsched.policies import BaseCurve, Domain, LearnedPolicy, MetaNetwork
+from learnsched.policies.learned import leaky_clamp
+from learnsched.schedule import FIELDS, LayerInfo, RunInfo, Telemetry, plan
+
+STDS = [FIELDS.index(f) for f in FIELDS if f.endswith("forward_std")]
+BACKWARD = [FIELDS.index(f) for f in FIELDS if f.endswith("backward_std")]
+FRACTION = FIELDS.index("fraction")
+
+
+def run_of(layers, horizon, steps=20, **options):
+    infos = tuple(
+        LayerInfo(f"layer{i}", 8 * (i + 1), 3 if i else 0, 4 if i % 2 else 0) for i in range(layers)
+    )
+    return RunInfo(infos, horizon, steps, **options)
+
+
+def trained(seed=0, spread=1.0, hidden=6, embedding=5, **options):
+    """A policy whose every parameter is random."""
+    generator = torch.Generator().manual_seed(seed)
+    policy = LearnedPolicy(MetaNetwork(hidden, embedding), **options)
+    with torch.no_grad():
+        for parameter in policy.network.parameters():
+            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def telemetry_of(epoch, layers, members=()):
+    generator = torch.Generator().manual_seed(epoch)
+    loss, trend = torch.rand((2, *members), generator=generator) + 0.2
+    return Telemetry(loss, trend, torch.rand((*members, layers), generator=generator))
+
+
+def rollout(policy, run, members=(), shown=telemetry_of):
+    state, rows = policy.initial_state(run, members), []
+    for epoch in range(run.horizon):
+        shape = shown(epoch, len(run.layers), members)
+        row, state = policy.tensors(run, epoch, shape, state)
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@settings(deadline=None, max_examples=50, derandomize=True)
+@given(
+    layers=st.integers(1, 6),
+    horizon=st.integers(1, 25),
+    forward=st.floats(0, 1, width=32),
+    hard_from=st.floats(0.05, 1),
+    backward=st.floats(0.0625, 4, width=32),
+    freeze_from=st.floats(0, 0.95),
+    seed=st.integers(0, 5),
+)
+def test_a_fresh_network_is_the_base_curve(
+    layers, horizon, forward, hard_from, backward, freeze_from, seed
+):
+    torch.manual_seed(seed)
+    base = BaseCurve(forward, hard_from, backward, backward / 2, freeze_from)
+    found = plan(LearnedPolicy(MetaNetwork(5, 4), base), run_of(layers, horizon), hardened=False)
+    columns = [f for f in FIELDS if not f.endswith("mean")]
+    for epoch in range(horizon):
+        u = 1.0 if horizon == 1 else epoch / (horizon - 1)
+        std = forward * max(0.0, 1 - u / hard_from)
+        fraction = min(1.0, max(0.0, (u - freeze_from) / (1 - freeze_from)))
+        expected = torch.tensor([std, backward, std, backward / 2, fraction]).double()
+        for column, value in zip(columns, expected, strict=True):
+            assert (found[column][epoch] == value).all()
+    assert not found["weight_forward_mean"].any()
+    assert not found["activation_forward_mean"].any()
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    seed=st.integers(0, 10_000),
+    spread=st.sampled_from([0.3, 1.0, 10.0, 1000.0]),
+    layers=st.integers(1, 5),
+    horizon=st.integers(1, 12),
+)
+def test_outputs_stay_in_their_ranges_whatever_the_network(seed, spread, layers, horizon):
+    policy = trained(seed, spread)
+    found = rollout(policy, run_of(layers, horizon)).detach()
+    assert found.shape == (horizon, layers, len(FIELDS))
+    assert found.isfinite().all()
+    assert ((found[..., STDS] >= 0) & (found[..., STDS] <= 1)).all()
+    base = torch.tensor([policy.base.weight_backward_std, policy.base.activation_backward_std])
+    ratio = found[..., BACKWARD] / base
+    assert ((ratio >= 1 / 6.001) & (ratio <= 6.001)).all()
+    fraction = found[..., FRACTION]
+    assert ((fraction >= 0) & (fraction <= 1)).all()
+    assert (fraction.diff(dim=0) >= 0).all()
+
+
+def test_extreme_telemetry_cannot_break_the_outputs():
+    def shown(epoch, layers, members):
+        bad = [0.0, math.inf, math.nan, -1.0, 1e30][epoch % 5]
+        return Telemetry(torch.tensor(bad), torch.tensor(bad), torch.full((layers,), bad))
+
+    assert rollout(trained(), run_of(3, 10), shown=shown).isfinite().all()
+
+
+def test_a_forward_std_of_exactly_0_is_reached_early_and_left_again():
+    policy, run = LearnedPolicy(MetaNetwork(4, 4), BaseCurve(0.3, 1.0)), run_of(2, 9)
+    state, shown = policy.initial_state(run), telemetry_of(0, 2)
+    found = []
+    for epoch in range(8):
+        with torch.no_grad():
+            policy.network.out.bias[0] = -2.0 if epoch in (2, 3, 4) else 0.0
+        (setting, _), state = policy.settings(run, epoch, shown, state)
+        found.append(setting.weight_forward_std)
+        on_its_own = setting.activation_forward_std
+        assert on_its_own == pytest.approx(0.3 * (1 - epoch / 8))
+    assert [f == 0 for f in found] == [False, False, True, True, True, False, False, False]
+
+
+def test_a_forward_std_at_0_still_learns():
+    policy, run = LearnedPolicy(MetaNetwork(4, 4)), run_of(2, 9)
+    with torch.no_grad():
+        policy.network.out.bias[0] = -1.0
+    row, _ = policy.tensors(run, 0, telemetry_of(0, 2), policy.initial_state(run))
+    assert not row[:, STDS[0]].any()
+    (grad,) = torch.autograd.grad(row[:, STDS[0]].sum(), policy.network.out.bias)
+    assert grad[0] == pytest.approx(0.3 * 2 * (1 - math.tanh(1) ** 2), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "value", "slope"),
+    [(-0.5, 0.0, 0.3), (0.0, 0.0, 0.3), (0.4, 0.4, 1.0), (1.0, 1.0, 0.3), (1.5, 1.0, 0.3)],
+)
+def test_leaky_clamp_leaks_its_gradient(x, value, slope):
+    x = torch.tensor(x, requires_grad=True)
+    y = leaky_clamp(x)
+    assert float(y.detach()) == pytest.approx(value)
+    y.backward()
+    assert float(x.grad) == pytest.approx(slope)
+
+
+def test_gradients_reach_the_whole_network_through_time():
+    policy = trained(spread=0.5)
+    table = rollout(policy, run_of(3, 4))
+    table[-1, :, BACKWARD].sum().backward()
+    for name, parameter in policy.network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all()
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_settings_are_the_tensors_as_numbers():
+    policy, run = trained(), run_of(3, 4)
+    state, shown = policy.initial_state(run), telemetry_of(1, 3)
+    table, after = policy.tensors(run, 1, shown, state)
+    found, also = policy.settings(run, 1, shown, state)
+    assert [[getattr(s, f) for f in FIELDS] for s in found] == table.double().tolist()
+    assert after.keys() == also.keys()
+    assert all(torch.equal(after[k], also[k]) for k in after)
+    assert not any(t.requires_grad for t in also.values())
+
+
+def test_an_open_loop_ignores_telemetry_and_a_closed_one_does_not():
+    run = run_of(3, 5)
+
+    def other(epoch, layers, members):
+        return telemetry_of(epoch + 100, layers, members)
+
+    for open_loop in (True, False):
+        policy = trained(open_loop=open_loop)
+        same = torch.equal(rollout(policy, run), rollout(policy, run, shown=other))
+        assert same is open_loop
+        assert policy.metrics == (() if open_loop else ("train_loss",))
+
+
+def test_stacked_members_equal_separate_runs():
+    policy, run = trained(), run_of(4, 5)
+    stacked = rollout(policy, run, (3,))
+    for member in range(3):
+
+        def shown(epoch, layers, _, member=member):
+            both = telemetry_of(epoch, layers, (3,))
+            return Telemetry(both.loss[member], both.loss_trend[member], both.weight_error[member])
+
+        torch.testing.assert_close(stacked[:, member], rollout(policy, run, shown=shown))
+
+
+def test_two_levels_of_members_work_as_one():
+    policy, run = trained(), run_of(2, 3)
+    flat = rollout(policy, run, (6,))
+
+    def shown(epoch, layers, members):
+        one = telemetry_of(epoch, layers, (6,))
+        return Telemetry(
+            one.loss.view(2, 3), one.loss_trend.view(2, 3), one.weight_error.view(2, 3, layers)
+        )
+
+    torch.testing.assert_close(rollout(policy, run, (2, 3), shown).flatten(1, 2), flat)
+
+
+def test_layers_are_told_apart_by_what_they_are_and_not_by_their_place_in_memory():
+    network = trained().network
+    features = torch.randn(5, network.embed.in_features)
+    state = torch.randn(5, network.hidden)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    raw, after = network(features, state)
+    permuted, permuted_after = network(features[order], state[order])
+    torch.testing.assert_close(permuted, raw[order])
+    torch.testing.assert_close(permuted_after, after[order])
+    other, _ = network(torch.cat([features[:4], features[4:] + 5]), state)
+    assert not torch.allclose(other[:4], raw[:4])  # every layer sees the others
+
+
+def test_a_policy_sees_the_clock_the_depth_and_the_regime():
+    policy = trained(open_loop=True)
+    reference = rollout(policy, run_of(3, 6, 20))
+    for other in (run_of(3, 6, 40), run_of(3, 6, 20, fine_tuning=True)):
+        assert not torch.equal(rollout(policy, other), reference)
+    assert not torch.equal(rollout(policy, run_of(4, 6, 20))[:, :3], reference)
+    assert not torch.equal(rollout(policy, run_of(3, 7, 20))[:6], reference)
+
+
+DOMAIN = Domain(horizon=(6, 20), steps=(100, 400), depth=(3, 5), fan_in=(5, 600))
+
+
+def layers_of(*fan_ins):
+    return tuple(LayerInfo(str(i), f, 3, 4) for i, f in enumerate(fan_ins))
+
+
+@pytest.mark.parametrize(
+    ("run", "named"),
+    [
+        (RunInfo(layers_of(10, 20, 30), 10, 20), None),
+        (RunInfo(layers_of(3, 20, 1200), 40, 20), None),  # a factor of two is let pass
+        (RunInfo(layers_of(10, 20, 30), 41, 10), r"horizon \(epochs\) 41 to 41 \(seen 6 to 20\)"),
+        (RunInfo(layers_of(10, 20, 30), 2, 100), r"horizon \(epochs\) 2 to 2"),
+        (RunInfo(layers_of(10, 20, 30), 10, 81), r"optimizer steps 810 to 810 \(seen 100 to 400\)"),
+        (RunInfo(layers_of(10, 20, 30), 10, None), None),
+        (RunInfo(layers_of(10), 10, 20), r"depth \(layers\) 1 to 1 \(seen 3 to 5\)"),
+        (RunInfo(layers_of(10, 20, 1201), 10, 20), r"fan-in 10 to 1201 \(seen 5 to 600\)"),
+        (RunInfo(layers_of(2, 20, 30), 10, 20), r"fan-in 2 to 30"),
+        (RunInfo(layers_of(0, 20, 0), 10, 20), None),  # activations alone have no fan-in
+        (RunInfo(layers_of(0, 0, 0), 10, 20), None),
+        (RunInfo(layers_of(10), 100, 20), r"horizon.*depth.*optimizer steps.*clipped"),
+    ],
+)
+def test_a_run_outside_of_the_domain_is_named(run, named):
+    policy = LearnedPolicy(MetaNetwork(4, 4), domain=DOMAIN)
+    if named is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            policy.begin(run)
+    else:
+        with pytest.warns(UserWarning, match=named):
+            policy.begin(run)
+
+
+@pytest.mark.filterwarnings("ignore:outside of what")
+def test_inputs_beyond_the_domain_are_clipped_to_it():
+    policy = trained(open_loop=True, domain=DOMAIN)
+    at_edge = RunInfo(layers_of(600, 600, 600), 20, 20)
+    beyond = RunInfo(layers_of(5000, 9000, 600), 20, 999)
+    assert torch.equal(rollout(policy, at_edge), rollout(policy, beyond))
+
+
+@pytest.mark.parametrize("open_loop", [True, False])
+def test_the_configuration_goes_through_json(open_loop):
+    base = BaseCurve(0.25, 0.5, 1.0, 0.5, 0.75)
+    policy = trained(hidden=7, embedding=3, base=base, domain=DOMAIN, open_loop=open_loop)
+    twin = LearnedPolicy.from_config(json.loads(json.dumps(policy.config())))
+    assert twin.config() == policy.config()
+    assert twin.base == base
+    assert twin.domain == DOMAIN
+    assert twin.open_loop is open_loop
+    assert repr(twin) == repr(policy)
+    twin.network.load_state_dict(policy.network.state_dict())
+    run = run_of(3, 4)
+    assert torch.equal(rollout(twin, run), rollout(policy, run))
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"forward_std": -0.1},
+        {"forward_std": 1.1},
+        {"hard_from": 0.0},
+        {"hard_from": 1.5},
+        {"weight_backward_std": 0.0},
+        {"activation_backward_std": math.inf},
+        {"weight_backward_std": math.nan},
+        {"freeze_from": 1.0},
+        {"freeze_from": -0.5},
+    ],
+)
+def test_impossible_base_curves_are_refused(numbers):
+    with pytest.raises(ValueError, match="out of its range"):
+        BaseCurve(**numbers)
+
+
+@pytest.mark.parametrize("seen", [(0, 5), (5, 4), (-1, 3), (1, math.inf), (math.nan, 3)])
+def test_impossible_domains_are_refused(seen):
+    with pytest.raises(ValueError, match="depth must go from a positive number up"):
+        Domain(depth=seen)
+
+
+def test_the_network_is_small():
+    assert sum(p.numel() for p in MetaNetwork().parameters()) < 10_000

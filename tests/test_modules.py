@@ -1,0 +1,290 @@
+"""Quantized weights and activations as modules."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import learnsched as ls
+from learnsched.annealed import annealed_quantize
+from learnsched.modules import (
+    NOISE_BUFFERS,
+    ActivationQuantizer,
+    PReLUQuantizer,
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedLinear,
+    WeightQuantizer,
+)
+from learnsched.noise import NOISES, noise_shape
+from learnsched.scales import AbsoluteMean, Fixed, LeastSquares, Maximum, default_weight_rule
+
+LEVELS = {
+    "ternary": ls.ternary(),
+    "binary": ls.binary(),
+    "signed4": ls.signed(4),
+    "power_of_two3": ls.power_of_two(3),
+}
+
+
+def weights(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def quantizer_of(weight, levels=None, rule=None):
+    levels = levels or ls.ternary()
+    return WeightQuantizer(levels, rule or default_weight_rule(levels), weight)
+
+
+def activation(levels=None, scale=0.5, before=None):
+    levels = levels or ls.unsigned(2)
+    return ActivationQuantizer(levels, scale, LeastSquares("tensor"), before, torch.zeros(()))
+
+
+@pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
+@pytest.mark.parametrize("shape", [(6, 8), (4, 3, 5), (4, 2, 3, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_hard_weight_is_level_times_scale_to_the_bit(levels, shape, dtype):
+    weight = weights(*shape, dtype=dtype)
+    quantizer = quantizer_of(weight, levels)
+    scale = quantizer.scale(weight)
+    codes = levels.codes(weight / scale)
+    expected = torch.tensor(levels.values, dtype=dtype)[codes] * scale
+    assert torch.equal(quantizer(weight), expected)
+    assert quantizer(weight).dtype == dtype
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
+def test_the_forward_pass_computes_the_expectation(levels, noise):
+    weight = weights(5, 7, dtype=torch.float64)
+    quantizer = quantizer_of(weight, levels)
+    quantizer.noise = noise_shape(noise)
+    quantizer.forward_std.fill_(0.4)
+    quantizer.forward_mean.fill_(-0.1)
+    scale = quantizer.scale(weight)
+    edges = [torch.ones_like(weight)]
+    for threshold in levels.thresholds:
+        z = (weight / scale - 0.1 * levels.step - threshold) / (0.4 * levels.step)
+        edges.append(noise_shape(noise).cdf(z))
+    reached = torch.stack([*edges, torch.zeros_like(weight)])
+    probability = reached[:-1] - reached[1:]
+    expected = torch.tensordot(torch.tensor(levels.values).double(), probability, 1)
+    torch.testing.assert_close(quantizer(weight), expected * scale)
+
+
+@pytest.mark.parametrize("x", [-2.0, -0.2, 0.1, 0.26, 3.0])
+def test_activations_compute_the_expectation_in_units_of_their_scale(x):
+    quantizer = activation(scale=0.5)
+    quantizer.forward_std.fill_(0.3)
+    x = torch.tensor(x)
+    y = annealed_quantize(x / 0.5, ls.unsigned(2), forward_std=0.3, backward_std=1.0) * 0.5
+    torch.testing.assert_close(quantizer(x), y)
+
+
+def test_the_gradient_is_that_of_the_backward_noise_and_of_the_scale():
+    weight = weights(4, 6, dtype=torch.float64).requires_grad_()
+    quantizer = quantizer_of(weight)
+    quantizer.noise = noise_shape("normal")
+    quantizer.backward_std.fill_(0.7)
+    mix = weights(4, 6, seed=1, dtype=torch.float64)
+    (grad,) = torch.autograd.grad((quantizer(weight) * mix).sum(), weight)
+    scale = AbsoluteMean()(weight, ls.ternary())
+    y = annealed_quantize(weight / scale, ls.ternary(), forward_std=0.0, backward_std=0.7) * scale
+    (expected,) = torch.autograd.grad((y * mix).sum(), weight)
+    torch.testing.assert_close(grad, expected)
+    assert grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("rule", [AbsoluteMean("channel"), AbsoluteMean("tensor"), Fixed(0.3)])
+def test_the_scale_is_fixed_at_the_first_projection_of_its_channel(rule):
+    weight = weights(3, 8).sign()
+    weight[0] = torch.tensor([3.0, -3.0, 3.0] + 5 * [0.1])  # magnitude takes these three first
+    quantizer = quantizer_of(weight, rule=rule)
+    before = quantizer.scale(weight).clone()
+    quantizer.freeze_(weight, 3 / 24, "magnitude")
+    assert quantizer.membership[0].sum() == 3
+    moved = weight + 0.5
+    after = quantizer.scale(moved)
+    whole = before.numel() == 1
+    held = torch.ones_like(before) if whole else torch.tensor([[1.0], [0.0], [0.0]])
+    assert torch.equal(quantizer.scale_held, held)
+    assert torch.equal(after[held > 0], before[held > 0])
+    free = rule(moved, ls.ternary())
+    assert torch.equal(after[held == 0], free[held == 0])
+    quantizer.freeze_(moved, 1.0, "magnitude")
+    final = quantizer.scale(moved)
+    assert torch.equal(final[held > 0], before[held > 0])
+    assert torch.equal(final[held == 0], free[held == 0])
+    assert set((moved / final).round(decimals=5).unique().tolist()) <= {-1.0, 0.0, 1.0}
+
+
+@pytest.mark.parametrize("partition", ["magnitude", "random", "settled"])
+def test_freezing_projects_and_keeps_what_was_frozen(partition):
+    generator = torch.Generator().manual_seed(0)
+    weight = weights(5, 20)
+    quantizer = quantizer_of(weight)
+    kept = torch.zeros(5, 20, dtype=torch.bool)
+    values = torch.zeros(5, 20)
+    for fraction in (0.0, 0.2, 0.2, 0.55, 1.0):
+        quantizer.freeze_(weight, fraction, partition, generator)
+        frozen = quantizer.membership > 0
+        assert int(frozen.sum()) == round(100 * fraction)
+        assert (frozen | ~kept).all()
+        assert torch.equal(weight[kept], values[kept])
+        assert torch.equal(quantizer(weight)[frozen], weight[frozen])
+        kept, values = frozen, weight.clone()
+        weight += 0.3 * torch.randn(weight.shape, generator=generator)
+
+
+def test_redraw_releases_and_only_the_end_holds_the_scale():
+    weight = weights(4, 25)
+    quantizer = quantizer_of(weight)
+    quantizer.freeze_(weight, 0.5, "redraw", torch.Generator().manual_seed(0))
+    first = quantizer.membership.clone()
+    quantizer.freeze_(weight, 0.5, "redraw", torch.Generator().manual_seed(1))
+    second = quantizer.membership
+    assert second.sum() == first.sum() == 50
+    assert ((first > 0) & (second == 0)).any()
+    assert not quantizer.scale_held.any()
+    quantizer.freeze_(weight, 1.0, "redraw", torch.Generator().manual_seed(2))
+    assert quantizer.scale_held.all()
+    scale = quantizer.scale(weight)
+    assert torch.equal(ls.ternary().quantize(weight / scale) * scale, weight)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "partition", "message"),
+    [
+        (0.3, "magnitude", "10 of 20 weights are frozen"),
+        (1.2, "magnitude", r"\[0, 1\]"),
+        (float("nan"), "redraw", r"\[0, 1\]"),
+        (0.9, "biggest", "unknown partition 'biggest'"),
+    ],
+)
+def test_a_refused_fraction_leaves_everything_as_it_was(fraction, partition, message):
+    weight = weights(4, 5)
+    quantizer = quantizer_of(weight)
+    quantizer.freeze_(weight, 0.5, "magnitude")
+    before = copy.deepcopy(quantizer.state_dict()), weight.clone()
+    with pytest.raises(ValueError, match=message):
+        quantizer.freeze_(weight, fraction, partition)
+    assert torch.equal(weight, before[1])
+    assert all(torch.equal(v, before[0][k]) for k, v in quantizer.state_dict().items())
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    fraction=st.floats(0, 1),
+    name=st.sampled_from(sorted(LEVELS)),
+    partition=st.sampled_from(["magnitude", "random", "redraw", "settled"]),
+    seed=st.integers(0, 99),
+)
+def test_frozen_weights_lie_on_a_level_and_free_ones_do_not_move(fraction, name, partition, seed):
+    weight = weights(3, 7, seed=seed)
+    before, levels = weight.clone(), LEVELS[name]
+    quantizer = quantizer_of(weight, levels)
+    scale = quantizer.scale(weight)
+    quantizer.freeze_(weight, fraction, partition, torch.Generator().manual_seed(seed))
+    frozen = quantizer.membership > 0
+    hard = levels.quantize(before / scale) * scale
+    assert torch.equal(weight, torch.where(frozen, hard, before))
+    assert torch.equal(quantizer.project(weight)[frozen], hard[frozen])
+
+
+def test_error_is_relative_and_blind_to_what_an_optimizer_does_to_frozen_weights():
+    weight = weights(4, 6)
+    quantizer = quantizer_of(weight)
+    hard = quantizer.project(weight)
+    expected = float((weight - hard).norm() / weight.norm())
+    assert float(quantizer.error(weight)) == pytest.approx(expected, rel=1e-6)
+    assert float(quantizer.error(weight * 1000)) == pytest.approx(expected, rel=1e-5)
+    quantizer.freeze_(weight, 0.5, "settled")
+    at_rest = quantizer.error(weight)
+    assert torch.equal(quantizer.error(weight * (1 - 0.1 * quantizer.membership)), at_rest)
+    quantizer.freeze_(weight, 1.0, "settled")
+    assert float(quantizer.error(weight + 1)) == 0
+
+
+@pytest.mark.parametrize("rule", [AbsoluteMean(), Maximum(), LeastSquares(), Fixed(0.2)])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_freezing_does_not_give_a_level_to_what_is_not_finite(rule, bad):
+    weight = weights(3, 4)
+    weight[1, 2] = bad
+    quantizer = quantizer_of(weight, rule=rule)
+    quantizer.freeze_(weight, 1.0, "settled")
+    assert not weight[1, 2].isfinite()
+
+
+def test_a_channel_of_zeros_stays_finite():
+    weight = weights(3, 4)
+    weight[1] = 0
+    for levels in LEVELS.values():
+        quantizer = quantizer_of(weight, levels)
+        assert quantizer(weight).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("plain", "quantized", "x"),
+    [
+        (nn.Linear(6, 4), QuantizedLinear, weights(2, 6)),
+        (nn.Conv1d(4, 6, 3, stride=2, groups=2), QuantizedConv1d, weights(2, 4, 9)),
+        (nn.Conv2d(2, 3, 3, padding="same", bias=False), QuantizedConv2d, weights(2, 2, 5, 5)),
+        (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), QuantizedConv2d,
+         weights(2, 2, 5, 5)),
+    ],
+)  # fmt: skip
+def test_layers_compute_with_their_quantized_weight(plain, quantized, x):
+    reference = copy.deepcopy(plain)
+    model = ls.quantize_(copy.deepcopy(plain), ls.ternary())
+    assert type(model) is quantized
+    with torch.no_grad():
+        reference.weight.copy_(model.weight_quantizer(model.weight))
+    assert torch.equal(model(x), reference(x))
+
+
+def test_what_precedes_a_staircase_is_computed_first():
+    gelu = activation(before=nn.GELU())
+    x = weights(50)
+    assert torch.equal(gelu(x), activation()(F.gelu(x)))
+
+
+def test_a_prelu_keeps_its_slope_and_learns_it():
+    prelu = nn.PReLU(init=0.3)
+    like = torch.zeros(())
+    quantizer = PReLUQuantizer(ls.signed(3), 0.5, LeastSquares("tensor"), prelu, like)
+    assert quantizer.weight is prelu.weight
+    x = weights(50)
+    assert torch.equal(quantizer(x), activation(ls.signed(3))(prelu(x)))
+    quantizer(x).sum().backward()
+    assert prelu.weight.grad.abs() > 0
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_quantizers_survive_pickle_and_deepcopy_with_their_noise(noise):
+    weight = weights(3, 4)
+    quantizer = quantizer_of(weight)
+    quantizer.noise = noise_shape(noise)
+    quantizer.forward_std.fill_(0.3)
+    for twin in (pickle.loads(pickle.dumps(quantizer)), copy.deepcopy(quantizer)):
+        assert twin.noise == noise_shape(noise)
+        assert torch.equal(twin(weight), quantizer(weight))
+    assert quantizer.noise == noise_shape(noise)
+
+
+def test_noise_and_memberships_are_buffers_and_start_hard_and_free():
+    quantizer = quantizer_of(weights(3, 4))
+    buffers = dict(quantizer.named_buffers())
+    assert {*NOISE_BUFFERS, "membership", "held", "held_scale", "scale_held"} == set(buffers)
+    assert buffers["forward_std"] == buffers["forward_mean"] == 0
+    assert not buffers["membership"].any()
+    assert set(dict(activation().named_buffers())) == {*NOISE_BUFFERS, "scale"}
+
+
+def test_extra_repr_names_levels_and_noise():
+    assert "levels=ternary, noise=normal" in repr(quantizer_of(weights(2, 2)))

@@ -1,0 +1,665 @@
+"""QuantizationScheduler: when settings apply, what stays frozen, resuming, and refusals."""
+
+import copy
+import dataclasses
+import io
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import learnsched as ls
+from learnsched import policies
+from learnsched.convert import quantized_layers
+from learnsched.schedule import Setting
+
+pytestmark = pytest.mark.filterwarnings("ignore:no batch norm precedes")
+
+PARTITIONS = ("magnitude", "random", "redraw", "settled")
+
+
+def network(layers=2, weight=None, activation=None):
+    torch.manual_seed(0)
+    modules = []
+    for index in range(layers):
+        modules += [nn.Linear(8 if index == 0 else 6, 6), nn.BatchNorm1d(6), nn.ReLU()]
+    model = nn.Sequential(*modules)
+    return ls.quantize_(model, weight or ls.ternary(), activation or ls.unsigned(2))
+
+
+def learned(seed=3, spread=0.7, **options):
+    """A policy whose network is not fresh."""
+    torch.manual_seed(seed)
+    policy = policies.LearnedPolicy(policies.MetaNetwork(6, 5), **options)
+    with torch.no_grad():
+        for parameter in policy.network.out.parameters():
+            parameter.normal_(std=spread)
+    return policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Scripted:
+    """Gives the settings of a list, one an epoch, to every layer; keeps what it was shown."""
+
+    rows: tuple
+    count: int | None = None
+    noise: str = "normal"
+    partition: str = "settled"
+    metrics: tuple = ()
+    seen: list = dataclasses.field(default_factory=list, repr=False)
+
+    def begin(self, run):
+        return {"epoch": torch.zeros(())}
+
+    def settings(self, run, epoch, telemetry, state):
+        self.seen.append((run, epoch, telemetry))
+        row = self.rows[min(epoch, len(self.rows) - 1)]
+        return [row] * (self.count or len(run.layers)), {"epoch": state["epoch"] + 1}
+
+
+def fractions(*values):
+    return Scripted(tuple(Setting(fraction=v) for v in values))
+
+
+EVERY_POLICY = {
+    "straight_through": lambda: policies.StraightThrough(),
+    "annealing": lambda: policies.AdditiveNoiseAnnealing(std=0.4, mean=-0.5, end=1.0),
+    "same_start": lambda: policies.AdditiveNoiseAnnealing(interval="same_start", progressive=True),
+    "incremental": lambda: policies.IncrementalQuantization(2),
+    "redraw": lambda: policies.IncrementalQuantization(4, partition="redraw"),
+    "random": lambda: policies.IncrementalQuantization(3, partition="random", start=0.3),
+    "relaxed": lambda: policies.Relaxed(),
+    "fresh": lambda: policies.LearnedPolicy(policies.MetaNetwork(4, 4)),
+    "learned": learned,
+    "open_loop": lambda: learned(open_loop=True),
+}
+
+
+def train(model, optimizer, scheduler, epochs, seed=0, loss_of=None, steps=2):
+    """A few steps an epoch on random data that depends on the epoch alone."""
+    for _ in range(epochs):
+        generator = torch.Generator().manual_seed(seed + scheduler.epoch)
+        for _ in range(steps):
+            x = torch.randn(16, 8, generator=generator)
+            y = torch.randn(16, 6, generator=generator)
+            loss = (model(x) - y).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        scheduler.step({"train_loss": loss})
+
+
+def state_of(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def assert_same_state(model, state):
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+def noise_in(model):
+    layer = quantized_layers(model)[0]
+    weight, act = layer.quantizers
+    return tuple(
+        float(getattr(q, name))
+        for q in (weight, act)
+        for name in ("forward_std", "backward_std", "forward_mean")
+    )
+
+
+def test_the_constructor_applies_epoch_0_and_step_the_next():
+    rows = [Setting(0.25, 0.5, 0.75, 1.5, 0.25, -0.5, 0.125), Setting(0.5, 2.0, 0.0, 0.25, 0.5)]
+    model = network()
+    scheduler = ls.QuantizationScheduler(model, Scripted(tuple(rows), noise="logistic"), 3)
+    assert scheduler.epochs == 3
+    assert scheduler.epoch == 0
+    assert scheduler.get_last_setting() == (rows[0], rows[0])
+    assert noise_in(model) == (0.25, 0.5, -0.5, 0.75, 1.5, 0.125)
+    weight = model[0].weight_quantizer
+    assert weight.noise.name == model[2].noise.name == "logistic"
+    assert int(weight.membership.sum()) == 12
+    scheduler.step()
+    assert scheduler.get_last_setting() == (rows[1], rows[1])
+    assert noise_in(model) == (0.5, 2.0, 0.0, 0.0, 0.25, 0.0)
+    assert int(weight.membership.sum()) == 24
+    scheduler.step()
+    assert scheduler.get_last_setting()[0].is_terminal
+    assert int(weight.membership.sum()) == 48
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 5])
+@pytest.mark.parametrize("name", EVERY_POLICY)
+def test_a_whole_run_ends_hard_and_on_the_levels(name, horizon):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    policy = EVERY_POLICY[name]()
+    scheduler = ls.QuantizationScheduler(model, policy, horizon, steps_per_epoch=2)
+    train(model, optimizer, scheduler, horizon - 1)
+    last = scheduler.get_last_setting()
+    assert all(s.weight_forward_std == s.activation_forward_std == 0 for s in last)
+    assert all(s.fraction == (1 if horizon > 1 else 0) for s in last)
+    train(model, optimizer, scheduler, 1)
+    assert all(s.is_terminal for s in scheduler.get_last_setting())
+    assert scheduler.epoch == horizon == scheduler.history.schedule.horizon
+    assert len(scheduler.history.metrics) == horizon
+    ls.integer_weights(model)
+    before = state_of(model)
+    ls.finalize_(model)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert not changed
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    name=st.sampled_from(sorted(EVERY_POLICY)),
+    horizon=st.integers(1, 12),
+    layers=st.integers(1, 4),
+    losses=st.lists(st.floats(1e-6, 1e6), min_size=12, max_size=12),
+)
+def test_terminal_conditions_hold_for_every_policy(name, horizon, layers, losses):
+    model = network(layers)
+    scheduler = ls.QuantizationScheduler(model, EVERY_POLICY[name](), horizon, steps_per_epoch=7)
+    for loss in losses[:horizon]:
+        before = scheduler.get_last_setting()
+        scheduler.step({"train_loss": loss})
+        after = scheduler.get_last_setting()
+        assert all(b.fraction <= a.fraction for b, a in zip(before, after, strict=True))
+    table = scheduler.history.schedule
+    for field in ("weight_forward_std", "activation_forward_std"):
+        assert not table[field][-1].any()
+        assert not table[field.replace("std", "mean")][-1].any()
+    assert (table["fraction"][-1] == (1 if horizon > 1 else 0)).all()
+    assert (table["fraction"].diff(dim=0) >= 0).all()
+    assert all(s.is_terminal for s in scheduler.get_last_setting())
+    assert all((layer.weight.weight_quantizer.membership == 1).all()
+               for layer in quantized_layers(model))  # fmt: skip
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.05),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.3),
+}
+
+
+@pytest.mark.parametrize("given_optimizer", [True, False])
+@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_frozen_weights_keep_every_bit(kind, partition, given_optimizer):
+    model = network()
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    policy = dataclasses.replace(fractions(0.0, 0.4, 0.4, 0.7, 1.0), partition=partition)
+    scheduler = ls.QuantizationScheduler(
+        model, policy, 5, optimizer=optimizer if given_optimizer else None
+    )
+    train(model, optimizer, scheduler, 1)  # momentum builds up before anything is frozen
+    previous = None
+    while scheduler.epoch < 5:
+        layers = [m for m in model if isinstance(m, nn.Linear)]
+        masks = [m.weight_quantizer.membership > 0 for m in layers]
+        held = [m.weight.detach().clone() for m in layers]
+        scales = [m.weight_quantizer.held_scale.clone() for m in layers]
+        if previous is not None and partition != "redraw":
+            for mask, value, (old_mask, old_value, old_scale, started), scale in zip(
+                masks, held, previous, scales, strict=True
+            ):
+                assert mask[old_mask].all()
+                assert torch.equal(value[old_mask], old_value[old_mask])
+                assert torch.equal(scale[started], old_scale[started])
+        for _ in range(3):
+            model(torch.randn(16, 8)).square().sum().backward()
+            optimizer.step()
+            for layer, mask, value in zip(layers, masks, held, strict=True):
+                effective = layer.weight_quantizer(layer.weight)
+                assert torch.equal(effective[mask], value[mask])
+                if given_optimizer:
+                    assert torch.equal(layer.weight[mask], value[mask])
+                if not mask.all():
+                    assert not torch.equal(layer.weight[~mask], value[~mask])
+        previous = [
+            (mask, value, scale, m.weight_quantizer.scale_held > 0)
+            for mask, value, scale, m in zip(masks, held, scales, layers, strict=True)
+        ]
+        scheduler.step()
+        for layer in layers:  # the parameter follows at step() at the latest
+            frozen = layer.weight_quantizer.membership > 0
+            assert torch.equal(layer.weight[frozen], layer.weight_quantizer.held[frozen])
+
+
+def test_redraw_releases_weights():
+    model = network()
+    policy = dataclasses.replace(fractions(0.5), partition="redraw")
+    scheduler = ls.QuantizationScheduler(model, policy, 4)
+    first = model[0].weight_quantizer.membership.clone()
+    scheduler.step()
+    second = model[0].weight_quantizer.membership
+    assert first.sum() == second.sum() == 24
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("partition", ["random", "redraw"])
+def test_random_partitions_depend_on_the_seed_alone(partition):
+    policy = dataclasses.replace(fractions(0.5), partition=partition)
+
+    def membership(seed, disturb=False):
+        model = network()
+        if disturb:
+            torch.manual_seed(77)
+        ls.QuantizationScheduler(model, policy, 3, seed=seed)
+        return model[0].weight_quantizer.membership, model[3].weight_quantizer.membership
+
+    one, again, other = membership(1), membership(1, disturb=True), membership(2)
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not torch.equal(one[0], other[0])
+    assert not torch.equal(one[0][:, :6], one[1])
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_a_step_past_the_horizon_is_refused_and_changes_nothing(horizon):
+    model = network()
+    scheduler = ls.QuantizationScheduler(model, policies.StraightThrough(), horizon)
+    for _ in range(horizon):
+        scheduler.step()
+    before, state = state_of(model), scheduler.state_dict()
+    with pytest.raises(RuntimeError, match=f"{horizon + 1} times for a horizon of {horizon}"):
+        scheduler.step()
+    assert_same_state(model, before)
+    assert_equal(scheduler.state_dict(), state)
+
+
+def assert_equal(one, other):
+    """Nested states, tensors to the bit, NaN equal to NaN."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_equal(a, b)
+    else:
+        assert one == other or (one != one and other != other)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "kind", "message"),
+    [
+        (None, KeyError, "LearnedPolicy needs the metric 'train_loss'"),
+        ({}, KeyError, "train_loss"),
+        ({"loss": 1.0}, KeyError, r"step\(metrics={'train_loss': value}\)"),
+        ({"train_loss": "high"}, TypeError, "'train_loss' must be a number, got 'high'"),
+        ({"train_loss": None}, TypeError, "must be a number, got None"),
+        ({"train_loss": torch.zeros(2)}, TypeError, "must be a number"),
+        ({"train_loss": 1.0, "accuracy": [0.5]}, TypeError, "'accuracy' must be a number"),
+        (0.5, TypeError, r'by name, as {"train_loss": loss}, got 0\.5'),
+        (torch.tensor(0.5), TypeError, "by name"),
+    ],
+)
+def test_wrong_metrics_are_refused_and_change_nothing(metrics, kind, message):
+    model = network()
+    scheduler = ls.QuantizationScheduler(model, learned(), 4, steps_per_epoch=3)
+    before, state = state_of(model), scheduler.state_dict()
+    with pytest.raises(kind, match=message):
+        scheduler.step(metrics)
+    assert_same_state(model, before)
+    assert_equal(scheduler.state_dict(), state)
+    scheduler.step({"train_loss": 1.0})
+
+
+def test_metrics_may_be_tensors_with_a_graph_and_are_kept_as_numbers():
+    scheduler = ls.QuantizationScheduler(network(), policies.StraightThrough(), 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step({"train_loss": torch.tensor(0.5, requires_grad=True), "epoch": 1})
+    assert scheduler.history.metrics == [{"train_loss": 0.5, "epoch": 1.0}]
+    assert type(scheduler.history.metrics[0]["epoch"]) is float
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_metric_that_is_not_finite_warns_and_counts_as_no_change(bad, at):
+    def run(value):
+        scheduler = ls.QuantizationScheduler(network(), learned(), 5, steps_per_epoch=3)
+        for epoch, loss in enumerate((2.0, 1.5, 1.25, 1.0)):
+            loss = value if epoch == at else loss
+            if math.isfinite(loss):
+                scheduler.step({"train_loss": loss})
+            else:
+                with pytest.warns(
+                    UserWarning, match=r"'train_loss' is -?(nan|inf).*no change"
+                ) as w:
+                    scheduler.step({"train_loss": loss})
+                assert w[0].filename == __file__
+        return scheduler.history
+
+    found = run(bad)
+    assert bool(found.schedule.table.isfinite().all())
+    if at:  # as if the loss before had been reported again
+        assert torch.equal(found.schedule.table, run((2.0, 1.5, 1.25)[at - 1]).schedule.table)
+
+
+@pytest.mark.filterwarnings("ignore:the metric")
+def test_telemetry_is_relative_to_the_first_loss_and_the_one_before():
+    model = network()
+    policy = dataclasses.replace(fractions(0.0), metrics=("train_loss",))
+    scheduler = ls.QuantizationScheduler(model, policy, 8)
+    for loss in (4.0, 2.0, math.nan, 3.0, 0.0):
+        scheduler.step({"train_loss": loss})
+    shown = [(float(t.loss), float(t.loss_trend)) for _, _, t in policy.seen]
+    assert shown == [(1, 1), (1, 1), (0.5, 0.5), (0.5, 1), (0.75, 1.5), (0, 0)]
+    errors = [layer.weight.weight_quantizer.error(layer.weight.weight)
+              for layer in quantized_layers(model)]  # fmt: skip
+    assert torch.equal(policy.seen[-1][2].weight_error, torch.stack(errors).detach())
+
+
+def test_a_first_loss_of_nan_or_0_leaves_the_telemetry_finite():
+    policy = fractions(0.0)
+    scheduler = ls.QuantizationScheduler(network(), policy, 6)
+    for loss in (math.nan, 0.0, 2.0, 1.0):
+        scheduler.step({"train_loss": loss})
+    assert [float(t.loss) for _, _, t in policy.seen] == [1, 1, 1, 1, 1]
+    assert [float(t.loss_trend) for _, _, t in policy.seen] == [1, 1, 1, 1, 0.5]
+
+
+def test_weight_errors_shown_do_not_depend_on_who_restores_frozen_weights():
+    def errors(given_optimizer):
+        model = network()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.3)
+        policy = fractions(0.5, 0.5, 0.8)
+        scheduler = ls.QuantizationScheduler(
+            model, policy, 4, optimizer=optimizer if given_optimizer else None
+        )
+        train(model, optimizer, scheduler, 3)
+        return torch.stack([t.weight_error for _, _, t in policy.seen])
+
+    assert torch.equal(errors(True), errors(False))
+
+
+def test_steps_are_counted_in_the_first_epoch():
+    model, policy = network(), fractions(0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = ls.QuantizationScheduler(model, policy, 4)
+    ls.calibrate_(model, [torch.randn(4, 8)])  # in evaluation, so not counted
+    train(model, optimizer, scheduler, 1, steps=5)
+    train(model, optimizer, scheduler, 2, steps=2)
+    assert [run.steps_per_epoch for run, _, _ in policy.seen] == [None, 5, 5, 5]
+    assert scheduler.state_dict()["steps_per_epoch"] == 5
+    assert not model._forward_pre_hooks
+
+
+def test_with_the_optimizer_given_its_steps_count_and_not_the_forward_passes():
+    model, policy = network(), fractions(0.3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = ls.QuantizationScheduler(model, policy, 3, optimizer=optimizer)
+    for i in range(12):
+        model(torch.randn(4, 8)).square().mean().backward()
+        if i % 4 == 3:  # gradients are accumulated over four passes
+            optimizer.step()
+            optimizer.zero_grad()
+    scheduler.step()
+    assert policy.seen[-1][0].steps_per_epoch == 3
+
+
+def test_given_steps_are_not_counted_again():
+    model, policy = network(), fractions(0.0)
+    scheduler = ls.QuantizationScheduler(model, policy, 3, steps_per_epoch=40)
+    model(torch.randn(4, 8))
+    scheduler.step()
+    assert [run.steps_per_epoch for run, _, _ in policy.seen] == [40, 40]
+
+
+def test_accumulated_gradients_freeze_as_whole_batches_do():
+    x = torch.randn(32, 8)
+
+    def weights(parts):
+        torch.manual_seed(0)
+        model = ls.quantize_(nn.Sequential(nn.Linear(8, 6), nn.ReLU()), ls.ternary())
+        optimizer = torch.optim.Adam(model.double().parameters(), lr=0.05)
+        scheduler = ls.QuantizationScheduler(model, policies.IncrementalQuantization(5), 4)
+        for _ in range(4):
+            optimizer.zero_grad()
+            for part in x.double().split(32 // parts):
+                (model(part).square().sum() / 32).backward()
+            optimizer.step()
+            scheduler.step()
+        return model[0].weight.detach()
+
+    torch.testing.assert_close(weights(1), weights(4))
+
+
+@pytest.mark.parametrize("name", EVERY_POLICY)
+@pytest.mark.parametrize("cut", [0, 2, 5])
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(name, cut):
+    horizon = 5
+
+    def start():
+        model = network()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        scheduler = ls.QuantizationScheduler(model, EVERY_POLICY[name](), horizon, seed=4)
+        return model, optimizer, scheduler
+
+    whole = start()
+    train(*whole, horizon)
+    part = start()
+    train(*part, cut)
+    file = io.BytesIO()
+    torch.save([p.state_dict() for p in part], file)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    torch.manual_seed(123)
+    again = start()
+    for target, state in zip(again, states, strict=True):
+        target.load_state_dict(state)
+    assert again[2].get_last_setting() == part[2].get_last_setting()
+    assert_same_state(again[0], part[0].state_dict())
+    train(*again, horizon - cut)
+    assert_same_state(again[0], whole[0].state_dict())
+    assert_equal(again[2].state_dict(), whole[2].state_dict())
+    assert again[2].history.settings == whole[2].history.settings
+    assert again[2].history.metrics == whole[2].history.metrics
+    assert again[2].get_last_setting() == whole[2].get_last_setting()
+
+
+def primitive(value):
+    if isinstance(value, dict):
+        return all(primitive(k) and primitive(v) for k, v in value.items())
+    if isinstance(value, list):
+        return all(map(primitive, value))
+    return value is None or type(value) in (bool, int, float, str, torch.Tensor)
+
+
+@pytest.mark.parametrize("name", EVERY_POLICY)
+def test_the_state_holds_tensors_and_primitives_only(name):
+    scheduler = ls.QuantizationScheduler(network(), EVERY_POLICY[name](), 3)
+    scheduler.step({"train_loss": torch.tensor(1.0)})
+    assert primitive(scheduler.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ls.QuantizationScheduler(network(), policies.StraightThrough(), 4), "epochs 3"),
+        (lambda: ls.QuantizationScheduler(network(3), policies.StraightThrough(), 3), "layers"),
+        (lambda: ls.QuantizationScheduler(network(), policies.Relaxed(), 3), "policy .*Relaxed"),
+        (lambda: ls.QuantizationScheduler(network(), policies.StraightThrough(0.5), 3), "policy"),
+        (lambda: ls.QuantizationScheduler(network(), learned(), 3), "policy"),
+        (
+            lambda: ls.QuantizationScheduler(
+                network(), policies.StraightThrough(), 3, fine_tuning=True
+            ),
+            "fine_tuning False",
+        ),
+    ],
+)
+def test_the_state_of_another_run_is_refused_and_changes_nothing(make, message):
+    state = ls.QuantizationScheduler(network(), policies.StraightThrough(), 3).state_dict()
+    scheduler = make()
+    before = scheduler.state_dict()
+    with pytest.raises(ValueError, match=rf"{message}.*same model, policy and epochs"):
+        scheduler.load_state_dict(state)
+    assert_equal(scheduler.state_dict(), before)
+
+
+@pytest.mark.parametrize("state", [{}, {"version": 99}, {"version": None, "epochs": 3}])
+def test_something_else_than_a_state_is_refused(state):
+    scheduler = ls.QuantizationScheduler(network(), policies.StraightThrough(), 3)
+    with pytest.raises(ValueError, match="this state has version"):
+        scheduler.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (fractions(0.5, 0.25), r"fraction of 0 decrease from 0\.5 to 0\.25"),
+        (dataclasses.replace(fractions(0.5, 0.25), partition="redraw"), "decrease"),
+    ],
+)
+def test_a_fraction_that_decreases_is_refused_before_anything_changes(policy, message):
+    model = network()
+    scheduler = ls.QuantizationScheduler(model, policy, 4)
+    before, state = state_of(model), scheduler.state_dict()
+    with pytest.raises(ValueError, match=message):
+        scheduler.step({"train_loss": 1.0})
+    assert_same_state(model, before)
+    assert_equal(scheduler.state_dict(), state)
+
+
+class Failing(Scripted):
+    def settings(self, run, epoch, telemetry, state):
+        raise ArithmeticError("no settings")
+
+
+ROW = (Setting(0.25, fraction=0.5),)
+
+REFUSED = [
+    ({"policy": Scripted(ROW, count=3)}, ValueError, "3 settings for 2 layers"),
+    ({"policy": Scripted(ROW, noise="pink")}, ValueError, "unknown noise 'pink'"),
+    ({"policy": Scripted(ROW, partition="largest")}, ValueError, "partition is 'largest'.*settled"),
+    ({"policy": Failing(ROW)}, ArithmeticError, "no settings"),
+    ({"policy": "default"}, TypeError, "got 'default'.*load_pretrained"),
+    ({"policy": policies.StraightThrough}, TypeError, r"must have begin\(\) and settings\(\)"),
+    ({"policy": None}, TypeError, "got None"),
+    ({"epochs": 0}, ValueError, "at least 1, got 0"),
+    ({"epochs": 2.0}, ValueError, r"whole number of at least 1, got 2\.0"),
+    ({"epochs": True}, ValueError, "got True"),
+    ({"steps_per_epoch": 0}, ValueError, "at least one step, got 0"),
+    ({"optimizer": "sgd"}, TypeError, r"must be a torch\.optim\.Optimizer, got 'sgd'"),
+    ({"seed": 0.5}, TypeError, "float"),
+]
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), REFUSED)
+def test_a_refused_scheduler_leaves_the_model_alone(options, kind, message):
+    model = network()
+    before = state_of(model)
+    policy = {"policy": Scripted(ROW, noise="uniform"), "epochs": 3}
+    with pytest.raises(kind, match=message):
+        ls.QuantizationScheduler(model, **(policy | options))
+    assert_same_state(model, before)
+    assert not model._forward_pre_hooks
+    assert model[0].weight_quantizer.noise.name == "normal"
+
+
+def test_a_policy_with_too_few_settings_later_on_is_refused_before_anything_changes():
+    class Forgetful(Scripted):
+        def settings(self, run, epoch, telemetry, state):
+            rows, state = super().settings(run, epoch, telemetry, state)
+            return rows[: 2 - epoch], state
+
+    model = network()
+    scheduler = ls.QuantizationScheduler(model, Forgetful(ROW), 4)
+    before, state = state_of(model), scheduler.state_dict()
+    with pytest.raises(ValueError, match="1 settings for 2 layers"):
+        scheduler.step()
+    assert_same_state(model, before)
+    assert_equal(scheduler.state_dict(), state)
+
+
+def test_a_float_model_is_refused():
+    with pytest.raises(ValueError, match=r"call learnsched\.quantize_ first"):
+        ls.QuantizationScheduler(nn.Linear(2, 2), policies.StraightThrough(), 2)
+
+
+def test_a_model_that_is_frozen_already_is_refused_with_the_way_out():
+    model = ls.finalize_(network())
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"48 of 48 weights of 0 are frozen.*To resume, make the"):
+        ls.QuantizationScheduler(model, policies.StraightThrough(), 3)
+    assert_same_state(model, before)
+
+
+def test_activations_alone_can_be_scheduled():
+    model = ls.quantize_(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), activation=ls.unsigned(2))
+    scheduler = ls.QuantizationScheduler(model, policies.Relaxed(0.3), 2)
+    assert float(model[1].forward_std) == pytest.approx(0.3)
+    scheduler.step({"train_loss": 1.0})
+    assert model[1].forward_std == 0
+    scheduler.step({"train_loss": 1.0})
+    ls.finalize_(model)
+    assert ls.integer_weights(model) == {}
+
+
+def test_each_layer_gets_its_own_setting():
+    class PerLayer(Scripted):
+        def settings(self, run, epoch, telemetry, state):
+            rows = [Setting(0.1 * (i + 1), fraction=i / 4) for i in range(len(run.layers))]
+            return rows, state
+
+    model = network(3)
+    ls.QuantizationScheduler(model, PerLayer(()), 3)
+    found = [float(layer.weight.weight_quantizer.forward_std) for layer in quantized_layers(model)]
+    assert found == pytest.approx([0.1, 0.2, 0.3])
+    shares = [layer.weight.weight_quantizer.membership.mean() for layer in quantized_layers(model)]
+    assert torch.stack(shares).tolist() == pytest.approx([0, 0.25, 0.5])
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_model_can_be_copied_in_the_middle_of_the_first_epoch(duplicate):
+    model = network()
+    scheduler = ls.QuantizationScheduler(model, learned(), 3)
+    model(torch.randn(4, 8))
+    twin = duplicate(model)
+    twin(torch.randn(4, 8))
+    scheduler.step({"train_loss": 1.0})
+    assert scheduler.state_dict()["steps_per_epoch"] == 1
+
+
+def test_a_second_scheduler_takes_over_a_free_model():
+    model = network()
+    ls.QuantizationScheduler(model, policies.Relaxed(noise="uniform"), 2)
+    scheduler = ls.QuantizationScheduler(model, policies.StraightThrough(), 2)
+    assert model[0].weight_quantizer.noise.name == "normal"
+    scheduler.step()
+    scheduler.step()
+    ls.integer_weights(model)
+
+
+def test_half_precision_models_are_scheduled_and_finished():
+    model = network().to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    scheduler = ls.QuantizationScheduler(
+        model, policies.IncrementalQuantization(5), 4, optimizer=optimizer
+    )
+    for _ in range(4):
+        model(torch.randn(8, 8).to(torch.bfloat16)).sum().backward()
+        optimizer.step()
+        scheduler.step()
+    ls.integer_weights(ls.finalize_(model))
+
+
+def test_history_is_a_schedule():
+    scheduler = ls.QuantizationScheduler(network(), policies.IncrementalQuantization(5), 4)
+    scheduler.step()
+    table = scheduler.history.schedule
+    assert table.layers == ("0", "3")
+    assert table["fraction"].tolist() == [[0.5, 0.5], [0.75, 0.75]]
+    assert scheduler.history.settings[0] == table.settings(0)
