@@ -141,8 +141,8 @@ class InnerLoop:
                 "exp_avg": state.tensors[count + i],
                 "exp_avg_sq": state.tensors[2 * count + i],
             }
-        if not track:
-            parameters = [p.detach().requires_grad_() for p in parameters]
+        # Frozen values come from the parameters too: the inner gradient must not flow through them.
+        parameters = [p.clone() if track else p.detach().requires_grad_() for p in parameters]
         losses = []
         steps = self.batches.order.shape[1]
         for step in range(steps):

@@ -131,6 +131,7 @@ PRESETS["short"] = replace(
         mix=replace(_STANDARD_MIX, total_steps=(80, 250), bits=(("ternary/2-bit", 1.0),)),
         learning_rate=0.01,
         average=0.85,
+        validation=PRESETS["standard"].trainer.validation[:2],
     ),
 )
 PRESETS["long"] = replace(

@@ -122,8 +122,7 @@ class MetaTrainer:
         """
         while self.step < steps:
             entry = self._outer_step()
-            last = self.step == steps
-            if self.step % self.config.validate_every == 0 or last:
+            if self.step % self.config.validate_every == 0:
                 entry["validation_loss"] = self._validate()
             self._log.append(entry)
             self._save()
@@ -131,8 +130,11 @@ class MetaTrainer:
                 progress(entry)
 
     def load_best(self) -> None:
-        """Give the policy the averaged parameters that did best in validation."""
-        self._assign(self._best)
+        """Give the policy the averaged parameters that did best in validation.
+
+        Before the first validation: those of the last step.
+        """
+        self._assign(self._best if math.isfinite(self.best_loss) else self._average)
 
     @property
     def log(self) -> list[dict[str, Any]]:

@@ -1,0 +1,213 @@
+"""The inner loop, its gradient and the trainer, against references written differently."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from learnsched.data import load
+from learnsched.meta.estimators import (
+    Unrolled,
+    policy_rollout,
+    run_forward,
+    table_rollout,
+    terminal_settings,
+)
+from learnsched.meta.presets import PRESETS
+from learnsched.meta.tasks import Task
+from learnsched.meta.trainer import MetaTrainer
+from learnsched.policies import LearnedPolicy, MetaNetwork
+
+DIGITS = load("digits")
+SMALL = Task("mlp", "digits", 6, 3, 2, 3, 16, "ternary/2-bit", (0.01, 0.02), False, 3)
+
+
+def as_double(inner):
+    inner.population.double()
+    b = inner.batches
+    inner.batches = dataclasses.replace(b, x=b.x.double(), x_held_out=b.x_held_out.double())
+    inner.learning_rate = inner.learning_rate.double()
+    return inner
+
+
+def wide_settings(inner):
+    generator = torch.Generator().manual_seed(0)
+    run, members = inner.run, inner.population.members
+    table = torch.rand(
+        run.horizon, members, len(run.layers), 7, generator=generator, dtype=torch.float64
+    )
+    table = 0.6 + 0.4 * table
+    table[..., 4] = torch.linspace(0.3, 0.6, run.horizon, dtype=torch.float64).view(-1, 1, 1)
+    table[..., 5:] = 0
+    return table
+
+
+def smooth_loss(inner, table):
+    state = inner.initial()
+    for epoch in range(inner.run.horizon):
+        state, _ = inner.epoch(state, table[epoch], epoch, track=False)
+    with torch.no_grad():
+        return inner.outer_loss(state, table[-1])
+
+
+def smooth_gradient(inner, table):
+    """One graph over the whole run, no recomputation."""
+    table = table.clone().requires_grad_()
+    state = inner.initial()
+    state = dataclasses.replace(state, tensors=tuple(t.requires_grad_() for t in state.tensors))
+    for epoch in range(inner.run.horizon):
+        state, _ = inner.epoch(state, table[epoch], epoch, track=True)
+    (gradient,) = torch.autograd.grad(inner.outer_loss(state, table[-1]).sum(), table)
+    return gradient
+
+
+def test_the_unrolled_gradient_equals_central_finite_differences():
+    # The backward noise equals the forward noise, so that autograd's gradient of the outer loss in
+    # the state is the derivative of its value.
+    inner = as_double(SMALL.build(DIGITS))
+    table = wide_settings(inner)
+    table[..., 4] = 0  # a projection is hard: its gradient is a surrogate
+    table[..., 1], table[..., 3] = table[..., 0], table[..., 2]
+
+    def tied(base):
+        full = base.clone()
+        full[..., 1], full[..., 3] = base[..., 0], base[..., 2]
+        return full
+
+    full = smooth_gradient(inner, table)
+    gradient = full.clone()
+    gradient[..., 0] += full[..., 1]
+    gradient[..., 2] += full[..., 3]
+    for epoch, layer, field in ((0, 0, 0), (0, 1, 2), (1, 2, 0), (1, 0, 2)):
+        change = torch.zeros_like(table)
+        change[epoch, :, layer, field] = 1e-5
+        up, down = (smooth_loss(inner, tied(table + s * change)) for s in (1, -1))
+        difference = (up - down) / 2e-5
+        torch.testing.assert_close(
+            gradient[epoch, :, layer, field], difference, rtol=1e-4, atol=1e-7
+        )
+
+
+def test_recomputed_epochs_give_the_gradient_of_the_full_graph():
+    inner = as_double(SMALL.build(DIGITS))
+    table = wide_settings(inner)
+    estimate = Unrolled()(inner, table_rollout(table))
+    hard = torch.stack([terminal_settings(row, inner.run, e) for e, row in enumerate(table)])
+    torch.testing.assert_close(
+        estimate.gradient, smooth_gradient(inner, hard), rtol=1e-9, atol=1e-12
+    )
+    assert estimate.gradient.abs().max() > 0
+
+
+def test_a_population_trains_as_its_members_do_one_by_one():
+    both = as_double(SMALL.build(DIGITS))
+    table = wide_settings(both)
+    states, _, losses = run_forward(both, table_rollout(table))
+    for member, rate in enumerate(SMALL.learning_rates):
+        pair = dataclasses.replace(SMALL, learning_rates=(rate, rate), runs=2).build(DIGITS)
+        alone = as_double(pair)
+        own = table[:, member : member + 1].expand(-1, 2, -1, -1)
+        single, _, single_losses = run_forward(alone, table_rollout(own))
+        torch.testing.assert_close(losses[-1][member], single_losses[-1][member])
+        for ours, theirs in zip(states[-1].tensors, single[-1].tensors, strict=True):
+            torch.testing.assert_close(ours[member], theirs[member])
+
+
+def test_the_state_at_the_end_is_frozen_on_the_level_set():
+    inner = SMALL.build(DIGITS, membership_width=0.0)
+    policy = LearnedPolicy(MetaNetwork())
+    with torch.no_grad():
+        states, table, _ = run_forward(inner, policy_rollout(policy, inner.run, 2))
+    count = len(list(inner.population.parameters()))
+    membership, held, scale, _ = states[-1].tensors[3 * count :][:4]
+    assert bool((membership == 1).all())
+    codes = held / scale
+    assert set(codes.round(decimals=5).unique().tolist()) <= {-1.0, 0.0, 1.0}
+    accuracy = inner.accuracy(states[-1], table[-1], DIGITS.validation.x, DIGITS.validation.y)
+    assert accuracy.shape == (2,)
+    assert bool(((accuracy >= 0) & (accuracy <= 1)).all())
+
+
+def test_fine_tuning_starts_from_a_trained_network():
+    scratch = dataclasses.replace(SMALL, steps=40, learning_rates=(0.01, 0.01)).build(DIGITS)
+    tuned = dataclasses.replace(
+        SMALL, steps=40, learning_rates=(0.01, 0.01), fine_tuning=True
+    ).build(DIGITS)
+    settings = torch.zeros(2, 3, 7)
+    settings[..., [1, 3]] = 1.0
+    losses = [i.outer_loss(i.initial(), settings).mean() for i in (scratch, tuned)]
+    assert losses[1] < losses[0] - 0.3
+
+
+def test_tasks_of_a_step_are_the_same_for_the_same_seed_and_differ_between_steps():
+    mix = PRESETS["standard"].trainer.mix
+    assert mix.sample(0, 3) == mix.sample(0, 3)
+    assert mix.sample(0, 3) != mix.sample(0, 4)
+    assert mix.sample(0, 3) != mix.sample(1, 3)
+
+
+def small_trainer(folder, **changes):
+    preset = PRESETS["quick"]
+    mix = dataclasses.replace(
+        preset.trainer.mix,
+        architectures=(("digits", "mlp", (6,), (3,)),),
+        horizons=(3,),
+        total_steps=(6, 9),
+        members=2,
+    )
+    config = dataclasses.replace(
+        preset.trainer, mix=mix, validation=(SMALL,), validate_every=2, **changes
+    )
+    torch.manual_seed(0)
+    policy = LearnedPolicy(MetaNetwork(), preset.base, preset.domain)
+    return MetaTrainer(policy, config, folder, {"digits": DIGITS})
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path):
+    whole = small_trainer(tmp_path / "whole")
+    whole.run(4)
+    small_trainer(tmp_path / "parts").run(1)
+    parts = small_trainer(tmp_path / "parts")
+    assert parts.step == 1
+    parts.run(4)
+    for a, b in zip(
+        whole.policy.network.parameters(), parts.policy.network.parameters(), strict=True
+    ):
+        assert torch.equal(a, b)
+    timeless = [
+        [{k: v for k, v in e.items() if k != "seconds"} for e in t.log] for t in (whole, parts)
+    ]
+    assert timeless[0] == timeless[1]
+    assert whole.best_loss == parts.best_loss
+    lines = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_folder_of_another_configuration_is_refused(tmp_path):
+    small_trainer(tmp_path)
+    with pytest.raises(FileExistsError, match="another configuration"):
+        small_trainer(tmp_path, learning_rate=0.5)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    small_trainer(tmp_path).run(1)
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged"):
+        small_trainer(tmp_path)
+
+
+def test_gradients_that_are_not_finite_are_dropped_and_counted(tmp_path):
+    trainer = small_trainer(tmp_path)
+
+    def broken(inner, rollout):
+        estimate = Unrolled()(inner, rollout)
+        gradient = estimate.gradient.clone()
+        gradient[:, 0] = float("nan")
+        return dataclasses.replace(estimate, gradient=gradient)
+
+    trainer.estimator = broken
+    trainer.run(1)
+    assert trainer.log[0]["dropped"] == 2  # one member of each of two tasks
+    assert all(bool(p.isfinite().all()) for p in trainer.policy.network.parameters())
