@@ -241,6 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the search")
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     options = parser.parse_args(arguments)
+    distribution.start()
     torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
     names = options.tasks or list(QUICK_TASKS if options.quick else HELD_OUT)
     methods = [*field.hand_coded(), field.upper_bound()]
@@ -251,13 +252,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json and options.json.exists():
         done = json.loads(options.json.read_text())["records"]
 
+    def write(records: Sequence[Mapping[str, Any]]) -> None:
+        if options.json and distribution.rank() == 0:
+            content = {"environment": describe(), "seed": options.seed, "records": list(records)}
+            write_text(options.json, json.dumps(content, indent=1) + "\n")
+
     def keep(record: dict[str, Any]) -> None:
-        done.append(record)
         mean = sum(record["test"]) / len(record["test"])
         print(f"{record['task']:20} {record['method']:32} {100 * mean:5.1f} %", flush=True)
-        if options.json:
-            content = {"environment": describe(), "seed": options.seed, "records": done}
-            write_text(options.json, json.dumps(content, indent=1) + "\n")
+        if distribution.world_size() == 1:  # several ranks write together, at the end
+            done.append(record)
+            write(done)
 
     records = compare(
         methods,
@@ -267,7 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         progress=keep,
         done=list(done),
     )
-    print(table(records))
+    write(records)
+    if distribution.rank() == 0:
+        print(table(records))
+    distribution.stop()
 
 
 if __name__ == "__main__":
