@@ -84,7 +84,7 @@ def _train_and_report(options: argparse.Namespace) -> None:
     card = {
         "name": options.out.name,
         "made": {
-            "command": " ".join(["meta_train.py", *sys.argv[1:]]),
+            "command": f"meta_train.py --preset {options.preset} --seed {options.seed} --steps {steps}",
             "preset": options.preset,
             "seed": options.seed,
             "outer_steps": trainer.step,
