@@ -181,6 +181,7 @@ def plot_learning_curve(
             label = name.removeprefix("norm_") + " of the tasks"
             norms.semilogy(steps, values, style, color="0.4", markerfacecolor="white", label=label)
         norms.set_ylabel("norm of the schedule's gradient / nats")
+        norms.yaxis.set_major_formatter("{x:g}")  # the style writes no mathematics
         for panel in (losses, norms):
             panel.set_xlabel("outer step")
             panel.legend()
