@@ -153,17 +153,20 @@ def compare(
         for method in methods
         if (name, method.name) not in finished
     ]
+    data = {name: load(name) for name in {task.data for _, task, _ in jobs}}
     mine = {}
     for index in range(distribution.rank(), len(jobs), distribution.world_size()):
-        mine[index] = _record(*jobs[index], budget, seed)
+        name, task, method = jobs[index]
+        mine[index] = _record(name, task, method, data[task.data], budget, seed)
         if progress is not None:
             progress(mine[index])
     return [*map(dict, done), *distribution.gather(mine, len(jobs))]
 
 
-def _record(name: str, task: Task, method: Method, budget: Budget, seed: int) -> dict[str, Any]:
+def _record(
+    name: str, task: Task, method: Method, data: DataSet, budget: Budget, seed: int
+) -> dict[str, Any]:
     start = time.perf_counter()
-    data = load(task.data)
     rate, policy, validation = search(method, task, data, budget, seed)
     final = replace(task, seed=task.seed + 1)
     test = train(method, final, data, [rate], [policy], budget.runs, data.test)
