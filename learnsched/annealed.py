@@ -7,7 +7,6 @@ Spallanzani et al. 2019 and 2022). Each noise level can itself be learned.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -225,10 +224,8 @@ class _TimesSlope(_Elementwise):
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad, x, std, mean = _saved(ctx)
-        args = (x, ctx.levels, std, mean, ctx.noise)
-        of_grad = outer * staircase.slope(*args) if ctx.needs_input_grad[0] else None
-        both = outer * grad
-        return (of_grad, *_pull(ctx, both, staircase.slope_in_x, staircase.slope_in_std, args))
+        parts = staircase.slope_derivatives(x, ctx.levels, std, mean, ctx.noise)
+        return _pulled(ctx, outer, grad, std, mean, *parts)
 
 
 class _TimesStdSlope(_Elementwise):
@@ -249,27 +246,31 @@ class _TimesStdSlope(_Elementwise):
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad, x, std, mean = _saved(ctx)
-        args = (x, ctx.levels, std, mean, ctx.noise)
-        of_grad = outer * staircase.std_slope(*args) if ctx.needs_input_grad[0] else None
-        both = outer * grad
-        in_x, in_std = staircase.slope_in_std, staircase.std_slope_in_std
-        return (of_grad, *_pull(ctx, both, in_x, in_std, args))
+        parts = staircase.std_slope_derivatives(x, ctx.levels, std, mean, ctx.noise)
+        return _pulled(ctx, outer, grad, std, mean, *parts)
 
 
-def _pull(
+def _pulled(
     ctx: Any,
-    adjoint: Tensor,
-    in_x: Callable[..., Tensor],
-    in_std: Callable[..., Tensor],
-    args: tuple[Any, ...],
+    outer: Tensor,
+    grad: Tensor,
+    std: Any,
+    mean: Any,
+    factor: Tensor,
+    in_x: Tensor,
+    in_std: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients to x, std, mean, level set and noise; the mean moves a staircase as x does."""
-    _, _, std, mean, _ = args
-    _, needs_x, needs_std, needs_mean, *_ = ctx.needs_input_grad
-    of_x = adjoint * in_x(*args) if needs_x or needs_mean else None
-    of_std = (adjoint * in_std(*args)).sum_to_size(std.shape) if needs_std else None
-    of_mean = of_x.sum_to_size(mean.shape) if of_x is not None and needs_mean else None
-    return of_x, of_std, of_mean, None, None
+    """Gradients of ``grad * factor`` to grad, x, std, mean, level set and noise.
+
+    The factor's derivatives are given; the mean moves a staircase as x does. The last three tensors
+    are overwritten.
+    """
+    needs_grad, needs_x, needs_std, needs_mean, *_ = ctx.needs_input_grad
+    both = outer * grad
+    of_x = in_x.mul_(both) if needs_x or needs_mean else None
+    of_std = in_std.mul_(both).sum_to_size(std.shape) if needs_std else None
+    of_mean = in_x.sum_to_size(mean.shape) if needs_mean else None
+    return factor.mul_(outer) if needs_grad else None, of_x, of_std, of_mean, None, None
 
 
 def _save(ctx: Any, *values: Any) -> None:

@@ -51,16 +51,10 @@ class _Quantizer(nn.Module):
 
     def _annealed(self, x: Tensor) -> Tensor:
         step = self.levels.step
-        return quantize_unchecked(
-            x,
-            self.levels,
-            self.forward_std * step,
-            self.forward_mean * step,
-            self.backward_std * step,
-            self.backward_mean * step,
-            self.noise,
-            self.mode,
-        )
+        levels = (self.forward_std, self.forward_mean, self.backward_std, self.backward_mean)
+        if step != 1:
+            levels = tuple(level * step for level in levels)  # type: ignore[assignment]
+        return quantize_unchecked(x, self.levels, *levels, self.noise, self.mode)
 
     def _load_from_state_dict(
         self,

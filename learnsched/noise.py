@@ -22,7 +22,8 @@ class NoiseShape:
         name: ``uniform``, ``triangular``, ``normal`` or ``logistic``.
         cdf: cumulative distribution F(z), elementwise.
         density: its derivative f(z), elementwise.
-        curvature: the derivative of the density, elementwise; 0 at kinks and jumps.
+        derivatives: the density and its derivative, elementwise, for the price of one exponential;
+            the derivative is 0 at kinks and jumps.
         half_width: where the support ends; infinite for normal and logistic.
         lipschitz: largest value of the density.
         sample: draws a tensor like its first argument, from its second (a generator or None).
@@ -31,10 +32,14 @@ class NoiseShape:
     name: str
     cdf: Callable[[Tensor], Tensor]
     density: Callable[[Tensor], Tensor]
-    curvature: Callable[[Tensor], Tensor]
+    derivatives: Callable[[Tensor], tuple[Tensor, Tensor]]
     half_width: float
     lipschitz: float
     sample: Callable[[Tensor, torch.Generator | None], Tensor]
+
+    def curvature(self, z: Tensor) -> Tensor:
+        """The derivative of the density, elementwise; 0 at kinks and jumps."""
+        return self.derivatives(z)[1]
 
 
 def _rand(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -42,15 +47,15 @@ def _rand(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _uniform_cdf(z: Tensor) -> Tensor:
-    return (z / (2 * _UNIFORM_HALF_WIDTH) + 0.5).clamp(0, 1)
+    return (z / (2 * _UNIFORM_HALF_WIDTH)).add_(0.5).clamp(0, 1)
 
 
 def _uniform_density(z: Tensor) -> Tensor:
-    return (z.abs() <= _UNIFORM_HALF_WIDTH).to(z.dtype) / (2 * _UNIFORM_HALF_WIDTH)
+    return (z.abs() <= _UNIFORM_HALF_WIDTH).to(z.dtype).mul_(1 / (2 * _UNIFORM_HALF_WIDTH))
 
 
-def _uniform_curvature(z: Tensor) -> Tensor:
-    return torch.zeros_like(z)
+def _uniform_derivatives(z: Tensor) -> tuple[Tensor, Tensor]:
+    return _uniform_density(z), torch.zeros_like(z)
 
 
 def _uniform_sample(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -59,15 +64,17 @@ def _uniform_sample(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def _triangular_cdf(z: Tensor) -> Tensor:
     u = (z / _TRIANGULAR_HALF_WIDTH).clamp(-1, 1)
-    return 0.5 + u - 0.5 * u * u.abs()
+    return (u.abs().mul_(-0.5).add_(1)).mul_(u).add_(0.5)
 
 
 def _triangular_density(z: Tensor) -> Tensor:
-    return (1 - z.abs() / _TRIANGULAR_HALF_WIDTH).clamp(min=0) / _TRIANGULAR_HALF_WIDTH
+    width = _TRIANGULAR_HALF_WIDTH
+    return z.abs().mul_(-1 / width**2).add_(1 / width).relu_()
 
 
-def _triangular_curvature(z: Tensor) -> Tensor:
-    return -z.sign() * (z.abs() < _TRIANGULAR_HALF_WIDTH) / _TRIANGULAR_HALF_WIDTH**2
+def _triangular_derivatives(z: Tensor) -> tuple[Tensor, Tensor]:
+    inside = (z.abs() < _TRIANGULAR_HALF_WIDTH).to(z.dtype)
+    return _triangular_density(z), inside.mul_(z.sign()).mul_(-1 / _TRIANGULAR_HALF_WIDTH**2)
 
 
 def _triangular_sample(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -75,11 +82,12 @@ def _triangular_sample(like: Tensor, generator: torch.Generator | None) -> Tenso
 
 
 def _normal_density(z: Tensor) -> Tensor:
-    return torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    return (z * z).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
 
 
-def _normal_curvature(z: Tensor) -> Tensor:
-    return -z * _normal_density(z)
+def _normal_derivatives(z: Tensor) -> tuple[Tensor, Tensor]:
+    density = _normal_density(z)
+    return density, (z * density).neg_()
 
 
 def _normal_sample(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -87,17 +95,17 @@ def _normal_sample(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _logistic_cdf(z: Tensor) -> Tensor:
-    return torch.sigmoid(z / _LOGISTIC_SCALE)
+    return (z / _LOGISTIC_SCALE).sigmoid_()
 
 
 def _logistic_density(z: Tensor) -> Tensor:
-    p = torch.sigmoid(z / _LOGISTIC_SCALE)
-    return p * (1 - p) / _LOGISTIC_SCALE
+    return _logistic_derivatives(z)[0]
 
 
-def _logistic_curvature(z: Tensor) -> Tensor:
-    p = torch.sigmoid(z / _LOGISTIC_SCALE)
-    return p * (1 - p) * (1 - 2 * p) / _LOGISTIC_SCALE**2
+def _logistic_derivatives(z: Tensor) -> tuple[Tensor, Tensor]:
+    p = _logistic_cdf(z)
+    density = (1 - p).mul_(p).mul_(1 / _LOGISTIC_SCALE)
+    return density, p.mul_(-2).add_(1).mul_(density).mul_(1 / _LOGISTIC_SCALE)
 
 
 def _logistic_sample(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -112,7 +120,7 @@ NOISES: dict[str, NoiseShape] = {
             "uniform",
             _uniform_cdf,
             _uniform_density,
-            _uniform_curvature,
+            _uniform_derivatives,
             _UNIFORM_HALF_WIDTH,
             1 / (2 * _UNIFORM_HALF_WIDTH),
             _uniform_sample,
@@ -121,7 +129,7 @@ NOISES: dict[str, NoiseShape] = {
             "triangular",
             _triangular_cdf,
             _triangular_density,
-            _triangular_curvature,
+            _triangular_derivatives,
             _TRIANGULAR_HALF_WIDTH,
             1 / _TRIANGULAR_HALF_WIDTH,
             _triangular_sample,
@@ -130,7 +138,7 @@ NOISES: dict[str, NoiseShape] = {
             "normal",
             torch.special.ndtr,
             _normal_density,
-            _normal_curvature,
+            _normal_derivatives,
             math.inf,
             1 / math.sqrt(2 * math.pi),
             _normal_sample,
@@ -139,7 +147,7 @@ NOISES: dict[str, NoiseShape] = {
             "logistic",
             _logistic_cdf,
             _logistic_density,
-            _logistic_curvature,
+            _logistic_derivatives,
             math.inf,
             1 / (4 * _LOGISTIC_SCALE),
             _logistic_sample,

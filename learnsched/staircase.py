@@ -20,13 +20,15 @@ Level = float | Tensor
 
 def expectation(x: Tensor, levels: LevelSet, std: Level, mean: Level, noise: NoiseShape) -> Tensor:
     """``E[σ(x + mean + std ν)]``; the hard staircase, to the bit, where ``std`` is 0."""
-    shifted = x + mean
+    shifted = x if _is_zero(mean) else x + mean
     if _everywhere_hard(std):
         return levels.quantize(shifted)
     inverse = _inverse(std)
-    soft = torch.full_like(shifted, levels.values[0])
-    for threshold, gap in zip(levels.thresholds, levels.gaps, strict=True):
-        soft.add_(noise.cdf((shifted - threshold) * inverse), alpha=gap)
+    first, *thresholds = levels.thresholds
+    soft = noise.cdf((shifted - first).mul_(inverse))
+    soft.mul_(levels.gaps[0]).add_(levels.values[0])
+    for threshold, gap in zip(thresholds, levels.gaps[1:], strict=True):
+        soft.add_(noise.cdf((shifted - threshold).mul_(inverse)), alpha=gap)
     soft.clamp_(levels.values[0], levels.values[-1])
     if _everywhere_soft(std):
         return soft
@@ -63,52 +65,66 @@ def probabilities(
 def slope(x: Tensor, levels: LevelSet, std: Level, mean: Level, noise: NoiseShape) -> Tensor:
     """Derivative of the expectation in ``x``, and in ``mean``; 0 where ``std`` is 0."""
     inverse = _inverse(std)
-    return _sum(x, levels, inverse, mean, noise.density) * inverse
+    (total,) = _sums(x, levels, inverse, mean, lambda z: (noise.density(z),))
+    return total.mul_(inverse)
 
 
 def std_slope(x: Tensor, levels: LevelSet, std: Level, mean: Level, noise: NoiseShape) -> Tensor:
     """Derivative of the expectation in ``std``; 0 where ``std`` is 0."""
     inverse = _inverse(std)
-    return _sum(x, levels, inverse, mean, lambda z: -z * noise.density(z)) * inverse
+    (total,) = _sums(x, levels, inverse, mean, lambda z: (noise.density(z).mul_(z),))
+    return total.mul_(-inverse)
 
 
-def slope_in_x(x: Tensor, levels: LevelSet, std: Level, mean: Level, noise: NoiseShape) -> Tensor:
-    """Derivative of :func:`slope` in ``x``, and in ``mean``."""
-    inverse = _inverse(std)
-    return _sum(x, levels, inverse, mean, noise.curvature) * inverse * inverse
-
-
-def slope_in_std(x: Tensor, levels: LevelSet, std: Level, mean: Level, noise: NoiseShape) -> Tensor:
-    """Derivative of :func:`slope` in ``std``, and of :func:`std_slope` in ``x`` and ``mean``."""
-    inverse = _inverse(std)
-
-    def term(z: Tensor) -> Tensor:
-        return -(noise.density(z) + z * noise.curvature(z))
-
-    return _sum(x, levels, inverse, mean, term) * inverse * inverse
-
-
-def std_slope_in_std(
+def slope_derivatives(
     x: Tensor, levels: LevelSet, std: Level, mean: Level, noise: NoiseShape
-) -> Tensor:
-    """Derivative of :func:`std_slope` in ``std``."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`slope`, its derivative in ``x`` (and ``mean``), and its derivative in ``std``."""
     inverse = _inverse(std)
 
-    def term(z: Tensor) -> Tensor:
-        return z * (2 * noise.density(z) + z * noise.curvature(z))
+    def terms(z: Tensor) -> tuple[Tensor, ...]:
+        density, curvature = noise.derivatives(z)
+        return density, curvature, torch.addcmul(density, z, curvature)
 
-    return _sum(x, levels, inverse, mean, term) * inverse * inverse
+    value, in_x, in_std = _sums(x, levels, inverse, mean, terms)
+    square = inverse * inverse
+    return value.mul_(inverse), in_x.mul_(square), in_std.mul_(-square)
 
 
-def _sum(
-    x: Tensor, levels: LevelSet, inverse: Level, mean: Level, term: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """``Σ Δ_k term((x + mean - t_k) / std)``."""
-    shifted = x + mean
-    total = torch.zeros_like(shifted)
+def std_slope_derivatives(
+    x: Tensor, levels: LevelSet, std: Level, mean: Level, noise: NoiseShape
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`std_slope`, its derivative in ``x`` (and ``mean``), and its derivative in ``std``."""
+    inverse = _inverse(std)
+
+    def terms(z: Tensor) -> tuple[Tensor, ...]:
+        density, curvature = noise.derivatives(z)
+        in_x = curvature.mul_(z).add_(density)
+        return density.mul_(z), in_x, torch.addcmul(density, z, in_x)
+
+    value, in_x, in_std = _sums(x, levels, inverse, mean, terms)
+    square = inverse * inverse
+    return value.mul_(-inverse), in_x.mul_(-square), in_std.mul_(square)
+
+
+def _sums(
+    x: Tensor,
+    levels: LevelSet,
+    inverse: Level,
+    mean: Level,
+    terms: Callable[[Tensor], tuple[Tensor, ...]],
+) -> tuple[Tensor, ...]:
+    """``Σ Δ_k term((x + mean - t_k) / std)`` of each term; the terms may be overwritten."""
+    shifted = x if _is_zero(mean) else x + mean
+    totals: tuple[Tensor, ...] = ()
     for threshold, gap in zip(levels.thresholds, levels.gaps, strict=True):
-        total.add_(term((shifted - threshold) * inverse), alpha=gap)
-    return total
+        parts = terms((shifted - threshold).mul_(inverse))
+        if totals:
+            for total, part in zip(totals, parts, strict=True):
+                total.add_(part, alpha=gap)
+        else:
+            totals = parts if gap == 1 else tuple(part.mul_(gap) for part in parts)
+    return totals
 
 
 def _inverse(std: Level) -> Level:
@@ -133,3 +149,10 @@ def _everywhere_soft(std: Level) -> bool:
 def _can_look(std: Tensor) -> bool:
     """Whether values can be read without waiting for a device or breaking a compiled graph."""
     return std.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _is_zero(mean: Level) -> bool:
+    """Whether a mean that can be read without a price is 0 throughout, as it is in most methods."""
+    if isinstance(mean, Tensor):
+        return _can_look(mean) and not bool(mean.any())
+    return mean == 0
