@@ -86,6 +86,7 @@ def _train_and_report(options: argparse.Namespace) -> None:
         "made": {
             "command": f"meta_train.py --preset {options.preset} --seed {options.seed} --steps {steps}",
             "preset": options.preset,
+            "estimator": repr(trainer.estimator),
             "seed": options.seed,
             "outer_steps": trainer.step,
             "processes": distribution.world_size(),
@@ -113,7 +114,14 @@ def _trainer(preset: Preset, options: argparse.Namespace) -> MetaTrainer:
     torch.manual_seed(options.seed)
     policy = LearnedPolicy(MetaNetwork().to(options.device), preset.base, preset.domain)
     config = TrainerConfig(**{**vars(preset.trainer), "seed": options.seed})
-    return MetaTrainer(policy, config, options.out, config.load_data(), device=options.device)
+    return MetaTrainer(
+        policy,
+        config,
+        options.out,
+        config.load_data(),
+        preset.estimator,
+        device=options.device,
+    )
 
 
 def _report(policy: LearnedPolicy, card: dict[str, Any], options: argparse.Namespace) -> None:

@@ -64,16 +64,18 @@ def test_a_fresh_network_is_the_base_curve(
     layers, horizon, forward, hard_from, backward, freeze_from, seed
 ):
     torch.manual_seed(seed)
-    base = BaseCurve(forward, hard_from, backward, backward / 2, freeze_from)
+    base = BaseCurve(forward, hard_from, backward, 2 * backward, backward / 2, 1.0, freeze_from)
     found = plan(LearnedPolicy(MetaNetwork(5, 4), base), run_of(layers, horizon), hardened=False)
     columns = [f for f in FIELDS if not f.endswith("mean")]
     for epoch in range(horizon):
         u = 1.0 if horizon == 1 else epoch / (horizon - 1)
         std = forward * max(0.0, 1 - u / hard_from)
         fraction = min(1.0, max(0.0, (u - freeze_from) / (1 - freeze_from)))
-        expected = torch.tensor([std, backward, std, backward / 2, fraction]).double()
+        of_weight = backward * 2**u
+        of_activation = (backward / 2) ** (1 - u)
+        expected = [std, of_weight, std, of_activation, fraction]
         for column, value in zip(columns, expected, strict=True):
-            assert (found[column][epoch] == value).all()
+            assert found[column][epoch].tolist() == pytest.approx([value] * layers, rel=1e-6)
     assert not found["weight_forward_mean"].any()
     assert not found["activation_forward_mean"].any()
 
@@ -91,8 +93,10 @@ def test_outputs_stay_in_their_ranges_whatever_the_network(seed, spread, layers,
     assert found.shape == (horizon, layers, len(FIELDS))
     assert found.isfinite().all()
     assert ((found[..., STDS] >= 0) & (found[..., STDS] <= 1)).all()
-    base = torch.tensor([policy.base.weight_backward_std, policy.base.activation_backward_std])
-    ratio = found[..., BACKWARD] / base
+    rows = torch.tensor(
+        [policy.base.at(run_of(layers, horizon).progress(e)) for e in range(horizon)]
+    )
+    ratio = found[..., BACKWARD] / rows[:, None, [1, 3]]
     assert ((ratio >= 1 / 6.001) & (ratio <= 6.001)).all()
     fraction = found[..., FRACTION]
     assert ((fraction >= 0) & (fraction <= 1)).all()
@@ -269,7 +273,7 @@ def test_inputs_beyond_the_domain_are_clipped_to_it():
 
 @pytest.mark.parametrize("open_loop", [True, False])
 def test_the_configuration_goes_through_json(open_loop):
-    base = BaseCurve(0.25, 0.5, 1.0, 0.5, 0.75)
+    base = BaseCurve(0.25, 0.5, 1.0, 0.7, 0.5, 0.4, 0.75)
     policy = trained(hidden=7, embedding=3, base=base, domain=DOMAIN, open_loop=open_loop)
     twin = LearnedPolicy.from_config(json.loads(json.dumps(policy.config())))
     assert twin.config() == policy.config()
@@ -291,6 +295,8 @@ def test_the_configuration_goes_through_json(open_loop):
         {"hard_from": 1.5},
         {"weight_backward_std": 0.0},
         {"activation_backward_std": math.inf},
+        {"weight_backward_end": -1.0},
+        {"activation_backward_end": 0.0},
         {"weight_backward_std": math.nan},
         {"freeze_from": 1.0},
         {"freeze_from": -0.5},

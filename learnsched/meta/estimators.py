@@ -28,16 +28,31 @@ class Inner(Protocol):
     """What an estimator knows of the inner loop; see :class:`learnsched.meta.inner.InnerLoop`."""
 
     run: RunInfo
+    seed: int
 
     def initial(self) -> InnerState: ...
 
     def epoch(
-        self, state: InnerState, settings: Tensor, epoch: int, *, track: bool
+        self,
+        state: InnerState,
+        settings: Tensor,
+        epoch: int,
+        *,
+        track: bool,
+        damping: float = 1.0,
     ) -> tuple[InnerState, Tensor]: ...
 
     def outer_loss(self, state: InnerState, settings: Tensor) -> Tensor: ...
 
     def telemetry(self, state: InnerState, losses: list[Tensor]) -> Telemetry: ...
+
+
+class Replicable(Inner, Protocol):
+    """An inner loop that can be trained under many schedules at once."""
+
+    def repeated(self, count: int) -> Replicable:
+        """``count`` copies of all members, one after the other, of the same weights and data."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +91,20 @@ class Unrolled:
     The forward pass keeps the state at the start of every epoch and no graph; the backward pass runs
     each epoch again, last one first, and hands the adjoint of the state on (checkpointing at epochs;
     ``torch.utils.checkpoint`` does not nest with the gradients inside the inner loop).
+
+    Args:
+        damping: factor on the second-order path, in [0, 1]. Less than 1 contracts chaotic runs, whose
+            gradients explode, at the price of a bias.
+
+    Raises:
+        ValueError: the damping leaves [0, 1].
     """
+
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping <= 1:
+            raise ValueError(f"damping must be in [0, 1], got {self.damping}")
 
     def __call__(self, inner: Inner, rollout: Rollout) -> Estimate:
         states, table, _ = run_forward(inner, rollout)
@@ -90,7 +118,11 @@ class Unrolled:
             settings = table[epoch].detach().requires_grad_()
             leaves = _leaves(states[epoch])
             state, _ = inner.epoch(
-                InnerState(leaves, states[epoch].step), settings, epoch, track=True
+                InnerState(leaves, states[epoch].step),
+                settings,
+                epoch,
+                track=True,
+                damping=self.damping,
             )
             adjoint, of_settings = _pullback(list(state.tensors), adjoint, leaves, settings)
             gradients.append(of_settings)

@@ -59,6 +59,16 @@ class Batches:
     x_held_out: Tensor
     y_held_out: Tensor
 
+    def repeated(self, count: int) -> Batches:
+        """The data of ``count`` copies of the members, one after the other."""
+        held_out = (self.x_held_out, self.y_held_out)
+        return Batches(
+            self.x,
+            self.y,
+            self.order.repeat(1, 1, count, 1),
+            *(t.repeat(count, *[1] * (t.dim() - 1)) for t in held_out),
+        )
+
 
 class InnerLoop:
     """Training of a population under given settings, epoch by epoch.
@@ -71,6 +81,8 @@ class InnerLoop:
         partition: the order in which INQ takes weights.
         membership_width: width of the soft INQ membership; 0 freezes whole weights.
         eps: Adam's ε. Larger than torch's default: it bounds the derivative of an update.
+        weight_decay: Adam's.
+        seed: of what an estimator draws.
     """
 
     def __init__(
@@ -84,7 +96,9 @@ class InnerLoop:
         membership_width: float = 0.05,
         eps: float = 1e-6,
         weight_decay: float = 0.0,
+        seed: int = 0,
     ) -> None:
+        self.seed = seed
         self.population = population
         self.batches = batches
         self.learning_rate = learning_rate
@@ -97,6 +111,21 @@ class InnerLoop:
         self._optimizer = torch.optim.Adam(groups, lr=0.0, eps=eps, weight_decay=weight_decay)
         self._count = len(groups)
         self._position = {name: i for i, (name, _) in enumerate(population.named_parameters())}
+
+    def repeated(self, count: int) -> InnerLoop:
+        """``count`` copies of the members, of the same weights, data and learning rates."""
+        group = self._optimizer.param_groups[0]
+        return InnerLoop(
+            self.population.repeated(count),
+            self.batches.repeated(count),
+            self.learning_rate.repeat(count),
+            fine_tuning=self.run.fine_tuning,
+            partition=self.partition,
+            membership_width=self.membership_width,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            seed=self.seed,
+        )
 
     def initial(self) -> InnerState:
         """The state before the first epoch."""
@@ -112,7 +141,13 @@ class InnerLoop:
 
     @torch.enable_grad()
     def epoch(
-        self, state: InnerState, settings: Tensor, epoch: int, *, track: bool
+        self,
+        state: InnerState,
+        settings: Tensor,
+        epoch: int,
+        *,
+        track: bool,
+        damping: float = 1.0,
     ) -> tuple[InnerState, Tensor]:
         """Train for one epoch.
 
@@ -121,6 +156,8 @@ class InnerLoop:
             settings: shape ``(members, layers, len(FIELDS))``.
             epoch: index, from 0.
             track: keep the graph from the settings and the state to the new state.
+            damping: factor on the derivative of the inner gradient in the parameters, in that graph:
+                1 is the true derivative, 0 leaves the second order out.
 
         Returns:
             the new state and the mean training loss of each member, shape ``(members,)``, detached.
@@ -143,14 +180,23 @@ class InnerLoop:
             }
         # Frozen values come from the parameters too: the inner gradient must not flow through them.
         parameters = [p.clone() if track else p.detach().requires_grad_() for p in parameters]
+        damped = track and damping != 1
         losses = []
         steps = self.batches.order.shape[1]
         for step in range(steps):
             index = self.batches.order[epoch, step]
-            logits = model(self.batches.x[index], replaced, params=parameters)
+            # The values are the same, the derivative of the inner gradient is damped: its path goes
+            # through `seen`, that of the update's identity through `parameters`.
+            seen = parameters
+            if damped:
+                seen = [torch.lerp(p.detach(), p, damping) for p in parameters]
+            logits = model(self.batches.x[index], replaced, params=seen)
             loss = member_losses(logits, self.batches.y[index])
             rate = self._rate(epoch * steps + step, parameters)
-            parameters = list(optimizer.step(loss.sum(), params=parameters, override={"lr": rate}))
+            moved = optimizer.step(loss.sum(), params=seen, override={"lr": rate})
+            if damped:
+                moved = [p + (m - s) for p, m, s in zip(parameters, moved, seen, strict=True)]
+            parameters = list(moved)
             losses.append(loss.detach())
         moments = [
             optimizer.state[i][0][name] for name in ("exp_avg", "exp_avg_sq") for i in range(count)

@@ -6,6 +6,7 @@ graph for many networks makes more of them almost free.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -75,6 +76,16 @@ class Population(nn.Module):
         result: Tensor = vmap(one)(parameters, buffers, x)
         return result
 
+    def repeated(self, count: int) -> Population:
+        """``count`` copies of the population, one after the other, as one population."""
+        result = copy.deepcopy(self)
+        for name, parameter in self.named_parameters():
+            setattr(result, name, nn.Parameter(_tiled(parameter.detach(), count)))
+        for name, buffer in self.named_buffers():
+            setattr(result, name, _tiled(buffer, count))
+        result.members = count * self.members
+        return result
+
     def noise_buffers(self, settings: Tensor) -> dict[str, Tensor]:
         """The buffers that hold ``settings``.
 
@@ -103,6 +114,10 @@ class Population(nn.Module):
     def key(self, name: str) -> str:
         """Under which name a parameter or buffer of the template is registered here."""
         return _mangled(name)
+
+
+def _tiled(tensor: Tensor, count: int) -> Tensor:
+    return tensor.repeat(count, *[1] * (tensor.dim() - 1))
 
 
 def _mangled(name: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from learnsched.meta.estimators import Estimator, Unrolled
+from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.tasks import Mix, Task
 from learnsched.meta.trainer import TrainerConfig
 from learnsched.policies.learned import BaseCurve, Domain
@@ -17,11 +19,13 @@ class Preset:
         steps: outer steps unless told otherwise.
         trainer: mix, validation tasks and outer optimizer.
         base: the hand-coded curve that training starts from.
+        estimator: what gives meta-gradients.
     """
 
     steps: int
     trainer: TrainerConfig
     base: BaseCurve
+    estimator: Estimator
 
     @property
     def domain(self) -> Domain:
@@ -58,18 +62,19 @@ _QUICK_MIX = Mix(
 
 _STANDARD_MIX = Mix(
     architectures=(
-        ("mnist1d", "cnn1d", (6, 8, 12, 16), (3, 4, 5)),
-        ("mnist1d", "cnn1d", (6, 8, 12, 16), (3, 4, 5)),
+        ("mnist1d", "cnn1d", (6, 8, 12), (3, 4, 5)),
+        ("mnist1d", "cnn1d", (6, 8, 12), (3, 4, 5)),
+        ("mnist1d", "cnn1d", (6, 8, 12), (3, 4, 5)),
         ("mnist1d", "mlp", (24, 32, 48), (3, 4)),
-        ("digits", "cnn2d", (6, 8), (3, 4)),
+        ("digits", "cnn2d", (6,), (3, 4)),
     ),
     horizons=(6, 8, 12, 16, 20),
-    total_steps=(100, 400),
-    batches=(32, 64),
-    bits=(("ternary/2-bit", 0.7), ("ternary/ternary", 0.15), ("binary/binary", 0.15)),
-    learning_rates=(5e-3, 5e-2),
-    fine_tuning=0.25,
-    members=6,
+    total_steps=(80, 320),
+    batches=(32,),
+    bits=(("ternary/2-bit", 1.0),),
+    learning_rates=(1e-2, 5e-2),
+    fine_tuning=0.3,
+    members=8,
     tasks=2,
 )
 
@@ -88,7 +93,7 @@ def _validation(
             steps=steps,
             batch=64,
             bits="ternary/2-bit",
-            learning_rates=(0.02,) * members,
+            learning_rates=(0.015, 0.04) * (members // 2),
             fine_tuning=fine_tuning,
             seed=1_000_000 + index,
         )
@@ -107,42 +112,35 @@ PRESETS: dict[str, Preset] = {
             validate_every=4,
         ),
         base=_BASE,
+        estimator=Unrolled(damping=0.5),
     ),
     "standard": Preset(
         steps=200,
         trainer=TrainerConfig(
             mix=_STANDARD_MIX,
             validation=_validation(
-                6,
+                24,
                 ("mnist1d", "cnn1d", 8, 4, 8, 20, False),
+                ("mnist1d", "cnn1d", 10, 4, 8, 20, True),
+                ("mnist1d", "cnn1d", 12, 4, 12, 25, False),
                 ("mnist1d", "mlp", 32, 4, 12, 15, False),
-                ("mnist1d", "cnn1d", 12, 4, 16, 25, False),
-                ("mnist1d", "cnn1d", 8, 4, 8, 20, True),
             ),
+            decay=60.0,
+            average=0.9,
         ),
         base=_BASE,
+        estimator=EvolutionStrategies(),
     ),
 }
-PRESETS["short"] = replace(
-    PRESETS["standard"],
-    steps=30,
-    trainer=replace(
-        PRESETS["standard"].trainer,
-        mix=replace(_STANDARD_MIX, total_steps=(80, 250), bits=(("ternary/2-bit", 1.0),)),
-        learning_rate=0.01,
-        average=0.85,
-        validation=PRESETS["standard"].trainer.validation[:2],
-    ),
-)
 PRESETS["long"] = replace(
     PRESETS["standard"],
     steps=1000,
     trainer=replace(
         PRESETS["standard"].trainer,
         mix=replace(
-            _STANDARD_MIX, total_steps=(100, 1000), horizons=(6, 8, 12, 16, 20, 30), tasks=4
+            _STANDARD_MIX, total_steps=(80, 1000), horizons=(6, 8, 12, 16, 20, 30), tasks=4
         ),
-        learning_rate=0.005,
-        average=0.98,
+        decay=200.0,
+        average=0.97,
     ),
 )

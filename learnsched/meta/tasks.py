@@ -130,6 +130,7 @@ class Task:
             partition=partition,
             membership_width=membership_width,
             eps=eps,
+            seed=self.seed,
         )
 
     def _order(self, examples: int, generator: torch.Generator) -> Tensor:

@@ -236,7 +236,12 @@ class MetaTrainer:
     def _open(self) -> None:
         """Start a run in the folder, or take up the one that is there."""
         config = json.dumps(
-            {"policy": self.policy.config(), "trainer": asdict(self.config)}, indent=1
+            {
+                "policy": self.policy.config(),
+                "trainer": asdict(self.config),
+                "estimator": repr(self.estimator),
+            },
+            indent=1,
         )
         path = self.folder / "config.json"
         if path.exists():

@@ -29,41 +29,57 @@ class BaseCurve:
     Attributes:
         forward_std: initial std of the forward noise, in level steps, in [0, 1].
         hard_from: progress from which the base is hard, in (0, 1].
-        weight_backward_std: constant std of the weights' backward noise, in level steps, positive.
-        activation_backward_std: the same for activations.
+        weight_backward_std: std of the weights' backward noise in the first epoch, in level steps,
+            positive.
+        weight_backward_end: the same in the last epoch; it moves geometrically in between.
+        activation_backward_std: std of the activations' backward noise in the first epoch.
+        activation_backward_end: the same in the last epoch.
         freeze_from: progress from which the fraction rises linearly to 1, in [0, 1).
 
     Raises:
         ValueError: a number is out of range.
     """
 
-    forward_std: float = 0.3
+    forward_std: float = 0.35
     hard_from: float = 0.6
-    weight_backward_std: float = 0.7
-    activation_backward_std: float = 0.8
-    freeze_from: float = 0.5
+    weight_backward_std: float = 2.0
+    weight_backward_end: float = 0.9
+    activation_backward_std: float = 0.7
+    activation_backward_end: float = 0.45
+    freeze_from: float = 0.7
 
     def __post_init__(self) -> None:
-        backward = (self.weight_backward_std, self.activation_backward_std)
         if not (
             0 <= self.forward_std <= 1
             and 0 < self.hard_from <= 1
             and 0 <= self.freeze_from < 1
-            and all(0 < std < math.inf for std in backward)
+            and all(0 < std < math.inf for std in (*self._weight, *self._activation))
         ):
             raise ValueError(f"a number is out of its range, see BaseCurve, in {self}")
 
     def at(self, progress: float) -> tuple[float, float, float, float, float]:
         """Weight forward and backward std, activation forward and backward std, fraction."""
+
+        def between(start: float, end: float) -> float:
+            return float(start * (end / start) ** progress)
+
         forward = self.forward_std * max(0.0, 1 - progress / self.hard_from)
         fraction = max(0.0, (progress - self.freeze_from) / (1 - self.freeze_from))
         return (
             forward,
-            self.weight_backward_std,
+            between(*self._weight),
             forward,
-            self.activation_backward_std,
+            between(*self._activation),
             min(1.0, fraction),
         )
+
+    @property
+    def _weight(self) -> tuple[float, float]:
+        return self.weight_backward_std, self.weight_backward_end
+
+    @property
+    def _activation(self) -> tuple[float, float]:
+        return self.activation_backward_std, self.activation_backward_end
 
 
 @dataclass(frozen=True)
@@ -157,7 +173,7 @@ class LearnedPolicy:
         >>> run = RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=5, steps_per_epoch=10)
         >>> schedule = plan(LearnedPolicy(MetaNetwork()), run)
         >>> [round(s, 3) for s in schedule["weight_forward_std"].flatten().tolist()]
-        [0.3, 0.175, 0.05, 0.0, 0.0]
+        [0.35, 0.204, 0.058, 0.0, 0.0]
     """
 
     noise = "normal"
