@@ -4,10 +4,10 @@
                                              [--noise NAME ...] [--steps N ...] [--width N ...]
 
 Both estimate the gradient of the hard network's validation loss with respect to a schedule of a few
-coordinates: the values of each output at the beginning, in the middle and at the end of the run, all
-layers alike. Each seed is a network with its own data order. Evolution strategies have noise of their
-own: the agreement of one half of their pairs with the other says how much, and what agreement a
-perfect gradient could reach.
+coordinates: the values of each output at the beginning and at the end of the run, all layers alike.
+Each seed is a network with its own data order. Evolution strategies have noise of their own: the
+agreement of one half of their pairs with the other says how much, and what agreement a perfect
+gradient could reach.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from torch import Tensor
 from learnsched.benchmarks.environment import describe
 from learnsched.data import DataSet, load
 from learnsched.files import write_text
-from learnsched.meta.estimators import Unrolled, policy_rollout
+from learnsched.meta.estimators import Unrolled, policy_rollout, run_forward
 from learnsched.meta.evolution import EvolutionStrategies, project, tangent_basis
 from learnsched.meta.tasks import Task
 from learnsched.policies.learned import BaseCurve, LearnedPolicy, MetaNetwork
 
-_KNOTS = 3
+_KNOTS = 2
+
+ESTIMATORS = {"unrolled": Unrolled(), "unrolled, damped by ½": Unrolled(damping=0.5)}
 
 
 def measure(
@@ -44,7 +46,6 @@ def measure(
     learning_rate: float,
     seeds: int,
     pairs: int,
-    std: float,
     seed: int,
     base: BaseCurve,
 ) -> dict[str, Any]:
@@ -59,7 +60,6 @@ def measure(
         learning_rate: maximum of the cosine schedule.
         seeds: networks, each with a gradient of its own.
         pairs: antithetic pairs of the reference, for each network.
-        std: of the reference's perturbations.
         seed: of all random numbers.
         base: the schedule at which gradients are taken.
     """
@@ -74,34 +74,49 @@ def measure(
         return policy_rollout(policy, inner.run, seeds)
 
     start = time.perf_counter()
-    unrolled = Unrolled()(inner, rollout())
-    middle = time.perf_counter()
-    basis = tangent_basis(unrolled.settings.detach(), _KNOTS, by_layer=False)
-    halves = [
-        project(
-            basis,
-            EvolutionStrategies(pairs // 2, std, _KNOTS, by_layer=False, seed=half)(
-                inner, rollout()
-            ).gradient,
+    table = run_forward(inner, rollout())[1].detach()
+    basis = tangent_basis(table, _KNOTS, by_layer=False)
+    halves = []
+    for half in (0, 1):
+        reference = EvolutionStrategies(
+            pairs // 2, knots=_KNOTS, by_layer=False, seed=2 * seed + half, ridge=0.01
         )
-        for half in (0, 1)
-    ]
-    end = time.perf_counter()
-    ours, reference = project(basis, unrolled.gradient), (halves[0] + halves[1]) / 2
-    cosines = torch.cosine_similarity(ours, reference, dim=1)
+        halves.append(project(basis, reference(inner, rollout()).gradient))
+    reference_seconds = time.perf_counter() - start
+    truth = (halves[0] + halves[1]) / 2
+    rows = []
+    for name, estimator in ESTIMATORS.items():
+        start = time.perf_counter()
+        ours = project(basis, estimator(inner, rollout()).gradient)
+        rows.append(
+            {
+                "estimator": name,
+                "seconds": time.perf_counter() - start,
+                "cosines": _cosine(ours, truth).tolist(),
+                "cosine_of_mean": float(_cosine(ours.mean(0), truth.mean(0))),
+                "norms": ours.norm(dim=1).tolist(),
+                "outliers": _outliers(ours),
+                "mean": ours.mean(0).tolist(),
+            }
+        )
     return {
         "noise": noise,
         "steps": steps,
         "width": width,
         "learning_rate": learning_rate,
-        "cosines": cosines.tolist(),
-        "cosine_of_mean": float(torch.cosine_similarity(ours.mean(0), reference.mean(0), dim=0)),
-        "reference_agreement": torch.cosine_similarity(*halves, dim=1).tolist(),
-        "norms": ours.norm(dim=1).tolist(),
-        "reference_norms": reference.norm(dim=1).tolist(),
-        "outliers": _outliers(ours),
-        "seconds": [middle - start, end - middle],
+        "reference": {
+            "seconds": reference_seconds,
+            "agreement": _cosine(*halves).tolist(),
+            "agreement_of_mean": float(_cosine(halves[0].mean(0), halves[1].mean(0))),
+            "norms": truth.norm(dim=1).tolist(),
+            "mean": truth.mean(0).tolist(),
+        },
+        "estimators": rows,
     }
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cosine_similarity(a, b, dim=-1)
 
 
 def _outliers(gradients: Tensor) -> float:
@@ -110,20 +125,28 @@ def _outliers(gradients: Tensor) -> float:
     return float((~(norms <= 10 * norms.nanmedian())).float().mean())
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of the measurements."""
-    lines = [
-        "| noise | steps | width | cosine, mean over seeds | of the mean gradient "
-        "| reference with itself | norm ratio | outliers | s, unrolled | s, reference |",
-        "| --- |" + " --- |" * 9,
-    ]
+def table(rows: Sequence[dict[str, Any]], *, head: bool = True) -> str:
+    """A Markdown table of the measurements; the reference's agreement is of one half with the other."""
+    lines = []
+    if head:
+        lines = [
+            "| noise | steps | width | estimator | cosine, mean over seeds | cosine of the mean "
+            "| norm ratio | outliers | s |",
+            "| --- |" + " --- |" * 8,
+        ]
     for row in rows:
-        ratio = _median(row["norms"]) / max(_median(row["reference_norms"]), 1e-12)
+        run = f"| {row['noise']} | {row['steps']} | {row['width']}"
+        reference = row["reference"]
+        for found in row["estimators"]:
+            ratio = _median(found["norms"]) / max(_median(reference["norms"]), 1e-12)
+            lines.append(
+                f"{run} | {found['estimator']} | {_mean(found['cosines']):.2f} "
+                f"| {found['cosine_of_mean']:.2f} | {ratio:.2f} | {100 * found['outliers']:.0f} % "
+                f"| {found['seconds']:.0f} |"
+            )
         lines.append(
-            f"| {row['noise']} | {row['steps']} | {row['width']} | {_mean(row['cosines']):.2f} "
-            f"| {row['cosine_of_mean']:.2f} | {_mean(row['reference_agreement']):.2f} "
-            f"| {ratio:.2f} | {100 * row['outliers']:.0f} % "
-            f"| {row['seconds'][0]:.0f} | {row['seconds'][1]:.0f} |"
+            f"{run} | (reference, its halves) | {_mean(reference['agreement']):.2f} "
+            f"| {reference['agreement_of_mean']:.2f} | | | {reference['seconds']:.0f} |"
         )
     return "\n".join(lines)
 
@@ -148,7 +171,6 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=64)
-    parser.add_argument("--std", type=float, default=0.1, help="of the reference's perturbations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the rows here, after each one")
     options = parser.parse_args()
@@ -170,7 +192,6 @@ def main() -> None:
                         learning_rate=options.learning_rate,
                         seeds=options.seeds,
                         pairs=options.pairs,
-                        std=options.std,
                         seed=options.seed,
                         base=BaseCurve(),
                     )
@@ -180,11 +201,10 @@ def main() -> None:
                         "environment": describe(),
                         "seed": options.seed,
                         "pairs": options.pairs,
-                        "std": options.std,
                         "rows": rows,
                     }
                     write_text(options.json, json.dumps(content, indent=1) + "\n")
-                print(table(rows[-1:]) if len(rows) == 1 else table(rows[-1:]).splitlines()[-1])
+                print(table(rows[-1:], head=len(rows) == 1), flush=True)
 
 
 if __name__ == "__main__":

@@ -68,8 +68,8 @@ _STANDARD_MIX = Mix(
         ("mnist1d", "mlp", (24, 32, 48), (3, 4)),
         ("digits", "cnn2d", (6,), (3, 4)),
     ),
-    horizons=(6, 8, 12, 16, 20),
-    total_steps=(80, 320),
+    horizons=(6, 8, 12, 16),
+    total_steps=(60, 200),
     batches=(32,),
     bits=(("ternary/2-bit", 1.0),),
     learning_rates=(1e-2, 5e-2),
@@ -129,7 +129,7 @@ PRESETS: dict[str, Preset] = {
             average=0.9,
         ),
         base=_BASE,
-        estimator=EvolutionStrategies(),
+        estimator=EvolutionStrategies(pairs=8),
     ),
 }
 PRESETS["long"] = replace(
@@ -138,7 +138,7 @@ PRESETS["long"] = replace(
     trainer=replace(
         PRESETS["standard"].trainer,
         mix=replace(
-            _STANDARD_MIX, total_steps=(80, 1000), horizons=(6, 8, 12, 16, 20, 30), tasks=4
+            _STANDARD_MIX, total_steps=(60, 1000), horizons=(6, 8, 12, 16, 20, 30), tasks=4
         ),
         decay=200.0,
         average=0.97,
