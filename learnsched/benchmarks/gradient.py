@@ -64,7 +64,7 @@ def measure(
         base: the schedule at which gradients are taken.
     """
     task = Task(
-        "cnn1d", "mnist1d", width, 4, horizon, steps // horizon, 64, "ternary/2-bit",
+        "cnn1d", "mnist1d", width, 4, horizon, steps // horizon, 32, "ternary/2-bit",
         (learning_rate,) * seeds, False, seed,
     )  # fmt: skip
     inner = task.build(data, noise=noise)
