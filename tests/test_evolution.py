@@ -134,15 +134,16 @@ def test_a_repeated_inner_loop_trains_every_copy_alike():
     torch.testing.assert_close(repeated, loss.repeat(3), rtol=1e-4, atol=1e-5)
 
 
-def test_the_same_seed_gives_the_same_gradient():
+def test_the_same_seed_gives_the_same_gradient_and_another_another():
     policy = LearnedPolicy(MetaNetwork())
 
-    def once():
+    def once(seed=0):
         inner = SMALL.build(DIGITS)
-        es = EvolutionStrategies(pairs=3, knots=2)
+        es = EvolutionStrategies(pairs=3, knots=2, seed=seed)
         return es(inner, policy_rollout(policy, inner.run, 2))
 
     assert torch.equal(once().gradient, once().gradient)
+    assert not torch.equal(once().gradient, once(seed=1).gradient)
 
 
 def test_the_estimate_chains_to_every_parameter_of_the_network():

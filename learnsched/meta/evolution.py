@@ -81,7 +81,9 @@ class EvolutionStrategies:
             absolute=self.std,
             relative=self.relative_std,
         )
-        generator = torch.Generator().manual_seed((self.seed << 40) ^ inner.seed)
+        # the generator reads no more than 32 bits
+        mixed = (1_000_003 * self.seed + inner.seed) % 2**32
+        generator = torch.Generator().manual_seed(mixed)
         members, count = basis.shape[:2]
         noise = torch.randn(self.pairs, members, count, generator=generator).to(centre)
         change = torch.einsum("mcthf,pmc->pmthf", basis, noise)
