@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -185,19 +185,27 @@ class Mix:
     tasks: int
 
     def sample(self, seed: int, outer_step: int) -> list[Task]:
-        """The tasks of an outer step; the same for the same arguments."""
-        generator = torch.Generator().manual_seed(_mixed(seed, outer_step))
-        # Tasks of one step share their number of optimizer steps, so that ranks finish together.
-        low, high = (math.log(n) for n in self.total_steps)
-        total = math.exp(low + (high - low) * _uniform(generator))
-        return [self._draw(generator, total) for _ in range(self.tasks)]
+        """The tasks of an outer step; the same for the same arguments.
 
-    def _draw(self, generator: torch.Generator, total: float) -> Task:
+        They differ in learning rates and seed only, so that ranks finish together.
+        """
+        generator = torch.Generator().manual_seed(_mixed(seed, outer_step))
+        first = self._draw(generator)
+        return [
+            replace(
+                first,
+                learning_rates=self._learning_rates(generator),
+                seed=int(torch.randint(2**31, (), generator=generator)),
+            )
+            for _ in range(self.tasks)
+        ]
+
+    def _draw(self, generator: torch.Generator) -> Task:
         data, family, widths, depths = _choice(self.architectures, generator)
         horizon = _choice(self.horizons, generator)
         weights = torch.tensor([w for _, w in self.bits])
         bits = self.bits[int(torch.multinomial(weights, 1, generator=generator))][0]
-        low, high = (math.log(r) for r in self.learning_rates)
+        total = _log_uniform(self.total_steps, generator)
         return Task(
             family=family,
             data=data,
@@ -207,12 +215,13 @@ class Mix:
             steps=max(2, round(total / horizon)),
             batch=_choice(self.batches, generator),
             bits=bits,
-            learning_rates=tuple(
-                math.exp(low + (high - low) * _uniform(generator)) for _ in range(self.members)
-            ),
+            learning_rates=(),
             fine_tuning=_uniform(generator) < self.fine_tuning,
-            seed=int(torch.randint(2**31, (), generator=generator)),
+            seed=0,
         )
+
+    def _learning_rates(self, generator: torch.Generator) -> tuple[float, ...]:
+        return tuple(_log_uniform(self.learning_rates, generator) for _ in range(self.members))
 
 
 def _pretrain(
@@ -231,6 +240,11 @@ def _pretrain(
 
 def _choice(options: Sequence[T], generator: torch.Generator) -> T:
     return options[int(torch.randint(len(options), (), generator=generator))]
+
+
+def _log_uniform(ends: tuple[float, float], generator: torch.Generator) -> float:
+    low, high = (math.log(end) for end in ends)
+    return math.exp(low + (high - low) * _uniform(generator))
 
 
 def _uniform(generator: torch.Generator) -> float:
