@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from learnsched.convert import quantized_layers
+from learnsched.convert import Layer, quantized_layers
 from learnsched.modules import NOISE_BUFFERS, ActivationQuantizer, QuantizedLayer
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -130,7 +132,9 @@ def finalize_(model: nn.Module, loader: Iterable[Any] | None = None) -> nn.Modul
     """Harden the network: noise 0, every weight on its level set, batch norm re-estimated.
 
     Args:
-        model: converted by ``quantize_``, trained under a scheduler or by any other means.
+        model: converted by ``quantize_``, trained under a scheduler or by any other means. Averages
+            of weights (``torch.optim.swa_utils.AveragedModel``) lie between levels: they are
+            projected anew, with a warning.
         loader: training batches to re-estimate batch norm statistics from; None keeps them.
 
     Returns:
@@ -149,6 +153,8 @@ def finalize_(model: nn.Module, loader: Iterable[Any] | None = None) -> nn.Modul
                 f"the weight of {layer.info.name} is not finite, so it has no level; "
                 "training has diverged: lower the learning rate"
             )
+    if any(isinstance(module, AveragedModel) for module in model.modules()):
+        _release_averages(layers)
     for layer in layers:
         for quantizer in layer.quantizers:
             for name in NOISE_BUFFERS:
@@ -182,6 +188,25 @@ def integer_weights(model: nn.Module) -> dict[str, IntegerWeights]:
         if layer.weight is not None:
             result[layer.info.name] = _check_on_levels(layer.info.name, layer.weight)
     return result
+
+
+def _release_averages(layers: Iterable[Layer]) -> None:
+    """Free averaged weights of what their model had frozen when it was copied."""
+    released = []
+    for layer in layers:
+        if layer.weight is None:
+            continue
+        try:
+            _check_on_levels(layer.info.name, layer.weight)
+        except RuntimeError:
+            layer.weight.weight_quantizer.release_()
+            released.append(layer.info.name)
+    if released:
+        warnings.warn(
+            f"averages of quantized weights lie between the levels: those of {released} are projected "
+            "anew, each with the scale of its average. Compare with the model that was not averaged",
+            stacklevel=4,
+        )
 
 
 def _check_on_levels(name: str, module: QuantizedLayer) -> IntegerWeights:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from learnsched.convert import quantized_layers
 from learnsched.incremental import PARTITIONS
@@ -52,7 +54,8 @@ class QuantizationScheduler:
     one included; then ``finalize_``.
 
     Args:
-        model: converted by ``quantize_``.
+        model: converted by ``quantize_``. If it is wrapped by ``DistributedDataParallel``, metrics
+            are averaged over its ranks, so that all get the same settings: call :meth:`step` on each.
         policy: what makes the settings, from :mod:`learnsched.policies` or ``load_pretrained``.
         epochs: the horizon, at least 1.
         steps_per_epoch: optimizer steps in an epoch, ``len(loader)``. A learned policy reads it; if
@@ -108,13 +111,16 @@ class QuantizationScheduler:
                 f"{', '.join(PARTITIONS)}"
             )
         self._layers = quantized_layers(model)
+        parallel = isinstance(model, DistributedDataParallel)
+        self._process_group: Any = model.process_group if parallel else None
         self.policy = policy
         infos = tuple(layer.info for layer in self._layers)
         self._run = RunInfo(infos, epochs, steps_per_epoch, fine_tuning)
         self.epoch = 0
         self.history = History([info.name for info in infos])
         self._seed = operator.index(seed)
-        self._counted = 0
+        # A tensor, since a number in a hook would have torch.compile compile anew for each value.
+        self._counted = torch.zeros((), dtype=torch.int64)
         self._state = policy.begin(self._run)
         settings, state = self._ask(self._run, 0, [])
         # All that can fail comes before this line: from here on the model changes.
@@ -162,6 +168,7 @@ class QuantizationScheduler:
                 f"{type(self.policy).__name__} needs the metric {missing[0]!r}; call "
                 f"scheduler.step(metrics={{{missing[0]!r}: value}})"
             )
+        numbers, counted = self._over_ranks(numbers)
         for name in self.policy.metrics:
             if not math.isfinite(numbers[name]):
                 warnings.warn(
@@ -169,8 +176,8 @@ class QuantizationScheduler:
                     stacklevel=2,
                 )
         run = self._run
-        if run.steps_per_epoch is None and self._counted:
-            run = replace(run, steps_per_epoch=self._counted)
+        if run.steps_per_epoch is None and counted:
+            run = replace(run, steps_per_epoch=counted)
         epoch = self.epoch + 1
         if epoch < self.epochs:
             settings, state = self._ask(run, epoch, [*self.history.metrics, numbers])
@@ -309,11 +316,24 @@ class QuantizationScheduler:
         first, before, last = (losses[0], losses[-2:][0], losses[-1]) if losses else (1.0,) * 3
         return Telemetry(_ratio(last, first), _ratio(last, before), torch.tensor(errors))
 
+    def _over_ranks(self, numbers: dict[str, float]) -> tuple[dict[str, float], int]:
+        """Mean of the metrics, and most of the counted steps, over the ranks of the model."""
+        if self._process_group is None:
+            return numbers, int(self._counted)
+        ranks = torch.distributed.get_world_size(self._process_group)
+        parts: list[Any] = [None] * ranks
+        torch.distributed.all_gather_object(
+            parts, (numbers, int(self._counted)), group=self._process_group
+        )
+        common = [name for name in numbers if all(name in part for part, _ in parts)]
+        means = {name: sum(part[name] for part, _ in parts) / ranks for name in common}
+        return means, max(counted for _, counted in parts)
+
     def _count(self, model: nn.Module, inputs: Any) -> None:
-        self._counted += model.training
+        self._counted.add_(int(model.training))
 
     def _after_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._counted += self.epoch == 0
+        self._counted.add_(int(self.epoch == 0))
         for layer in self._layers:
             if layer.weight is not None:
                 layer.weight.weight_quantizer.restore_(layer.weight.weight)
