@@ -31,6 +31,7 @@ _CLIPPING = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 _SMOOTH = (nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish)
 _ACTIVATIONS = _CLIPPING + _SMOOTH
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _KNOWN = (*QUANTIZED_TYPES, *_ACTIVATIONS)
 
@@ -126,10 +127,12 @@ def quantize_(
         ``model`` itself.
 
     Raises:
-        TypeError: a level set is not a :class:`LevelSet`, or a scale rule not a scale rule.
+        TypeError: a level set is not a :class:`LevelSet`, a scale rule not a scale rule, or a weight
+            not of real numbers of 16 bits or more.
         ValueError: nothing is asked for, a pattern matches nothing, no weight or no activation can
-            be quantized though asked for, a weight is computed, recurrent, or shared with a module
-            that is not quantized alike, or the model is quantized already. The model is as it was.
+            be quantized though asked for, a weight is empty, computed, recurrent, or shared with a
+            module that is not quantized alike, or the model is quantized already. The model is as it
+            was.
 
     Example:
         >>> from learnsched import ternary, unsigned
@@ -443,6 +446,13 @@ def _own_weight(model: nn.Module, name: str, module: nn.Module, configs: Chosen)
             f"the weight of {name} is computed from others, as by weight_norm or pruning; remove "
             f"that, {keep}"
         )
+    if weight.dtype not in _DTYPES:
+        raise TypeError(
+            f"the weight of {name} is {weight.dtype}, not one of {', '.join(map(str, _DTYPES))}; "
+            f"convert it, {keep}"
+        )
+    if weight.numel() == 0:
+        raise ValueError(f"the weight of {name} is empty; take the layer out, {keep}")
     others = [
         other
         for other, user in model.named_modules()
