@@ -381,5 +381,5 @@ def test_what_the_package_writes_is_whole_or_as_before(writer, problem, disk):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_permission_is_named(tmp_path):
     tmp_path.chmod(0o555)
-    with pytest.raises(PermissionError, match="name.txt"), replacing(tmp_path / "name.txt"):
+    with pytest.raises(PermissionError, match=r"name\.txt"), replacing(tmp_path / "name.txt"):
         pass
