@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 import warnings
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from learnsched.convert import quantized_layers
+from learnsched.files import write_text
 from learnsched.incremental import PARTITIONS
 from learnsched.noise import noise_shape
 from learnsched.schedule import FIELDS, Policy, RunInfo, Schedule, Setting, Telemetry, terminal
@@ -28,6 +30,15 @@ class History:
 
     Attributes:
         metrics: one dictionary of numbers for every epoch that has ended.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "history.json"
+        >>> history = History(["fc"])
+        >>> history.settings.append((Setting(fraction=0.5),))
+        >>> history.save(path)
+        >>> History.load(path).schedule["fraction"].tolist()
+        [[0.5]]
     """
 
     def __init__(self, layers: Sequence[str]) -> None:
@@ -45,6 +56,43 @@ class History:
         from learnsched.plotting import plot_schedule
 
         return plot_schedule(self.schedule, path, title=title)
+
+    def save(self, path: str | Path) -> None:
+        """Write the history as JSON; ``learnsched plot PATH`` draws it.
+
+        Raises:
+            OSError: the file cannot be written; one that was there before is as it was.
+        """
+        content = {
+            "learnsched_history": _STATE_VERSION,
+            "layers": list(self.layers),
+            "fields": list(FIELDS),
+            "settings": [[[getattr(s, f) for f in FIELDS] for s in row] for row in self.settings],
+            "metrics": self.metrics,
+        }
+        write_text(path, json.dumps(content) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> History:
+        """Read what :meth:`save` has written.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it holds no history, or one of another version.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content["learnsched_history"] != _STATE_VERSION or content["fields"] != list(FIELDS):
+                raise ValueError("it is of another version of learnsched")
+            history = cls(content["layers"])
+            history.settings = [tuple(Setting(*s) for s in row) for row in content["settings"]]
+            history.metrics = [_numbers(metrics) for metrics in content["metrics"]]
+            # A schedule checks its own shape.
+            if len(history.metrics) > len(history.schedule.table):
+                raise ValueError("it has more metrics than epochs")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is not the history of a run: {error}") from error
+        return history
 
 
 class QuantizationScheduler:

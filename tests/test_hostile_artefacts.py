@@ -167,7 +167,8 @@ def other_metadata(data, dice):
     card = header["__metadata__"]["card"]
     header["__metadata__"] = dice.choice((
         {}, None, [card], {"card": 1}, {"card": None}, {"card": ""}, {"card": card[1:]}, {"Card": card},
-        {"card": card.replace("good", "evil")}, {"card": card.replace("\n", "\n ", 1)}, {"card": "\ud800"},
+        {"card": card.replace("good", "evil")}, {"card": card.replace("\n", "\n ", 1)},
+        {"card": "\ud800"},
     ))  # fmt: skip
     return joined(header, body)
 
