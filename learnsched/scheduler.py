@@ -110,8 +110,9 @@ class QuantizationScheduler:
             None, it is counted in the first epoch: steps of ``optimizer`` if given, otherwise forward
             passes in training mode.
         fine_tuning: whether training starts from a trained float network.
-        optimizer: if given, frozen weights are put back after each of its steps; otherwise the
-            forward pass uses their frozen values, and the parameter follows at :meth:`step`.
+        optimizer: if given, frozen weights are put back after each of its steps, as by :meth:`watch`;
+            otherwise the forward pass uses their frozen values, and the parameter follows at
+            :meth:`step`.
         seed: of random INQ partitions.
 
     Raises:
@@ -148,8 +149,8 @@ class QuantizationScheduler:
                 f"policy must have begin() and settings(), got {policy!r}; see "
                 "learnsched.policies and learnsched.load_pretrained"
             )
-        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
+        if optimizer is not None:
+            _check_optimizer(optimizer)
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
             raise ValueError(f"epochs must be a whole number of at least 1, got {epochs!r}")
         noise = noise_shape(policy.noise)
@@ -177,10 +178,24 @@ class QuantizationScheduler:
                 quantizer.noise = noise
         self._counter = None
         if optimizer is not None:
-            optimizer.register_step_post_hook(self._after_optimizer)
+            self.watch(optimizer)
         elif steps_per_epoch is None:
             self._counter = model.register_forward_pre_hook(self._count)
         self._apply(settings, state)
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put frozen weights back after each step of an optimizer, and count its steps.
+
+        The same as ``optimizer`` of the constructor, for one that is made later.
+
+        Raises:
+            TypeError: it is no optimizer.
+        """
+        _check_optimizer(optimizer)
+        if self._counter is not None:
+            self._counter.remove()
+            self._counted.zero_()
+        optimizer.register_step_post_hook(self._after_optimizer)
 
     @property
     def epochs(self) -> int:
@@ -385,6 +400,11 @@ class QuantizationScheduler:
         for layer in self._layers:
             if layer.weight is not None:
                 layer.weight.weight_quantizer.restore_(layer.weight.weight)
+
+
+def _check_optimizer(optimizer: object) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
 
 
 def _numbers(metrics: Mapping[str, float | Tensor] | None) -> dict[str, float]:
