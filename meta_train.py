@@ -39,7 +39,7 @@ def main() -> None:
     distribution.start()
     try:
         _train_and_report(options)
-    except (FileExistsError, FileNotFoundError, PermissionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"meta_train.py: {error}")
     except KeyboardInterrupt:
         sys.exit(f"meta_train.py: interrupted; go on with --out {options.out} --resume")

@@ -18,11 +18,10 @@ from learnsched.modules import (
     QUANTIZED_TYPES,
     ActivationQuantizer,
     PReLUQuantizer,
-    QuantizedConv1d,
-    QuantizedConv2d,
     QuantizedLayer,
-    QuantizedLinear,
     WeightQuantizer,
+    channel_dim,
+    fan_in,
 )
 from learnsched.scales import LeastSquares, ScaleRule, default_weight_rule, unit_normal_scale
 from learnsched.schedule import LayerInfo
@@ -32,12 +31,14 @@ _CLIPPING = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 _SMOOTH = (nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish)
 _ACTIVATIONS = _CLIPPING + _SMOOTH
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _KNOWN = (*QUANTIZED_TYPES, *_ACTIVATIONS)
 
 # Level set and scale rule of each module to quantize, by name.
 Chosen = dict[str, tuple[LevelSet, ScaleRule | None]]
 
-QUANTIZED_LAYERS = (QuantizedLinear, QuantizedConv1d, QuantizedConv2d)
+QUANTIZED_LAYERS = tuple(QUANTIZED_TYPES.values())
 
 # A search of a tenth of a second, the same for all activations of a level set.
 _initial_scale = functools.cache(unit_normal_scale)
@@ -102,10 +103,12 @@ def quantize_(
     overrides: Mapping[str, LayerConfig | None] | None = None,
     example_input: Tensor | tuple[Any, ...] | None = None,
 ) -> nn.Module:
-    """Quantize the Linear, Conv1d, Conv2d and ReLU-like modules of a model, in place.
+    """Quantize the Linear, convolution and ReLU-like modules of a model, in place.
 
     Parameters stay the same objects with the same values and names, so an optimizer made before, and
     checkpoints of the float model, stay valid. Activations that follow a weight belong to its layer.
+    Convolutions may be grouped, depthwise or transposed, in one or two dimensions. Modules that share
+    a weight are one layer.
 
     Args:
         model: any module.
@@ -124,10 +127,12 @@ def quantize_(
         ``model`` itself.
 
     Raises:
-        TypeError: a level set is not a :class:`LevelSet`, or a scale rule not a scale rule.
+        TypeError: a level set is not a :class:`LevelSet`, a scale rule not a scale rule, or a weight
+            not of real numbers of 16 bits or more.
         ValueError: nothing is asked for, a pattern matches nothing, no weight or no activation can
-            be quantized though asked for, a weight is shared or computed, or the model is quantized
-            already. The model is as it was.
+            be quantized though asked for, a weight is empty, computed, recurrent, or shared with a
+            module that is not quantized alike, or the model is quantized already. The model is as it
+            was.
 
     Example:
         >>> from learnsched import ternary, unsigned
@@ -158,7 +163,7 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
     for module in model.modules():
         if isinstance(module, QUANTIZED_LAYERS):
             twin = weights.setdefault(module.weight_quantizer.layer_index, module)
-            if twin is not module:
+            if twin.weight_quantizer is not module.weight_quantizer:
                 raise ValueError(
                     f"{twin.weight_quantizer.layer_name} and {module.weight_quantizer.layer_name} "
                     "were quantized in different calls; call quantize_ once, on the whole model"
@@ -174,7 +179,7 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
         weight, after = weights.get(index), tuple(activations.get(index, ()))
         info = LayerInfo(
             name=names[index],
-            fan_in=0 if weight is None else weight.weight[0].numel(),
+            fan_in=0 if weight is None else fan_in(weight),
             weight_levels=0 if weight is None else len(weight.weight_quantizer.levels.values),
             activation_levels=len(after[0].levels.values) if after else 0,
         )
@@ -253,7 +258,7 @@ def _execution_order(
         # Only a parent can put something in the place of an activation.
         if type(module) in QUANTIZED_TYPES
         or (name and type(module) in _ACTIVATIONS)
-        or isinstance(module, _BATCH_NORMS)
+        or isinstance(module, (*_BATCH_NORMS, *_RECURRENT))
     }
     if example_input is None:
         return [(name, module) for module, name in wanted.items()], len(wanted)
@@ -308,6 +313,13 @@ def _configure(
             following = config or base
         if config is None:
             continue
+        if isinstance(module, _RECURRENT):
+            if config.weight is None:
+                continue
+            raise ValueError(
+                f"{name} is a recurrent layer ({type(module).__name__}), whose weights cannot be "
+                f"quantized; keep it real with overrides={{{name!r}: None}}"
+            )
         levels = config.weight if is_weight else config.activation
         if levels is not None:
             rule = config.weight_scale if is_weight else config.activation_scale
@@ -331,8 +343,8 @@ def _check_found(
     asked = [base, *(c for c in overrides.values() if c is not None)]
     if any(c.weight is not None for c in asked) and True not in quantized:
         raise ValueError(
-            "no weight is left to quantize: no Linear, Conv1d or Conv2d remains after skip and "
-            "overrides"
+            f"no weight is left to quantize: no {', '.join(t.__name__ for t in QUANTIZED_TYPES)} "
+            "remains after skip and overrides"
         )
     if any(c.activation is not None for c in asked) and False not in quantized:
         raise ValueError(
@@ -361,18 +373,26 @@ def _group(order: list[tuple[str, nn.Module]], configs: Chosen) -> list[_Group]:
 
 def _convert(model: nn.Module, order: list[tuple[str, nn.Module]], configs: Chosen) -> None:
     modules = dict(order)
-    quantizers = {
-        name: _weight_quantizer(model, name, modules[name], *config)
-        if type(modules[name]) in QUANTIZED_TYPES
-        else _activation_quantizer(model, modules[name], *config)
-        for name, config in configs.items()
-    }
+    of_weight: dict[nn.Parameter, WeightQuantizer] = {}
+    quantizers: dict[str, WeightQuantizer | ActivationQuantizer] = {}
+    for name, config in configs.items():
+        module = modules[name]
+        if type(module) in QUANTIZED_TYPES:
+            weight = _own_weight(model, name, module, configs)
+            if weight not in of_weight:
+                of_weight[weight] = _weight_quantizer(module, weight, *config)
+            quantizers[name] = of_weight[weight]
+        else:
+            quantizers[name] = _activation_quantizer(model, module, *config)
     _warn(model, order, configs)
     # All that can fail comes before this line: from here on the model changes.
+    placed: set[nn.Module] = set()
     for index, group in enumerate(_group(order, configs)):
         for name in group.members:
             module, quantizer = modules[name], quantizers[name]
-            quantizer.layer_name, quantizer.layer_index = group.name, index
+            if quantizer not in placed:  # a shared weight belongs to the layer that uses it first
+                quantizer.layer_name, quantizer.layer_index = group.name, index
+                placed.add(quantizer)
             quantizer.train(module.training)
             if isinstance(quantizer, ActivationQuantizer):
                 _replace(model, module, quantizer)
@@ -417,9 +437,8 @@ def _warn(model: nn.Module, order: list[tuple[str, nn.Module]], configs: Chosen)
         )
 
 
-def _weight_quantizer(
-    model: nn.Module, name: str, module: nn.Module, levels: LevelSet, rule: ScaleRule | None
-) -> WeightQuantizer:
+def _own_weight(model: nn.Module, name: str, module: nn.Module, configs: Chosen) -> nn.Parameter:
+    """The weight parameter of a module, if all its users are quantized alike."""
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     keep = f"or keep it real with overrides={{{name!r}: None}}"
     if weight is None:
@@ -427,14 +446,32 @@ def _weight_quantizer(
             f"the weight of {name} is computed from others, as by weight_norm or pruning; remove "
             f"that, {keep}"
         )
-    users = [
+    if weight.dtype not in _DTYPES:
+        raise TypeError(
+            f"the weight of {name} is {weight.dtype}, not one of {', '.join(map(str, _DTYPES))}; "
+            f"convert it, {keep}"
+        )
+    if weight.numel() == 0:
+        raise ValueError(f"the weight of {name} is empty; take the layer out, {keep}")
+    others = [
         other
         for other, user in model.named_modules()
-        if user is not module and any(p is weight for p in user.parameters(recurse=False))
+        if user is not module
+        and any(p is weight for p in user.parameters(recurse=False))
+        and (type(user) is not type(module) or configs.get(other) != configs[name])
     ]
-    if users:
-        raise ValueError(f"{name} shares its weight with {users}; give it its own, {keep}")
-    return WeightQuantizer(levels, rule or default_weight_rule(levels), weight)
+    if others:
+        raise ValueError(
+            f"{name} shares its weight with {others}, which are not quantized alike; give it its own, "
+            f"{keep}"
+        )
+    return weight
+
+
+def _weight_quantizer(
+    module: nn.Module, weight: nn.Parameter, levels: LevelSet, rule: ScaleRule | None
+) -> WeightQuantizer:
+    return WeightQuantizer(levels, rule or default_weight_rule(levels), weight, channel_dim(module))
 
 
 def _activation_quantizer(

@@ -14,7 +14,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path whose file takes the place of ``path`` when the block ends without error.
 
     Raises:
-        OSError: the folder cannot be written; ``path`` is as it was.
+        OSError: the folder cannot be written, or the disk is full; ``path`` is as it was.
 
     Example:
         >>> import tempfile
@@ -25,17 +25,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
         'whole'
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent
+        )
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename2 is None:
+            # A full disk names no file, and the temporary one means nothing to the user.
+            error.filename = str(path)
         raise
 
 

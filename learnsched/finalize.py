@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -10,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from learnsched.convert import quantized_layers
+from learnsched.convert import Layer, quantized_layers
 from learnsched.modules import NOISE_BUFFERS, ActivationQuantizer, QuantizedLayer
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -48,7 +50,8 @@ def calibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     """Fit the scale of every quantized activation to data, in the order of execution.
 
     Each activation is fitted to what the layers before it, already calibrated, put out: one pass,
-    and the mean over batches. Batch norms use the statistics of each batch, and keep their own.
+    and the mean over batches. Batch norms use the statistics of each batch, and keep their own. An
+    activation that is 0 throughout keeps its scale, with a warning.
 
     Args:
         model: converted by ``quantize_``.
@@ -59,8 +62,8 @@ def calibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
 
     Raises:
         TypeError: a batch is neither a tensor nor a tuple that starts with one.
-        ValueError: there are no batches, an activation is not finite, or the model has no quantized
-            layers. The scales are as they were.
+        ValueError: there are no batches, one is empty, an activation is not finite, or the model has
+            no quantized layers. The scales are as they were.
 
     Example:
         >>> from learnsched import quantize_, ternary, unsigned
@@ -72,7 +75,8 @@ def calibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     inputs = _inputs(batches, model)
     scales = [(a.scale, a.scale.clone()) for a in activations]
     statistics = [(b, b.clone()) for module in _batch_norms(model) for b in module.buffers()]
-    handles = [a.register_forward_pre_hook(_fit()) for a in activations]
+    hooks = {a: _Fit() for a in activations}
+    handles = [a.register_forward_pre_hook(hook) for a, hook in hooks.items()]
     try:
         with _batch_statistics(model):
             for x in inputs:
@@ -84,6 +88,13 @@ def calibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         for handle in handles:
             handle.remove()
         _put_back(statistics)
+    dead = [a.layer_name for a, hook in hooks.items() if hook.seen and not hook.fitted]
+    if dead:
+        warnings.warn(
+            f"activations after {dead} are 0 in all of these batches, so they keep their scale; look "
+            "at the data and the biases",
+            stacklevel=3,
+        )
     return model
 
 
@@ -100,7 +111,7 @@ def reestimate_batch_norm_(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
 
     Raises:
         TypeError: a batch is neither a tensor nor a tuple that starts with one.
-        ValueError: there are no batches. The statistics are as they were.
+        ValueError: there are no batches, or one is empty. The statistics are as they were.
     """
     return _reestimate(model, _inputs(batches, model))
 
@@ -130,7 +141,9 @@ def finalize_(model: nn.Module, loader: Iterable[Any] | None = None) -> nn.Modul
     """Harden the network: noise 0, every weight on its level set, batch norm re-estimated.
 
     Args:
-        model: converted by ``quantize_``, trained under a scheduler or by any other means.
+        model: converted by ``quantize_``, trained under a scheduler or by any other means. Averages
+            of weights (``torch.optim.swa_utils.AveragedModel``) lie between levels: they are
+            projected anew, with a warning.
         loader: training batches to re-estimate batch norm statistics from; None keeps them.
 
     Returns:
@@ -139,7 +152,7 @@ def finalize_(model: nn.Module, loader: Iterable[Any] | None = None) -> nn.Modul
     Raises:
         RuntimeError: a weight is not on its level set, to the bit (it is not finite, for one).
         TypeError: a batch is neither a tensor nor a tuple that starts with one.
-        ValueError: the model has no quantized layers, or the loader is empty.
+        ValueError: the model has no quantized layers, or the loader or a batch is empty.
     """
     layers = quantized_layers(model)
     inputs = None if loader is None else _inputs(loader, model)
@@ -149,6 +162,8 @@ def finalize_(model: nn.Module, loader: Iterable[Any] | None = None) -> nn.Modul
                 f"the weight of {layer.info.name} is not finite, so it has no level; "
                 "training has diverged: lower the learning rate"
             )
+    if any(isinstance(module, AveragedModel) for module in model.modules()):
+        _release_averages(layers)
     for layer in layers:
         for quantizer in layer.quantizers:
             for name in NOISE_BUFFERS:
@@ -184,6 +199,25 @@ def integer_weights(model: nn.Module) -> dict[str, IntegerWeights]:
     return result
 
 
+def _release_averages(layers: Iterable[Layer]) -> None:
+    """Free averaged weights of what their model had frozen when it was copied."""
+    released = []
+    for layer in layers:
+        if layer.weight is None:
+            continue
+        try:
+            _check_on_levels(layer.info.name, layer.weight)
+        except RuntimeError:
+            layer.weight.weight_quantizer.release_()
+            released.append(layer.info.name)
+    if released:
+        warnings.warn(
+            f"averages of quantized weights lie between the levels: those of {released} are projected "
+            "anew, each with the scale of its average. Compare with the model that was not averaged",
+            stacklevel=4,
+        )
+
+
 def _check_on_levels(name: str, module: QuantizedLayer) -> IntegerWeights:
     quantizer = module.weight_quantizer
     if not bool((quantizer.membership == 1).all()):
@@ -199,11 +233,15 @@ def _check_on_levels(name: str, module: QuantizedLayer) -> IntegerWeights:
     return IntegerWeights(codes, quantizer.levels.values, scale)
 
 
-def _fit() -> Callable[[ActivationQuantizer, tuple[Tensor, ...]], None]:
+class _Fit:
     """A hook that fits an activation's scale to its input, and keeps the mean over batches."""
-    fitted: list[Tensor] = []
 
-    def hook(module: ActivationQuantizer, inputs: tuple[Tensor, ...]) -> None:
+    def __init__(self) -> None:
+        self.seen = 0
+        self.fitted: list[Tensor] = []
+
+    def __call__(self, module: ActivationQuantizer, inputs: tuple[Tensor, ...]) -> None:
+        self.seen += 1
         x = module.ahead(inputs[0])
         if not bool(x.isfinite().all()):
             raise ValueError(
@@ -212,10 +250,9 @@ def _fit() -> Callable[[ActivationQuantizer, tuple[Tensor, ...]], None]:
             )
         if module.levels.values[0] >= 0:
             x = x.clamp(min=0)  # what is clipped away does not count as quantization error
-        fitted.append(module.rule(x, module.levels).mean())
-        module.scale.copy_(torch.stack(fitted).mean())
-
-    return hook
+        if bool(x.any()):
+            self.fitted.append(module.rule(x, module.levels).mean())
+            module.scale.copy_(torch.stack(self.fitted).mean())
 
 
 def _batch_norms(model: nn.Module) -> list[Any]:
@@ -264,5 +301,7 @@ def _input(batch: Any, model: nn.Module) -> Tensor:
         raise TypeError(
             f"a batch must be a tensor, or a tuple that starts with one, got {type(x).__name__}"
         )
+    if x.numel() == 0:
+        raise ValueError(f"a batch is empty: its shape is {tuple(x.shape)}; leave it out")
     like = next(model.parameters(), x)
     return x.to(like.device)

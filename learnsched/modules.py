@@ -6,6 +6,7 @@ Noise levels, memberships and held values are buffers, so that ``state_dict``, `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -86,6 +87,8 @@ class WeightQuantizer(_Quantizer):
         rule: chooses the scale anew from the weight at each forward pass, until the first weight of
             a channel is frozen; then that channel's scale stays.
         weight: the weight, of which shape, dtype and device are taken.
+        channel_dim: the dimension of the output channels; a transposed convolution has it second. In
+            a grouped one, channels of the same place in every group share their scale.
 
     Shape:
         weight of shape ``(channels, ...)`` in, the same shape out.
@@ -96,11 +99,14 @@ class WeightQuantizer(_Quantizer):
     held_scale: Tensor
     scale_held: Tensor
 
-    def __init__(self, levels: LevelSet, rule: ScaleRule, weight: Tensor) -> None:
+    def __init__(
+        self, levels: LevelSet, rule: ScaleRule, weight: Tensor, channel_dim: int = 0
+    ) -> None:
         super().__init__(levels, weight)
         self.rule = rule
+        self.channel_dim = channel_dim
         detached = weight.detach()
-        scale = rule(detached, levels)
+        scale = self._fitted_scale(detached)
         self.register_buffer("membership", torch.zeros_like(detached))
         self.register_buffer("held", torch.zeros_like(detached))
         self.register_buffer("held_scale", torch.ones_like(scale))
@@ -108,7 +114,14 @@ class WeightQuantizer(_Quantizer):
 
     def scale(self, weight: Tensor) -> Tensor:
         """The positive scale in force, in a shape that broadcasts to the weight."""
-        return torch.where(self.scale_held > 0, self.held_scale, self.rule(weight, self.levels))
+        return torch.where(self.scale_held > 0, self.held_scale, self._fitted_scale(weight))
+
+    def _fitted_scale(self, weight: Tensor) -> Tensor:
+        if self.channel_dim == 0:
+            return self.rule(weight, self.levels)
+        # Rules take the first dimension for the channels.
+        scale = self.rule(weight.transpose(0, self.channel_dim), self.levels)
+        return scale.transpose(0, self.channel_dim) if scale.dim() else scale
 
     def forward(self, weight: Tensor) -> Tensor:
         scale = self.scale(weight)
@@ -163,6 +176,12 @@ class WeightQuantizer(_Quantizer):
     def restore_(self, weight: Tensor) -> None:
         """Put frozen entries of the parameter back where an optimizer has moved them."""
         weight.copy_(torch.where(self.membership > 0, self.held, weight))
+
+    @torch.no_grad()
+    def release_(self) -> None:
+        """Free every weight and scale, so that the next :meth:`freeze_` starts anew."""
+        self.membership.zero_()
+        self.scale_held.zero_()
 
     @torch.no_grad()
     def error(self, weight: Tensor) -> Tensor:
@@ -253,13 +272,75 @@ class QuantizedConv2d(nn.Conv2d):
         return self._conv_forward(input, self.weight_quantizer(self.weight), self.bias)
 
 
-QuantizedLayer = QuantizedLinear | QuantizedConv1d | QuantizedConv2d
+class QuantizedConvTranspose1d(nn.ConvTranspose1d):
+    """A 1-d transposed convolution that computes with its quantized weight."""
+
+    weight_quantizer: WeightQuantizer
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return _conv_transpose(self, F.conv_transpose1d, input, output_size)
+
+
+class QuantizedConvTranspose2d(nn.ConvTranspose2d):
+    """A 2-d transposed convolution that computes with its quantized weight."""
+
+    weight_quantizer: WeightQuantizer
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return _conv_transpose(self, F.conv_transpose2d, input, output_size)
+
+
+QuantizedLayer = (
+    QuantizedLinear
+    | QuantizedConv1d
+    | QuantizedConv2d
+    | QuantizedConvTranspose1d
+    | QuantizedConvTranspose2d
+)
 
 QUANTIZED_TYPES: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: QuantizedLinear,
     nn.Conv1d: QuantizedConv1d,
     nn.Conv2d: QuantizedConv2d,
+    nn.ConvTranspose1d: QuantizedConvTranspose1d,
+    nn.ConvTranspose2d: QuantizedConvTranspose2d,
 }
+
+
+def channel_dim(module: nn.Module) -> int:
+    """The dimension of a weight that its output channels lie along."""
+    return int(isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d))
+
+
+def fan_in(module: QuantizedLayer) -> int:
+    """Weights that add up to one output; of a transposed convolution with stride 1."""
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d):
+        return module.weight[:, 0].numel() // module.groups
+    return module.weight[0].numel()
+
+
+def _conv_transpose(
+    module: Any, convolve: Callable[..., Tensor], input: Tensor, output_size: list[int] | None
+) -> Tensor:
+    padding = module._output_padding(
+        input,
+        output_size,
+        module.stride,
+        module.padding,
+        module.kernel_size,
+        len(module.kernel_size),
+        module.dilation,
+    )
+    return convolve(
+        input,
+        module.weight_quantizer(module.weight),
+        module.bias,
+        module.stride,
+        module.padding,
+        padding,
+        module.groups,
+        module.dilation,
+    )
 
 
 def _any_per_channel(membership: Tensor, like: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ setting of the caller is touched.
 from __future__ import annotations
 
 import os
-import secrets
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from learnsched.files import replacing
 from learnsched.schedule import FIELDS, Schedule
 
 if TYPE_CHECKING:
@@ -372,9 +372,5 @@ def _save(figure: Figure, path: str | os.PathLike[str] | None) -> None:
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"the folder {target.parent} does not exist; make it first")
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
+    with replacing(target) as partial:
         figure.savefig(partial, format=target.suffix[1:] or "png")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)

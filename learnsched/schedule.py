@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -235,13 +235,20 @@ def terminal(setting: Setting, run: RunInfo, epoch: int) -> Setting:
     )
 
 
-def plan(policy: Policy, run: RunInfo, *, hardened: bool = True) -> Schedule:
+def plan(
+    policy: Policy,
+    run: RunInfo,
+    *,
+    hardened: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> Schedule:
     """The schedule of a policy that needs no telemetry, or as if telemetry stood still.
 
     Args:
         policy: what makes the settings.
         run: what is trained.
         hardened: whether the terminal conditions hold, as they do under a scheduler.
+        progress: called with the number of epochs that are planned, after each.
 
     Example:
         >>> from learnsched.policies import StraightThrough
@@ -254,4 +261,6 @@ def plan(policy: Policy, run: RunInfo, *, hardened: bool = True) -> Schedule:
     for epoch in range(run.horizon):
         settings, state = policy.settings(run, epoch, telemetry, state)
         rows.append([terminal(s, run, epoch) if hardened else s for s in settings])
+        if progress is not None:
+            progress(epoch + 1)
     return Schedule.from_settings(rows, [layer.name for layer in run.layers])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 import warnings
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from learnsched.convert import quantized_layers
+from learnsched.files import write_text
 from learnsched.incremental import PARTITIONS
 from learnsched.noise import noise_shape
 from learnsched.schedule import FIELDS, Policy, RunInfo, Schedule, Setting, Telemetry, terminal
@@ -26,6 +30,15 @@ class History:
 
     Attributes:
         metrics: one dictionary of numbers for every epoch that has ended.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "history.json"
+        >>> history = History(["fc"])
+        >>> history.settings.append((Setting(fraction=0.5),))
+        >>> history.save(path)
+        >>> History.load(path).schedule["fraction"].tolist()
+        [[0.5]]
     """
 
     def __init__(self, layers: Sequence[str]) -> None:
@@ -44,6 +57,43 @@ class History:
 
         return plot_schedule(self.schedule, path, title=title)
 
+    def save(self, path: str | Path) -> None:
+        """Write the history as JSON; ``learnsched plot PATH`` draws it.
+
+        Raises:
+            OSError: the file cannot be written; one that was there before is as it was.
+        """
+        content = {
+            "learnsched_history": _STATE_VERSION,
+            "layers": list(self.layers),
+            "fields": list(FIELDS),
+            "settings": [[[getattr(s, f) for f in FIELDS] for s in row] for row in self.settings],
+            "metrics": self.metrics,
+        }
+        write_text(path, json.dumps(content) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> History:
+        """Read what :meth:`save` has written.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it holds no history, or one of another version.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content["learnsched_history"] != _STATE_VERSION or content["fields"] != list(FIELDS):
+                raise ValueError("it is of another version of learnsched")
+            history = cls(content["layers"])
+            history.settings = [tuple(Setting(*s) for s in row) for row in content["settings"]]
+            history.metrics = [_numbers(metrics) for metrics in content["metrics"]]
+            # A schedule checks its own shape.
+            if len(history.metrics) > len(history.schedule.table):
+                raise ValueError("it has more metrics than epochs")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is not the history of a run: {error}") from error
+        return history
+
 
 class QuantizationScheduler:
     """Sets noise and frozen fractions of a quantized model for each epoch.
@@ -52,15 +102,17 @@ class QuantizationScheduler:
     one included; then ``finalize_``.
 
     Args:
-        model: converted by ``quantize_``.
+        model: converted by ``quantize_``. If it is wrapped by ``DistributedDataParallel``, metrics
+            are averaged over its ranks, so that all get the same settings: call :meth:`step` on each.
         policy: what makes the settings, from :mod:`learnsched.policies` or ``load_pretrained``.
         epochs: the horizon, at least 1.
         steps_per_epoch: optimizer steps in an epoch, ``len(loader)``. A learned policy reads it; if
             None, it is counted in the first epoch: steps of ``optimizer`` if given, otherwise forward
             passes in training mode.
         fine_tuning: whether training starts from a trained float network.
-        optimizer: if given, frozen weights are put back after each of its steps; otherwise the
-            forward pass uses their frozen values, and the parameter follows at :meth:`step`.
+        optimizer: if given, frozen weights are put back after each of its steps, as by :meth:`watch`;
+            otherwise the forward pass uses their frozen values, and the parameter follows at
+            :meth:`step`.
         seed: of random INQ partitions.
 
     Raises:
@@ -97,8 +149,8 @@ class QuantizationScheduler:
                 f"policy must have begin() and settings(), got {policy!r}; see "
                 "learnsched.policies and learnsched.load_pretrained"
             )
-        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
+        if optimizer is not None:
+            _check_optimizer(optimizer)
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
             raise ValueError(f"epochs must be a whole number of at least 1, got {epochs!r}")
         noise = noise_shape(policy.noise)
@@ -108,13 +160,16 @@ class QuantizationScheduler:
                 f"{', '.join(PARTITIONS)}"
             )
         self._layers = quantized_layers(model)
+        parallel = isinstance(model, DistributedDataParallel)
+        self._process_group: Any = model.process_group if parallel else None
         self.policy = policy
         infos = tuple(layer.info for layer in self._layers)
         self._run = RunInfo(infos, epochs, steps_per_epoch, fine_tuning)
         self.epoch = 0
         self.history = History([info.name for info in infos])
         self._seed = operator.index(seed)
-        self._counted = 0
+        # A tensor, since a number in a hook would have torch.compile compile anew for each value.
+        self._counted = torch.zeros((), dtype=torch.int64)
         self._state = policy.begin(self._run)
         settings, state = self._ask(self._run, 0, [])
         # All that can fail comes before this line: from here on the model changes.
@@ -123,10 +178,24 @@ class QuantizationScheduler:
                 quantizer.noise = noise
         self._counter = None
         if optimizer is not None:
-            optimizer.register_step_post_hook(self._after_optimizer)
+            self.watch(optimizer)
         elif steps_per_epoch is None:
             self._counter = model.register_forward_pre_hook(self._count)
         self._apply(settings, state)
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put frozen weights back after each step of an optimizer, and count its steps.
+
+        The same as ``optimizer`` of the constructor, for one that is made later.
+
+        Raises:
+            TypeError: it is no optimizer.
+        """
+        _check_optimizer(optimizer)
+        if self._counter is not None:
+            self._counter.remove()
+            self._counted.zero_()
+        optimizer.register_step_post_hook(self._after_optimizer)
 
     @property
     def epochs(self) -> int:
@@ -162,6 +231,7 @@ class QuantizationScheduler:
                 f"{type(self.policy).__name__} needs the metric {missing[0]!r}; call "
                 f"scheduler.step(metrics={{{missing[0]!r}: value}})"
             )
+        numbers, counted = self._over_ranks(numbers)
         for name in self.policy.metrics:
             if not math.isfinite(numbers[name]):
                 warnings.warn(
@@ -169,8 +239,8 @@ class QuantizationScheduler:
                     stacklevel=2,
                 )
         run = self._run
-        if run.steps_per_epoch is None and self._counted:
-            run = replace(run, steps_per_epoch=self._counted)
+        if run.steps_per_epoch is None and counted:
+            run = replace(run, steps_per_epoch=counted)
         epoch = self.epoch + 1
         if epoch < self.epochs:
             settings, state = self._ask(run, epoch, [*self.history.metrics, numbers])
@@ -309,14 +379,32 @@ class QuantizationScheduler:
         first, before, last = (losses[0], losses[-2:][0], losses[-1]) if losses else (1.0,) * 3
         return Telemetry(_ratio(last, first), _ratio(last, before), torch.tensor(errors))
 
+    def _over_ranks(self, numbers: dict[str, float]) -> tuple[dict[str, float], int]:
+        """Mean of the metrics, and most of the counted steps, over the ranks of the model."""
+        if self._process_group is None:
+            return numbers, int(self._counted)
+        ranks = torch.distributed.get_world_size(self._process_group)
+        parts: list[Any] = [None] * ranks
+        torch.distributed.all_gather_object(
+            parts, (numbers, int(self._counted)), group=self._process_group
+        )
+        common = [name for name in numbers if all(name in part for part, _ in parts)]
+        means = {name: sum(part[name] for part, _ in parts) / ranks for name in common}
+        return means, max(counted for _, counted in parts)
+
     def _count(self, model: nn.Module, inputs: Any) -> None:
-        self._counted += model.training
+        self._counted.add_(int(model.training))
 
     def _after_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._counted += self.epoch == 0
+        self._counted.add_(int(self.epoch == 0))
         for layer in self._layers:
             if layer.weight is not None:
                 layer.weight.weight_quantizer.restore_(layer.weight.weight)
+
+
+def _check_optimizer(optimizer: object) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
 
 
 def _numbers(metrics: Mapping[str, float | Tensor] | None) -> dict[str, float]:

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 import learnsched as ls
 from learnsched.policies import BaseCurve, Domain, LearnedPolicy, MetaNetwork
 from learnsched.pretrained import artefact
+from learnsched.pretrained.embed_card import embed_card, main
 from learnsched.schedule import LayerInfo, RunInfo, plan
 
 RUN = RunInfo((LayerInfo("a", 9, 3, 4), LayerInfo("b", 20, 3, 0)), 6, 20)
@@ -45,17 +44,24 @@ def path(made, tmp_path):
     return tmp_path / made.name
 
 
+def read(path):
+    """Tensors and card."""
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return load(data), json.loads(header["__metadata__"]["card"].split("\n", 1)[1])
+
+
+def vouch(path, tensors, card):
+    """Write a file whose checksums are right, whatever it holds."""
+    text = card if isinstance(card, str) else json.dumps(card)
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    path.write_bytes(save(tensors, {"card": f"{checksum}\n{text}"}))
+
+
 def rewrite(path, **changes):
-    """Change the card; what is None leaves it."""
-    card = json.loads(path.with_suffix(".json").read_text())
-    card = {k: v for k, v in {**card, **changes}.items() if v is not None}
-    path.with_suffix(".json").write_text(json.dumps(card))
-
-
-def replace_data(path, data):
-    """Other tensors, with a card that vouches for them."""
-    path.write_bytes(data)
-    rewrite(path, sha256=hashlib.sha256(data).hexdigest())
+    """Change the card; what is None is left out."""
+    tensors, card = read(path)
+    vouch(path, tensors, {k: v for k, v in {**card, **changes}.items() if v is not None})
 
 
 @pytest.mark.parametrize("open_loop", [False, True])
@@ -75,7 +81,7 @@ def test_a_saved_policy_comes_back_to_the_bit(tmp_path, open_loop):
     assert all(p.requires_grad for p in policy.network.parameters())
     found = ls.pretrained_card(str(path))
     assert card.items() <= found.items()
-    assert found["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert found["sha256"] == artefact.digest(state)
 
 
 def test_saving_is_reproducible_and_replaces(tmp_path):
@@ -83,8 +89,9 @@ def test_saving_is_reproducible_and_replaces(tmp_path):
     ls.save_artefact(trained(), path, {"run": 1})
     before = path.read_bytes()
     ls.save_artefact(trained(), path, {"run": 2})
-    assert path.read_bytes() == before
     assert ls.pretrained_card(path)["run"] == 2
+    ls.save_artefact(trained(), path, {"run": 1})
+    assert path.read_bytes() == before
 
 
 def test_the_card_of_another_artefact_may_be_handed_on(made, tmp_path):
@@ -111,21 +118,20 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:-20])
 
 
-def flipped(path):
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.write_bytes(data)
+def flipped(at):
+    def spoil(path):
+        data = bytearray(path.read_bytes())
+        data[at(data)] ^= 1
+        path.write_bytes(data)
 
-
-def emptied(path):
-    path.write_bytes(b"")
+    return spoil
 
 
 def with_tensors(change):
     def spoil(path):
-        tensors = load(path.read_bytes())
+        tensors, card = read(path)
         change(tensors)
-        replace_data(path, save(tensors))
+        vouch(path, tensors, {**card, "sha256": artefact.digest(tensors)})
 
     return spoil
 
@@ -135,14 +141,30 @@ def huge(path):
         file.truncate(10**8)
 
 
-def card_bytes(data):
-    return lambda path: path.with_suffix(".json").write_bytes(data)
+def with_bytes(data):
+    return lambda path: path.write_bytes(data)
+
+
+def with_card(text):
+    return lambda path: vouch(path, read(path)[0], text)
+
+
+def with_metadata(**metadata):
+    return lambda path: path.write_bytes(save(read(path)[0], metadata))
+
+
+def swapped(path):
+    data = path.read_bytes()
+    for a, b in ((b'"cell.bias_hh"', b'"CELL.BIAS"'), (b'"cell.bias_ih"', b'"cell.bias_hh"'),
+                 (b'"CELL.BIAS"', b'"cell.bias_ih"')):  # fmt: skip
+        data = data.replace(a, b)
+    path.write_bytes(data)
 
 
 def config(**changes):
     def spoil(path):
-        card = json.loads(path.with_suffix(".json").read_text())
-        rewrite(path, config={k: v for k, v in {**card["config"], **changes}.items() if v != ""})
+        found = read(path)[1]["config"]
+        rewrite(path, config={k: v for k, v in {**found, **changes}.items() if v != ""})
 
     return spoil
 
@@ -157,42 +179,51 @@ class Harmful:
 
 
 SPOILED = {
-    "truncated": (truncated, "not the file that its card describes.*damaged or was altered"),
-    "a flipped bit": (flipped, "not the file that its card describes"),
-    "empty": (emptied, "not the file that its card describes"),
-    "truncated, card vouches": (
-        lambda p: replace_data(p, p.read_bytes()[:-20]), "does not hold a learned policy"),
-    "empty, card vouches": (lambda p: replace_data(p, b""), "does not hold a learned policy"),
-    "a pickle": (
-        lambda p: replace_data(p, pickle.dumps(Harmful())), "does not hold a learned policy"),
+    "truncated": (truncated, "is not a safetensors file"),
+    "a flipped bit of a tensor": (
+        flipped(lambda data: -3), "tensors of .* are not those that its card.*damaged or was altered"),
+    "a flipped bit of the card": (
+        flipped(lambda data: data.index(b"0.9")), "the card of .* is damaged or was altered"),
+    "tensors that changed places": (swapped, "tensors of .* are not those that its card describes"),
+    "empty": (with_bytes(b""), "is not a safetensors file"),
+    "a pickle": (with_bytes(pickle.dumps(Harmful())), "is not a safetensors file"),
     "too large": (huge, "larger than 4000000 bytes"),
-    "no card": (lambda p: p.with_suffix(".json").unlink(), "the card .*json is missing"),
-    "a card without hash": (lambda p: rewrite(p, sha256=None), "not the file that"),
-    "a card with another hash": (lambda p: rewrite(p, sha256="0" * 64), "the card says 000000000000"),
+    "no header": (with_metadata(), "holds no card; .*embed_card"),
+    "no card": (with_metadata(note="0"), "holds no card"),
+    "a card without hash": (with_metadata(card="{}"), "card of .* is damaged or was altered"),
+    "a card with another hash": (
+        with_metadata(card="0" * 64 + "\n{}"), "card of .* is damaged or was altered"),
+    "a card that vouches for no tensors": (lambda p: rewrite(p, sha256=None), "are not those that"),
     "another schema": (lambda p: rewrite(p, feature_schema=99),
                        "has feature_schema 99, this version of learnsched reads 1; install"),
     "no schema": (lambda p: rewrite(p, feature_schema=None), "has feature_schema None"),
-    "another format": (lambda p: rewrite(p, format=2), "has format 2, this version"),
-    "an empty card": (card_bytes(b""), "is not a card"),
-    "a truncated card": (card_bytes(b'{"format": 1, "feat'), "is not a card"),
-    "a card of a list": (card_bytes(b"[1]"), "is not a card: it holds a list"),
-    "a binary card": (card_bytes(b"\xff\xfe\x00"), "is not a card"),
-    "a deep card": (card_bytes(b"[" * 200_000), "is not a card"),
+    "another format": (lambda p: rewrite(p, format=1), "has format 1, this version"),
+    "an empty card": (with_card(""), "card of .* cannot be read"),
+    "a truncated card": (with_card('{"format": 2, "feat'), "cannot be read"),
+    "a card of a list": (with_card("[1]"), "is a list, not a JSON object"),
+    "a deep card": (with_card("[" * 200_000), "cannot be read"),
+    "an endless number": (with_card(f'{{"format": {"9" * 10_000}}}'), "cannot be read"),
     "no configuration": (lambda p: rewrite(p, config=None), "does not hold a learned policy"),
     "a listed configuration": (lambda p: rewrite(p, config=[1]), "does not hold"),
-    "huge units": (config(hidden=10**9), "1 to 1024 units, not 1000000000"),
-    "no units": (config(embedding=0), "1 to 1024 units, not 0"),
-    "units in words": (config(hidden="six"), "1 to 1024 units, not 'six'"),
+    "huge units": (config(hidden=10**9), "1 to 256 units, not 1000000000"),
+    "no units": (config(embedding=0), "1 to 256 units, not 0"),
+    "units in words": (config(hidden="six"), "1 to 256 units, not 'six'"),
+    "units of truth": (config(hidden=True), "1 to 256 units, not True"),
     "other units": (config(hidden=6), r"expected torch\.float32 \(\d+"),
+    "an open question": (config(open_loop="no"), "open_loop is true or false, not 'no'"),
     "no base": (config(base=""), "does not hold a learned policy"),
     "a base in words": (in_base(hard_from="0.5"), "finite numbers"),
+    "a base of truth": (in_base(hard_from=True), "finite numbers"),
     "a base out of range": (in_base(hard_from=0), "out of its range"),
     "an unknown base": (in_base(colour=1), "colour"),
     "a base without end": (in_base(weight_backward_std=float("inf")), "finite numbers"),
+    "a base beyond numbers": (in_base(weight_backward_std=10**400), "does not hold"),
     "a reversed domain": (config(domain={"depth": [5, 3]}), "depth must go from"),
     "a domain of one": (config(domain={"depth": [5]}), "does not hold a learned policy"),
     "a missing tensor": (with_tensors(lambda t: t.pop("out.bias")), r"expected \['cell"),
     "a tensor too many": (with_tensors(lambda t: t.update(x=torch.zeros(1))), "has tensors"),
+    "a tensor with a path": (
+        with_tensors(lambda t: t.update({"../../x": t.pop("out.bias")})), r"has tensors \['\.\./"),
     "another shape": (with_tensors(lambda t: t.update({"out.bias": torch.zeros(6)})),
                       r"out\.bias in .* is torch\.float32 \(6,\), expected torch\.float32 \(5,\)"),
     "another dtype": (with_tensors(lambda t: t.update({"out.bias": torch.zeros(5).double()})),
@@ -230,29 +261,6 @@ def test_a_folder_or_another_file_is_no_artefact(path):
             ls.load_pretrained(wrong)
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
-@given(
-    position=st.integers(0, 1400), bit=st.integers(0, 7), cut=st.none() | st.integers(0, 1400),
-    vouched=st.booleans(),
-)  # fmt: skip
-def test_no_alteration_does_worse_than_an_artefact_error(made, position, bit, cut, vouched):
-    data = bytearray(made.read_bytes())
-    data[position] ^= 1 << bit
-    path = made.parent / "altered.safetensors"
-    shutil.copy(made.with_suffix(".json"), path.with_suffix(".json"))
-    if vouched:
-        replace_data(path, bytes(data[:cut]))
-    else:
-        path.write_bytes(data[:cut])
-    try:
-        policy = ls.load_pretrained(path)
-    except ls.ArtefactError:
-        return
-    assert vouched
-    assert cut is None
-    assert plan(policy, RUN).table.isfinite().all()
-
-
 @pytest.mark.parametrize("name", ["policy", "policy.pt", "policy.json", "policy.safetensors.bak"])
 def test_artefacts_have_one_ending(tmp_path, name):
     with pytest.raises(ValueError, match=r"ending in \.safetensors"):
@@ -261,7 +269,7 @@ def test_artefacts_have_one_ending(tmp_path, name):
 
 
 @pytest.mark.parametrize("existing", [False, True])
-@pytest.mark.parametrize("where", ["tensors", "card", "disk", "json"])
+@pytest.mark.parametrize("where", ["tensors", "disk", "json"])
 def test_a_failed_save_leaves_nothing_half_written(path, monkeypatch, where, existing):
     if not existing:
         path = path.parent / "other" / "policy.safetensors"
@@ -274,8 +282,6 @@ def test_a_failed_save_leaves_nothing_half_written(path, monkeypatch, where, exi
     card = {"fine": 1}
     if where == "tensors":
         monkeypatch.setattr(Path, "write_bytes", fail)
-    elif where == "card":
-        monkeypatch.setattr(Path, "write_text", fail)
     elif where == "disk":
         monkeypatch.setattr(os, "fsync", fail)
     else:
@@ -317,7 +323,61 @@ def test_every_artefact_of_the_package_loads_with_a_card_of_its_making(name):
     found = plan(policy, RunInfo(RUN.layers, 12, 20))
     assert found.table.isfinite().all()
     assert all(s.is_terminal for s in found.settings(11))
-    assert set(ls.pretrained_card(name)) > {"format", "feature_schema", "sha256", "config"}
+    card = ls.pretrained_card(name)
+    assert set(card) > {"format", "feature_schema", "sha256", "config"}
+    copy = Path(artefact.__file__).with_name(f"{name}.json")
+    assert json.loads(copy.read_text(encoding="utf-8")) == card, "run embed_card"
+
+
+def test_the_card_beside_an_artefact_is_a_copy_that_nothing_reads(path):
+    beside = path.with_suffix(".json")
+    assert json.loads(beside.read_text()) == ls.pretrained_card(path)
+    beside.write_text("{")
+    assert ls.pretrained_card(path)["reached"] == {"digits": 0.9}
+    beside.unlink()
+    ls.load_pretrained(path)
+
+
+def test_a_card_edited_by_hand_is_put_into_its_artefact(path):
+    before = read(path)[0]
+    beside = path.with_suffix(".json")
+    card = json.loads(beside.read_text()) | {"limits": "none known"}
+    beside.write_text(json.dumps(card))
+    assert embed_card(path) == path
+    assert ls.pretrained_card(path) == card
+    assert all(torch.equal(v, before[k]) for k, v in read(path)[0].items())
+
+
+def test_an_artefact_of_the_first_format_is_taken_over(path, capsys):
+    tensors, card = read(path)
+    path.write_bytes(save(tensors))
+    first = {**card, "format": 1, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    path.with_suffix(".json").write_text(json.dumps(first))
+    with pytest.raises(ls.ArtefactError, match="embed_card"):
+        ls.load_pretrained(path)
+    main([str(path)])
+    assert str(path) in capsys.readouterr().out
+    assert ls.pretrained_card(path) == card
+
+
+REFUSED = {
+    "other tensors": {"sha256": "0" * 64},
+    "another schema": {"feature_schema": 2},
+    "another size": {"config": trained().config() | {"hidden": 7}},
+}
+
+
+@pytest.mark.parametrize("changes", REFUSED.values(), ids=REFUSED)
+def test_a_card_of_something_else_is_not_embedded(path, changes):
+    before = path.read_bytes()
+    beside = path.with_suffix(".json")
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | changes))
+    with pytest.raises(SystemExit, match="embed_card: "):
+        main([str(path)])
+    assert path.read_bytes() == before
+    beside.unlink()
+    with pytest.raises(SystemExit, match="No such file"):
+        main([str(path)])
 
 
 @pytest.mark.skipif(not ls.list_pretrained(), reason="no artefact has been trained yet")

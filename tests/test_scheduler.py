@@ -409,6 +409,23 @@ def test_with_the_optimizer_given_its_steps_count_and_not_the_forward_passes():
     assert policy.seen[-1][0].steps_per_epoch == 3
 
 
+def test_an_optimizer_may_come_later():
+    model = network()
+    scheduler = ls.QuantizationScheduler(model, fractions(0, 0.5, 1), epochs=3)
+    model(torch.randn(4, 8))  # counted as long as there is no optimizer
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    scheduler.watch(optimizer)
+    train(model, optimizer, scheduler, 2)
+    assert scheduler.state_dict()["steps_per_epoch"] == 2
+    weight, quantizer = model[0].weight, model[0].weight_quantizer
+    frozen = quantizer.membership > 0
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert torch.equal(weight[frozen], quantizer.held[frozen])
+    with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer, got 3"):
+        scheduler.watch(3)
+
+
 def test_given_steps_are_not_counted_again():
     model, policy = network(), fractions(0.0)
     scheduler = ls.QuantizationScheduler(model, policy, 3, steps_per_epoch=40)

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from learnsched.data import DataSet, load
-from learnsched.files import replacing, write_text
+from learnsched.files import write, write_text
 from learnsched.meta import distribution
 from learnsched.meta.estimators import (
     Estimator,
@@ -277,10 +277,11 @@ class MetaTrainer:
             "log": self._log,
         }
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        with replacing(self.folder / "checkpoint.safetensors") as temporary:
-            save_file(contiguous, temporary, metadata={"trainer": json.dumps(scalars)})
+        data = save(contiguous, metadata={"trainer": json.dumps(scalars)})
+        # The checkpoint comes last: once the last one is there, so is the whole log.
         lines = "".join(json.dumps(entry) + "\n" for entry in self._log)
         write_text(self.folder / "log.jsonl", lines)
+        write(self.folder / "checkpoint.safetensors", lambda temporary: temporary.write_bytes(data))
 
     def _load(self) -> None:
         path = self.folder / "checkpoint.safetensors"

@@ -13,16 +13,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from learnsched.files import replacing
+from learnsched.files import write, write_text
 from learnsched.policies.learned import FEATURE_SCHEMA, LearnedPolicy
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _HERE = Path(__file__).parent
 
 # A meta-network has a few thousand parameters; anything much larger is not one.
 _MOST_BYTES = 4_000_000
-_MOST_UNITS = 1024
+_MOST_UNITS = 256
 
 
 class ArtefactError(ValueError):
@@ -43,14 +43,14 @@ def load_pretrained(name_or_path: str | Path) -> LearnedPolicy:
     """A frozen learned policy, ready for ``QuantizationScheduler``.
 
     Args:
-        name_or_path: a name of :func:`list_pretrained`, or the path of a ``.safetensors`` file with
-            its card beside it, as ``meta_train.py`` writes them.
+        name_or_path: a name of :func:`list_pretrained`, or the path of a ``.safetensors`` file, as
+            ``meta_train.py`` writes it.
 
     Returns:
         the policy; its parameters do not require gradients.
 
     Raises:
-        ArtefactError: a file is missing, truncated or altered, or of another schema or version.
+        ArtefactError: the file is missing, damaged or altered, or of another schema or version.
 
     Example:
         >>> policy = load_pretrained("default")
@@ -58,64 +58,125 @@ def load_pretrained(name_or_path: str | Path) -> LearnedPolicy:
         ('train_loss',)
     """
     path = _path(name_or_path)
-    card = _read_card(path)
-    data = _read_bytes(path)
-    digest = hashlib.sha256(data).hexdigest()
-    if card.get("sha256") != digest:
-        raise ArtefactError(
-            f"{path} is not the file that its card describes (SHA-256 {digest[:12]}…, the card says "
-            f"{str(card.get('sha256'))[:12]}…): it is damaged or was altered; get both files anew"
-        )
-    try:
-        tensors = load(data)
-        policy = _policy(card["config"])
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtefactError(f"{path} does not hold a learned policy: {error!r}") from error
-    _fill(policy, tensors, path)
-    return policy
+    card, tensors = _read(path)
+    return policy_of(card, tensors, path)
 
 
 def pretrained_card(name_or_path: str | Path) -> dict[str, Any]:
     """The card of an artefact: how it was made, what it reached, its limits.
 
     Raises:
-        ArtefactError: there is no such card, or it is of another schema or version.
+        ArtefactError: the file is missing, damaged or altered, or of another schema or version.
+
+    Example:
+        >>> pretrained_card("default")["config"]["open_loop"]
+        False
     """
-    return _read_card(_path(name_or_path))
+    return _read(_path(name_or_path))[0]
 
 
 def save_artefact(policy: LearnedPolicy, path: str | Path, card: Mapping[str, Any]) -> Path:
-    """Write a policy and its card.
+    """Write a policy with its card, whole or not at all, and a copy of the card for people.
 
     Args:
         policy: what to save.
-        path: ends in ``.safetensors``; the card goes beside it.
+        path: ends in ``.safetensors``; the copy of the card goes beside it, ending in ``.json``.
         card: JSON data to keep with it; format, schema, configuration and SHA-256 are added.
 
     Returns:
-        the path of the tensors' file.
+        the path of the artefact.
 
     Raises:
-        ValueError: the path does not end in ``.safetensors``.
+        OSError: the folder cannot be written.
+        TypeError: the card is not JSON data.
+        ValueError: the path does not end in ``.safetensors``, or the artefact would be too large.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"an artefact is saved under a name ending in .safetensors, got {path}")
     tensors = {n: t.detach().cpu().contiguous() for n, t in policy.network.state_dict().items()}
-    data = save(tensors)
     own = {
         "format": FORMAT_VERSION,
         "feature_schema": FEATURE_SCHEMA,
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": digest(tensors),
         "config": policy.config(),
     }
     # What describes the file comes last again: the card may be that of another artefact.
     text = json.dumps({**own, **card, **own}, indent=2) + "\n"
+    # One entry: safetensors writes several in random order.
+    data = save(tensors, metadata={"card": f"{_sha256(text)}\n{text}"})
+    if len(data) > _MOST_BYTES:
+        raise ValueError(f"an artefact has at most {_MOST_BYTES} bytes, this one {len(data)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as tensor_file, replacing(path.with_suffix(".json")) as card_file:
-        tensor_file.write_bytes(data)
-        card_file.write_text(text, encoding="utf-8")
+    write(path, lambda temporary: temporary.write_bytes(data))
+    write_text(path.with_suffix(".json"), text)
     return path
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+
+def policy_of(
+    card: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: Path
+) -> LearnedPolicy:
+    """The policy that a card and tensors, read from ``path``, describe.
+
+    Raises:
+        ArtefactError: they do not describe one.
+    """
+    try:
+        policy = _policy(card["config"])
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ArtefactError(f"{path} does not hold a learned policy: {error!r}") from error
+    _fill(policy, tensors, path)
+    return policy
+
+
+def read_limited(path: Path) -> bytes:
+    """The bytes of a file that is no larger than an artefact.
+
+    Raises:
+        ArtefactError: it is larger.
+    """
+    with path.open("rb") as file:
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise ArtefactError(f"{path} is larger than {_MOST_BYTES} bytes: not a learned policy")
+    return data
+
+
+def parse_tensors(data: bytes, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors in the bytes of a safetensors file.
+
+    Raises:
+        ArtefactError: they are not those of a safetensors file.
+    """
+    try:
+        return load(data)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ArtefactError(f"{path} is not a safetensors file: {error!r}") from error
+
+
+def parse_card(text: str, path: Path) -> dict[str, Any]:
+    """A card's JSON, of whatever version.
+
+    Raises:
+        ArtefactError: it is no JSON object.
+    """
+    try:
+        card = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"the card of {path} cannot be read: {error}") from error
+    if not isinstance(card, dict):
+        raise ArtefactError(f"the card of {path} is a {type(card).__name__}, not a JSON object")
+    return card
 
 
 def _path(name_or_path: str | Path) -> Path:
@@ -130,39 +191,58 @@ def _path(name_or_path: str | Path) -> Path:
     return path
 
 
-def _read_bytes(path: Path) -> bytes:
-    if path.stat().st_size > _MOST_BYTES:
-        raise ArtefactError(f"{path} is larger than {_MOST_BYTES} bytes: not a learned policy")
-    return path.read_bytes()
-
-
-def _read_card(path: Path) -> dict[str, Any]:
-    where = path.with_suffix(".json")
-    if not where.is_file():
-        raise ArtefactError(f"the card {where} is missing; it belongs beside {path.name}")
-    try:
-        card = json.loads(_read_bytes(where).decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ArtefactError(f"{where} is not a card: {error}") from error
-    if not isinstance(card, dict):
-        raise ArtefactError(f"{where} is not a card: it holds a {type(card).__name__}")
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Card and tensors of an artefact, each checked against its SHA-256."""
+    data = read_limited(path)
+    tensors = parse_tensors(data, path)
+    entry = _metadata(data).get("card")
+    if not isinstance(entry, str):
+        raise ArtefactError(
+            f"{path} holds no card; if it was made by learnsched 0.1 before format {FORMAT_VERSION}, "
+            f"put its card into it with python -m learnsched.pretrained.embed_card {path}"
+        )
+    checksum, _, text = entry.partition("\n")
+    if checksum != _sha256(text):
+        raise ArtefactError(f"the card of {path} is damaged or was altered; get the file anew")
+    card = parse_card(text, path)
     for key, expected in (("format", FORMAT_VERSION), ("feature_schema", FEATURE_SCHEMA)):
         if card.get(key) != expected:
             raise ArtefactError(
-                f"{where} has {key} {card.get(key)!r}, this version of learnsched reads {expected}; "
+                f"{path} has {key} {card.get(key)!r}, this version of learnsched reads {expected}; "
                 "install the version that made it, or train it again"
             )
-    return card
+    if card.get("sha256") != digest(tensors):
+        raise ArtefactError(
+            f"the tensors of {path} are not those that its card describes: the file is damaged or was "
+            "altered; get it anew"
+        )
+    return card, tensors
+
+
+def _metadata(data: bytes) -> dict[str, Any]:
+    """The text in the header of a file that ``load`` has accepted."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    metadata: dict[str, Any] = header.get("__metadata__") or {}
+    return metadata
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _policy(config: Any) -> LearnedPolicy:
     for units in (config["hidden"], config["embedding"]):
-        if not isinstance(units, int) or not 1 <= units <= _MOST_UNITS:
+        if type(units) is not int or not 1 <= units <= _MOST_UNITS:
             raise ValueError(f"a meta-network has 1 to {_MOST_UNITS} units, not {units!r}")
+    if type(config["open_loop"]) is not bool:
+        raise ValueError(f"open_loop is true or false, not {config['open_loop']!r}")
     numbers = [*config["base"].values(), *(n for r in config["domain"].values() for n in r)]
-    if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+    if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
         raise ValueError("the base curve and the domain are made of finite numbers")
-    return LearnedPolicy.from_config(config)
+    policy = LearnedPolicy.from_config(config)
+    if policy.config() != config:
+        raise ValueError(f"the configuration is not whole: {config}")
+    return policy
 
 
 def _fill(policy: LearnedPolicy, tensors: Mapping[str, torch.Tensor], path: Path) -> None:

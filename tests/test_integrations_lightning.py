@@ -1,0 +1,110 @@
+"""The Lightning callback: a run on digits, resumed from Lightning's checkpoints."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import learnsched as ls
+from learnsched.data import load
+
+lightning = pytest.importorskip("lightning.pytorch")
+
+from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+
+from learnsched.integrations.lightning import QuantizationCallback  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(num_workers|log_every_n_steps|val_dataloader|using `ckpt_path`)"
+)
+
+EPOCHS = 6
+DATA = load("digits")
+
+
+class Digits(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 24), nn.BatchNorm1d(24), nn.ReLU(),
+            nn.Linear(24, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 10),
+        )  # fmt: skip
+        ls.quantize_(self, ls.ternary(), ls.unsigned(2))
+
+    def forward(self, x):
+        return self.layers(x)
+
+    def training_step(self, batch, index):
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, index):
+        self.log("valid_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+def loader(split):
+    data = torch.utils.data.TensorDataset(split.x, split.y)
+    return torch.utils.data.DataLoader(data, batch_size=100)
+
+
+def trainer(folder, *others, callback=None, **options):
+    callback = callback or QuantizationCallback(ls.load_pretrained("default"))
+    return lightning.Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, callbacks=[callback, *others],
+        enable_checkpointing=bool(others), **{"max_epochs": EPOCHS, **options},
+    ), callback  # fmt: skip
+
+
+def fit(folder, *others, validation=False, resume=None, **options):
+    model = Digits()
+    run, callback = trainer(folder, *others, **options)
+    run.fit(model, loader(DATA.train), loader(DATA.validation) if validation else None,
+            ckpt_path=resume, weights_only=True if resume else None)  # fmt: skip
+    return model, callback.scheduler
+
+
+def test_a_run_on_digits_learns_and_ends_on_the_levels(tmp_path):
+    model, scheduler = fit(tmp_path, validation=True)
+    assert scheduler.epoch == EPOCHS
+    losses = [m["train_loss"] for m in scheduler.history.metrics]
+    assert losses[-1] < 0.5 * losses[0]
+    assert scheduler.state_dict()["steps_per_epoch"] == 10
+    ls.finalize_(model, loader(DATA.train))
+    ls.integer_weights(model)
+    with torch.no_grad():
+        right = model.eval()(DATA.test.x).argmax(1) == DATA.test.y
+    assert right.float().mean() > 0.8
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_a_run_resumed_from_lightnings_checkpoint_equals_the_uninterrupted_one(
+    tmp_path, validation
+):
+    whole, expected = fit(tmp_path, validation=validation)
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(tmp_path, checkpoint, validation=validation)
+    path = tmp_path / "epoch=2.ckpt"
+    resumed, scheduler = fit(tmp_path, validation=validation, resume=path)
+    assert scheduler.epoch == EPOCHS
+    assert torch.equal(expected.history.schedule.table, scheduler.history.schedule.table)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_accumulated_batches_are_one_step(tmp_path):
+    _, scheduler = fit(tmp_path, accumulate_grad_batches=2)
+    assert scheduler.state_dict()["steps_per_epoch"] == 5
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(ValueError, match="give the Trainer max_epochs"):
+        fit(tmp_path, max_epochs=-1, max_steps=5)
+    callback = QuantizationCallback(ls.load_pretrained("default"), metric="loss")
+    with pytest.raises(KeyError, match="needs the metric 'train_loss'"):
+        fit(tmp_path, callback=callback)
