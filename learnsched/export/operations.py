@@ -25,7 +25,17 @@ MEAN_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPo
 PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
 RESHAPES = (nn.Flatten, nn.Unflatten)
 # Rising everywhere: what a threshold after them decides, a threshold ahead of them can.
-RISING = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.PReLU)
+RISING = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.RReLU,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.PReLU,
+)
 
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 _RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
@@ -135,8 +145,11 @@ class Operation:
 
     def _plain_add(self) -> bool:
         node = self.node
-        return len(node.args) == 2 and not node.kwargs and len(node.all_input_nodes) in (1, 2) and all(
-            isinstance(a, fx.Node) for a in node.args
+        return (
+            len(node.args) == 2
+            and not node.kwargs
+            and len(node.all_input_nodes) in (1, 2)
+            and all(isinstance(a, fx.Node) for a in node.args)
         )
 
     def _over_space(self) -> bool:
@@ -157,7 +170,7 @@ class Operation:
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Shape of a node's output without the batch dimension."""
-    meta = node.meta.get("tensor_meta")
+    meta: Any = node.meta.get("tensor_meta")
     if not hasattr(meta, "shape"):
         raise ExportError(f"{node.name} puts out something other than one tensor")
     return tuple(meta.shape[1:])
@@ -177,7 +190,9 @@ def convolution_window(name: str, module: nn.Module) -> Window | None:
     elif padding == "same":
         total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         if any(t % 2 for t in total):
-            raise ExportError(f"{name}: padding='same' of an even kernel is lopsided; pad with numbers")
+            raise ExportError(
+                f"{name}: padding='same' of an even kernel is lopsided; pad with numbers"
+            )
         padding = tuple(t // 2 for t in total)
     if module.padding_mode != "zeros":
         raise ExportError(

@@ -18,7 +18,8 @@ class QuantizedInput(nn.Module):
 
     Args:
         scale: positive; a level stands for ``level * scale``.
-        levels: 8-bit signed by default. Pixels divided by 255 are ``unsigned(8)`` with the scale 1 / 255.
+        levels: 8-bit signed by default. For pixels divided by 255, ``unsigned(8)`` with the scale
+            1 / 255.
 
     Raises:
         ValueError: the scale is not positive and finite.

@@ -95,14 +95,14 @@ def fit_line(thresholds: Integers, low: Integers, high: Integers) -> tuple[Doubl
         return np.where(inside, top - bottom, 1.0), start
 
     # The room is concave in the distance: narrow the interval that holds its maximum.
-    left = np.zeros(len(low))
-    right = (high - low + 2).astype(np.float64)
+    # Distances too small to matter would make factors that are too large to read.
+    left = np.full(len(low), 1 / (2 * len(steps)))
+    right = np.maximum(left, high - low + 2.0) if len(steps) > 1 else np.ones(len(low))
     for _ in range(80):
         a, b = left + (right - left) / 3, right - (right - left) / 3
         better = room(a)[0] < room(b)[0]
         left, right = np.where(better, a, left), np.where(better, right, b)
-    d = (left + right) / 2
-    d = np.where(d > 0, d, 1.0)
+    d = (left + right) / 2 if len(steps) > 1 else right
     return d, room(d)[1]
 
 
@@ -128,17 +128,25 @@ def affine(node: Threshold) -> tuple[NDArray[np.float32], NDArray[np.float32]] |
     else:
         if node.slopes is None:
             return None
-        factors, offset = node.slopes, _centre(node, node.slopes)
+        factors, offset = node.slopes, centre(node, node.slopes)
     result = factors.astype(np.float32), offset.astype(np.float32)
     return result if _agrees(node, *result) else None
 
 
-def _centre(node: Threshold, slopes: Doubles) -> Doubles:
-    """The offset that keeps a sum of two inputs farthest from the halves."""
+def centre(node: Threshold, slopes: Doubles) -> Doubles:
+    """The offset of a line of given slopes that keeps its sums farthest from the halves.
+
+    Args:
+        node: the thresholds.
+        slopes: in codes for each input, shape ``(inputs, channels)``; signed.
+
+    Returns:
+        shape ``(channels,)``: ``round(Σ_i slope_i * x_i + offset)`` is the code.
+    """
     rows = node.row_low + np.arange(node.thresholds.shape[1])
     halves = np.arange(node.thresholds.shape[2]) + 0.5
     slope = np.abs(slopes[0])[:, None, None]
-    other = slopes[1][:, None, None] * rows[:, None]
+    other = slopes[1][:, None, None] * rows[:, None] if len(slopes) > 1 else 0.0
     edge = node.thresholds
     always = edge <= node.low[:, None, None]
     never = edge > node.high[:, None, None]
@@ -150,21 +158,24 @@ def _centre(node: Threshold, slopes: Doubles) -> Doubles:
 
 
 def _agrees(node: Threshold, factors: NDArray[np.float32], offset: NDArray[np.float32]) -> bool:
-    """Whether float32 arithmetic gives the right code on both sides of every threshold.
+    """Whether float32 arithmetic gives the right code on both sides of every threshold, with room.
 
-    The sum rises with the first input, so that the two sides of a threshold speak for all others.
+    The sum rises with the signed first input, so that the two sides of a threshold speak for all others.
+    The room is several times what the operations can round by, in any order, fused or not.
     """
     rows = (node.row_low + np.arange(node.thresholds.shape[1])).astype(np.float32)[:, None]
     steps = node.thresholds.shape[2]
     edges = np.concatenate([node.thresholds - 1, node.thresholds], axis=2)
-    low, high = node.low[:, None, None], node.high[:, None, None]
-    edges = np.clip(edges, low, high)
+    edges = np.clip(edges, node.low[:, None, None], node.high[:, None, None])
     expected = (edges[..., None] >= node.thresholds[:, :, None, :]).sum(3)
-    signed = (edges * node.sign[:, None, None]).astype(np.float32)
-    total = signed * factors[0][:, None, None]
+    factor, shift = np.abs(factors[0]), offset[:, None, None]
+    total = edges.astype(np.float32) * factor[:, None, None]
+    reach = factor * np.maximum(np.abs(node.low), np.abs(node.high)) + np.abs(offset)
     if len(node.inputs) == 2:
-        total = total + rows * factors[1][:, None, None]
-    total = total + offset[:, None, None]
-    total = np.clip(total, -1, steps + 1)
-    clear = np.abs(total - np.round(total)) < 0.499
-    return bool((np.clip(np.round(total), 0, steps) == expected).all() and clear.all())
+        other = rows * factors[1][:, None, None]
+        total = total + other
+        reach = reach + np.abs(other).max((1, 2))
+    total = np.clip(total + shift, -1, steps + 1)
+    room = 0.5 - np.abs(total - np.round(total))
+    right = np.clip(np.round(total), 0, steps) == expected
+    return bool((right & (room > 16 * reach[:, None, None] * 2.0**-24)).all())

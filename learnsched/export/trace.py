@@ -83,13 +83,23 @@ def trace(model: nn.Module, example_input: Tensor) -> g.Graph:
         >>> [type(node).__name__ for node in trace(net, torch.zeros(1, 8))]
         ['Input', 'RealProduct']
     """
+    return translate(model, example_input).graph
+
+
+def translate(model: nn.Module, example_input: Tensor) -> Translation:
+    """As :func:`trace`, with what led to the graph.
+
+    Raises:
+        ExportError: as :func:`trace` does.
+        ValueError: the model has no quantized layers.
+    """
     _check_finalized(model)
     model = copy.deepcopy(model).cpu().eval()
     _check_numbers(model, example_input)
     with torch.no_grad():
         traced = symbolic_trace(model)
         ShapeProp(traced).propagate(example_input.detach().cpu())
-        return _Translation(model, traced).graph()
+        return Translation(model, traced)
 
 
 def _check_finalized(model: nn.Module) -> None:
@@ -120,8 +130,14 @@ def _check_numbers(model: nn.Module, example_input: Tensor) -> None:
         raise ExportError(f"example_input must be float32, got {example_input.dtype}")
 
 
-class _Translation:
-    """The state of a translation: nodes so far, and the value of every call."""
+class Translation:
+    """A translation: its nodes, and the value of every call.
+
+    Attributes:
+        graph: the result.
+        decided: the call of a quantizer, by the name of its threshold node.
+        operations: what every call is.
+    """
 
     def __init__(self, model: nn.Module, traced: fx.GraphModule) -> None:
         self.traced = traced
@@ -137,11 +153,15 @@ class _Translation:
         self.values: dict[fx.Node, _Value] = {}
         self.operations: dict[fx.Node, Operation] = {}
         self.realised: dict[fx.Node, str] = {}
+        self.decided: dict[str, fx.Node] = {}
+        self.graph = self._translate()
 
-    def graph(self) -> g.Graph:
+    def _translate(self) -> g.Graph:
         inputs = [node for node in self.traced.graph.nodes if node.op == "placeholder"]
         if len(inputs) != 1:
-            raise ExportError(f"the model takes {len(inputs)} inputs; export needs exactly one tensor")
+            raise ExportError(
+                f"the model takes {len(inputs)} inputs; export needs exactly one tensor"
+            )
         for node in self.traced.graph.nodes:
             operation = Operation(node, self.modules)
             self.operations[node] = operation
@@ -197,7 +217,9 @@ class _Translation:
         value = self._value(source)
         before = shape_of(source)
         if np.prod(shape) != np.prod(before):
-            raise ExportError(f"{operation.name} changes the batch dimension, which export leaves alone")
+            raise ExportError(
+                f"{operation.name} changes the batch dimension, which export leaves alone"
+            )
         if shape == before:
             return value
         if isinstance(value, _Integer):
@@ -216,7 +238,9 @@ class _Translation:
         source, name = operation.node.all_input_nodes[0], operation.name
         value, shape = self._value(source), shape_of(operation.node)
         if isinstance(module, nn.Linear) and len(shape) != 1:
-            raise ExportError(f"{name} is applied to more than (batch, features); flatten its input")
+            raise ExportError(
+                f"{name} is applied to more than (batch, features); flatten its input"
+            )
         if len(shape) != (1 if isinstance(module, nn.Linear) else len(module.kernel_size) + 1):
             raise ExportError(f"{name} needs a batch dimension in example_input")
         window = convolution_window(name, module)
@@ -229,7 +253,13 @@ class _Translation:
         integers = np.array(levels.integers)[weights.codes.numpy()]
         scale = _per_channel(weights, levels) * value.scale
         low, high = _reach(name, integers, value, window)
-        arguments = {"weight": integers, "levels": levels, "window": window, "low": low, "high": high}
+        arguments = {
+            "weight": integers,
+            "levels": levels,
+            "window": window,
+            "low": low,
+            "high": high,
+        }
         node = self._add(g.Product, name, (value.node,), shape, **arguments)
         return _Integer(node, scale, bias, low, high)
 
@@ -241,7 +271,9 @@ class _Translation:
         if isinstance(value, _Integer):
             node = self._add(g.MaxPool, operation.name, (value.node,), shape, **arguments)
             return _Integer(node, value.scale, value.bias, value.low, value.high)
-        return _Real(self._add(g.MaxPool, operation.name, (self._real(source),), shape, **arguments))
+        return _Real(
+            self._add(g.MaxPool, operation.name, (self._real(source),), shape, **arguments)
+        )
 
     def _mean_pool(self, operation: Operation) -> _Value:
         source, shape = operation.node.all_input_nodes[0], shape_of(operation.node)
@@ -261,7 +293,9 @@ class _Translation:
             if any(window.padding):
                 low, high = np.minimum(low, 0), np.maximum(high, 0)
             if any(window.padding) and value.bias is not None:
-                raise ExportError(f"{operation.name} pads what has a bias; pool after the activation")
+                raise ExportError(
+                    f"{operation.name} pads what has a bias; pool after the activation"
+                )
             return _Integer(node, value.scale / n, value.bias, low, high)
         arguments["mean"] = True
         node = self._add(g.SumPool, operation.name, (self._real(source),), pooled, **arguments)
@@ -365,7 +399,9 @@ class _Translation:
             "slopes": slopes,
         }
         names = tuple(value.node for _, value in pairs)
-        return self._add(g.Threshold, operation.name, names, shape, **arguments)
+        name = self._add(g.Threshold, operation.name, names, shape, **arguments)
+        self.decided[name] = operation.node
+        return name
 
     def _codes(self, operation: Operation, given: dict[fx.Node, Tensor]) -> g.Integers:
         """The codes that PyTorch's own modules give."""
@@ -424,9 +460,20 @@ class _Translation:
         rows = [by_value[id(v)] * v.scale / step for v in values if isinstance(v, _Integer)]
         return np.stack([np.broadcast_to(row, channels) for row in rows])
 
-    def _affine(
-        self, node: fx.Node, channels: int
-    ) -> tuple[dict[int, Doubles], Doubles] | None:
+    def offset(self, node: fx.Node) -> Doubles | None:
+        """What a quantizer is given where all accumulators are 0; None if that says nothing."""
+        channels = shape_of(node)[0]
+        source = node.all_input_nodes[0]
+        found = self._affine(source, channels)
+        if found is None:
+            return None
+        factors, offset = found
+        for value in (self._value(s) for s in self._sources(node)):
+            if isinstance(value, _Integer) and value.bias is not None:
+                offset = offset + factors[id(value)] * value.bias
+        return offset
+
+    def _affine(self, node: fx.Node, channels: int) -> tuple[dict[int, Doubles], Doubles] | None:
         """Factors of the real values behind ``node``, by identity, and the offset, in float64."""
         value = self._value(node)
         if not isinstance(value, _Pending):
@@ -518,13 +565,15 @@ class _Translation:
     ) -> _Value:
         module: Any = operation.module
         if weights is None:
-            reason = "its weight is real; quantize it with quantize_, leaving it out of skip= and overrides="
+            reason = "its weight is real; quantize it, leaving it out of quantize_'s skip= and overrides="
         elif levels is None:
-            reason = f"its levels {weights.values} are not whole multiples of one step; use ternary()"
+            reason = (
+                f"its levels {weights.values} are not whole multiples of one step; use ternary()"
+            )
         elif not plain:
             reason = (
-                "its input is real; put learnsched.export.QuantizedInput in front of the network if it is "
-                "the first layer, or else a quantized activation in front of this layer"
+                "its input is real; put learnsched.export.QuantizedInput in front of the network if it "
+                "is the first layer, or else a quantized activation in front of this layer"
             )
         weight: Any = module.weight.detach().numpy()
         scale = None
@@ -596,7 +645,11 @@ def integer_levels(values: tuple[float, ...], module: nn.Module) -> g.IntegerLev
 def _per_channel(weights: IntegerWeights, levels: g.IntegerLevels) -> Doubles:
     channels = weights.codes.shape[0]
     scale = weights.scale.double().numpy() * levels.unit
-    return scale.reshape(-1) if scale.size == channels else np.broadcast_to(scale.reshape(()), channels)
+    return (
+        scale.reshape(-1)
+        if scale.size == channels
+        else np.broadcast_to(scale.reshape(()), channels)
+    )
 
 
 def _reach(
