@@ -4,6 +4,10 @@ Convert a model with :func:`quantize_`, train it under a :class:`QuantizationSch
 such as ``load_pretrained("default")``, and finish it with :func:`finalize_`.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from learnsched import policies
 from learnsched.annealed import annealed_quantize, level_probabilities
 from learnsched.convert import LayerConfig, quantize_, report
@@ -21,7 +25,12 @@ from learnsched.scales import AbsoluteMean, Fixed, LeastSquares, Maximum, PowerO
 from learnsched.schedule import LayerInfo, RunInfo, Schedule, Setting, Telemetry, plan
 from learnsched.scheduler import QuantizationScheduler
 
+if TYPE_CHECKING:
+    from learnsched.export import export_onnx, export_qonnx, export_ternary, integer_reference
+
 __version__ = "0.1.0"
+
+_EXPORTS = ("export_onnx", "export_qonnx", "export_ternary", "integer_reference")
 
 __all__ = [
     "AbsoluteMean",
@@ -41,7 +50,11 @@ __all__ = [
     "annealed_quantize",
     "binary",
     "calibrate_",
+    "export_onnx",
+    "export_qonnx",
+    "export_ternary",
     "finalize_",
+    "integer_reference",
     "integer_weights",
     "level_probabilities",
     "list_pretrained",
@@ -60,3 +73,12 @@ __all__ = [
     "ternary",
     "unsigned",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load :mod:`learnsched.export` when one of its names is asked for."""
+    if name in _EXPORTS:
+        from learnsched import export
+
+        return getattr(export, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,26 @@
+"""From a finalized network to files for other runtimes and hardware, proven to the bit.
+
+``export_qonnx``, ``export_onnx`` and ``export_ternary`` write; ``integer_reference`` and ``inspect``
+read.
+"""
+
+from learnsched.export.align import align_
+from learnsched.export.errors import ExportError, FolderError
+from learnsched.export.inspect import inspect
+from learnsched.export.onnx import export_onnx
+from learnsched.export.qonnx import export_qonnx
+from learnsched.export.quantized_input import QuantizedInput
+from learnsched.export.ternary import IntegerReference, export_ternary, integer_reference
+
+__all__ = [
+    "ExportError",
+    "FolderError",
+    "IntegerReference",
+    "QuantizedInput",
+    "align_",
+    "export_onnx",
+    "export_qonnx",
+    "export_ternary",
+    "inspect",
+    "integer_reference",
+]

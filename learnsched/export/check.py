@@ -1,0 +1,105 @@
+"""What PyTorch itself computes at every layer, as integers, to hold exports against."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from learnsched.export import graph as g
+from learnsched.export.errors import ExportError
+from learnsched.export.operations import QUANTIZERS
+from learnsched.export.reference import run
+
+
+@torch.no_grad()
+def pytorch_codes(model: nn.Module, graph: g.Graph, x: Tensor) -> dict[str, NDArray[np.int64]]:
+    """The integers behind the outputs of the finalized model's quantizers, and of its output.
+
+    Args:
+        model: finalized; evaluated as it is, its training flags are kept.
+        graph: of the model.
+        x: inputs, shape ``(samples, ...)``.
+
+    Returns:
+        by node name: the levels of every quantizer, and under the output's name the accumulators
+        that stand behind the output, if it is decoded from integers.
+
+    Raises:
+        ExportError: an output is no level of its quantizer.
+    """
+    found: dict[str, NDArray[np.int64]] = {}
+    model = copy.deepcopy(model).cpu().eval()
+
+    def keep(name: str, node: Any) -> Any:
+        def hook(module: Any, inputs: Any, output: Tensor) -> None:
+            found.setdefault(name, _integers(node, module, output))
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, QUANTIZERS) and name in graph.modules:
+            node = graph[graph.modules[name]]
+            module.register_forward_hook(keep(node.name, node))
+    y = model(x.cpu())
+    output = graph.output
+    if isinstance(output, g.Decode):
+        shape = (-1, *[1] * (y.dim() - 2))
+        real = y.double().numpy()
+        if output.bias is not None:
+            real = real - output.bias.astype(np.float64).reshape(shape)
+        scale = output.scale.astype(np.float64).reshape(shape)
+        found[output.name] = np.rint(real / np.where(scale == 0, 1, scale)).astype(np.int64)
+    return found
+
+
+def check(
+    graph: g.Graph, expected: dict[str, NDArray[Any]], found: dict[str, NDArray[Any]], what: str
+) -> None:
+    """Refuse results that differ from PyTorch's anywhere.
+
+    Raises:
+        ExportError: the message names the first layer that differs.
+    """
+    for node in graph:
+        if node.name not in expected or node.name not in found:
+            continue
+        wrong = int((expected[node.name] != found[node.name]).sum())
+        if wrong:
+            raise ExportError(
+                f"{node.name}: {wrong} of {expected[node.name].size} codes of {what} differ from "
+                "PyTorch's, whose float32 sums round around a threshold, one way or the other with the "
+                "size of the batch. Call learnsched.export.align_(model, example_input) first: it moves "
+                "thresholds away from the sums, and changes no decision"
+            )
+
+
+def prove(model: nn.Module, graph: g.Graph, x: Tensor) -> None:
+    """Compare every layer of the graph, computed with integers, with PyTorch's own codes.
+
+    Only as far as the graph is integer: what a real operation precedes is left out.
+
+    Raises:
+        ExportError: codes differ; the message names the first layer that does.
+    """
+    if not any(isinstance(node, g.REAL) for node in graph) and isinstance(graph.output, g.Decode):
+        found = integers(graph, x.detach().cpu().numpy())
+        check(graph, pytorch_codes(model, graph, x), found, "the example")
+
+
+def integers(graph: g.Graph, x: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Every node's integers by the NumPy reference, the output's accumulators under its name."""
+    found = run(graph, x)
+    return {**found, graph.output.name: found[graph.output.inputs[0]]}
+
+
+def _integers(node: Any, module: Any, output: Tensor) -> NDArray[np.int64]:
+    levels = output.new_tensor(module.levels.values) * module.scale
+    code = torch.bucketize(output.contiguous(), levels)
+    if not torch.equal(levels[code.clamp(max=len(levels) - 1)], output):
+        raise ExportError(f"{node.name} puts out values off its levels; call finalize_ first")
+    return np.asarray(node.levels.integers, dtype=np.int64)[code.numpy()]

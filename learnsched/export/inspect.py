@@ -1,0 +1,302 @@
+"""``inspect``: what a hardware engineer asks first about an exported network.
+
+python -m learnsched.export.inspect PATH
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learnsched.export import graph as g
+from learnsched.export.emit import need
+from learnsched.export.errors import FolderError
+from learnsched.export.ternary import integer_reference
+
+_QUANTIZERS = ("QuantizeLinear", "Quant", "BipolarQuant")
+_PRODUCTS = ("Conv", "MatMul")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One product of a network.
+
+    Attributes:
+        name: of the layer.
+        shape: of its output, without the batch dimension.
+        weight_bits: of a stored weight; 32 if it is real.
+        output_bits: of the codes that it is turned into; 32 if its output stays an accumulator or real.
+        weights: how many.
+        zeros: how many of them are 0.
+        operations: multiply-accumulates for one sample.
+        weight_bytes: of the weights as stored.
+        activation_bytes: of the codes at its output for one sample, packed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    weight_bits: float
+    output_bits: int
+    weights: int
+    zeros: int
+    operations: int
+    weight_bytes: int
+    activation_bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Layers and totals of an exported network; ``str`` makes a table.
+
+    Attributes:
+        path: of the file or folder.
+        format: ternary, ONNX or QONNX, with its version.
+        file_bytes: size on disk.
+        layers: products, from the input.
+    """
+
+    path: str
+    format: str
+    file_bytes: int
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def weights(self) -> int:
+        """How many weights there are."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as stored."""
+        return sum(layer.weight_bytes for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of weights that are 0."""
+        return sum(layer.zeros for layer in self.layers) / max(self.weights, 1)
+
+    @property
+    def operations(self) -> int:
+        """Multiply-accumulates for one sample."""
+        return sum(layer.operations for layer in self.layers)
+
+    @property
+    def nonzero_operations(self) -> int:
+        """Multiply-accumulates with weights other than 0."""
+        return sum(
+            layer.operations * (layer.weights - layer.zeros) // layer.weights
+            for layer in self.layers
+        )
+
+    @property
+    def activation_bytes(self) -> int:
+        """The most that two layers' codes, one's input and output, take at a time for one sample."""
+        sizes = [0, *(layer.activation_bytes for layer in self.layers)]
+        return max(a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True))
+
+    def __str__(self) -> str:
+        head = ("layer", "output", "weight bits", "output bits", "weights", "zero", "MACs", "bytes")
+        rows = [
+            (
+                layer.name,
+                "×".join(map(str, layer.shape)),
+                f"{layer.weight_bits:g}",
+                str(layer.output_bits),
+                f"{layer.weights:,}",
+                f"{layer.zeros / layer.weights:.1%}",
+                f"{layer.operations:,}",
+                f"{layer.weight_bytes:,}",
+            )
+            for layer in self.layers
+        ]
+        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in (head, *rows)
+        ]
+        float_bytes = 4 * self.weights
+        total = max(self.weight_bytes, 1)
+        return "\n".join(
+            [
+                f"{self.path}: {self.format}, {self.file_bytes:,} bytes on disk",
+                *lines,
+                f"weights: {self.weights:,}, {self.sparsity:.1%} of them zero, in "
+                f"{self.weight_bytes:,} bytes (float32: {float_bytes:,}, {float_bytes / total:.1f} times "
+                "as much)",
+                f"operations for one input: {self.operations:,} multiply-accumulates, "
+                f"{self.nonzero_operations:,} with a weight other than zero",
+                f"activation memory for one input: {self.activation_bytes:,} bytes at most, for one "
+                "layer's input and output codes",
+            ]
+        )
+
+
+def inspect(path: str | os.PathLike[str]) -> Report:
+    """Layers, bits, sizes, operations, sparsity and memory of an exported network.
+
+    Args:
+        path: a folder of ``export_ternary``, or a file of ``export_onnx`` or ``export_qonnx``.
+
+    Returns:
+        a report; ``print`` shows it as a table.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``path``.
+        FolderError: it is none of these, or was altered.
+        ExportError: it is an ONNX file, and onnx is not installed.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torch import nn
+        >>> from learnsched import export_ternary, finalize_, quantize_, ternary
+        >>> from learnsched.export import QuantizedInput
+        >>> net = nn.Sequential(QuantizedInput(0.05), nn.Linear(10, 4))
+        >>> net = finalize_(quantize_(net, ternary()))
+        >>> folder = tempfile.mkdtemp()
+        >>> export_ternary(net, torch.randn(20, 10), folder)
+        >>> report = inspect(folder)
+        >>> report.weights, report.weight_bytes, report.operations
+        (40, 8, 40)
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give an exported file or folder")
+    return _folder_report(path) if path.is_dir() else _file_report(path)
+
+
+def _folder_report(path: Path) -> Report:
+    reference = integer_reference(path)
+    graph, layers = reference.graph, []
+    for node in graph:
+        if isinstance(node, g.Product):
+            bits = _following_bits(graph, node.name)
+            layers.append(
+                LayerReport(
+                    node.name,
+                    node.shape,
+                    1.6,  # five trits a byte
+                    bits,
+                    node.weight.size,
+                    int((node.weight == 0).sum()),
+                    graph.operations(node),
+                    -(-node.weight.size // 5),
+                    _packed(node.shape, bits),
+                )
+            )
+    size = sum(file.stat().st_size for file in path.iterdir())
+    version = f"{reference.manifest['format']} {reference.manifest['version']}"
+    return Report(str(path), version, size, tuple(layers))
+
+
+def _following_bits(graph: g.Graph, name: str) -> int:
+    """Bits of the codes that an accumulator is turned into."""
+    for node in graph:
+        if name in node.inputs:
+            if isinstance(node, g.Threshold):
+                return node.levels.bits
+            if isinstance(node, g.MaxPool | g.SumPool | g.Reshape):
+                return _following_bits(graph, node.name)
+    return 32
+
+
+def _file_report(path: Path) -> Report:
+    need("onnx")
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path)
+    except DecodeError as error:
+        raise FolderError(f"{path} is no ONNX file; give an exported file or folder") from error
+    if not model.graph.node:
+        raise FolderError(f"{path} is no ONNX file; give an exported file or folder")
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    makers = {output: node for node in model.graph.node for output in node.output}
+    infos = [*model.graph.value_info, *model.graph.output]
+    shapes = {
+        info.name: tuple(d.dim_value for d in info.type.tensor_type.shape.dim[1:]) for info in infos
+    }
+    types = {info.name: info.type.tensor_type.elem_type for info in infos}
+    layers = []
+    for node in model.graph.node:
+        if node.op_type in _PRODUCTS:
+            weight, bits = _weight(onnx, makers, constants, node.input[1])
+            shape = shapes[node.output[0]]
+            out = _output_bits(onnx, model.graph.node, constants, types, node.output[0])
+            layers.append(
+                LayerReport(
+                    node.output[0].removesuffix(".product"),
+                    shape,
+                    bits,
+                    out,
+                    weight.size,
+                    int((weight == 0).sum()),
+                    math.prod(shape[1:]) * weight.size,
+                    -(-weight.size * bits // 8),
+                    _packed(shape, out),
+                )
+            )
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    kind = "QONNX" if any("qonnx" in domain for domain in opsets) else "ONNX"
+    version = f"{kind}, opset {opsets.get('', '?')}"
+    return Report(str(path), version, path.stat().st_size, tuple(layers))
+
+
+def _weight(onnx: Any, makers: Any, constants: Any, name: str) -> tuple[NDArray[Any], int]:
+    """A weight's values, and the bits of one in its format."""
+    maker = makers.get(name)
+    if maker is None:
+        return onnx.numpy_helper.to_array(constants[name]), 32
+    stored = constants[maker.input[0]]
+    values = np.asarray(onnx.numpy_helper.to_array(stored)).astype(np.int64)
+    return values, _quantizer_bits(onnx, maker, constants, stored.data_type)
+
+
+def _output_bits(onnx: Any, nodes: Any, constants: Any, types: Any, name: str) -> int:
+    """Bits of the first quantizer on the way from a tensor, 32 if a product comes first."""
+    for node in nodes:
+        if name not in node.input or node.op_type in _PRODUCTS:
+            continue
+        output = node.output[0]
+        if node.op_type in _QUANTIZERS:
+            return _quantizer_bits(onnx, node, constants, types.get(output, 0))
+        found = _output_bits(onnx, nodes, constants, types, output)
+        if found != 32:
+            return found
+    return 32
+
+
+def _quantizer_bits(onnx: Any, node: Any, constants: Any, stored: int) -> int:
+    if node.op_type == "BipolarQuant":
+        return 1
+    if node.op_type == "Quant":
+        return int(onnx.numpy_helper.to_array(constants[node.input[3]]))
+    return int(onnx.TensorProto.DataType.Name(stored).split("INT")[1])
+
+
+def _packed(shape: tuple[int, ...], bits: int) -> int:
+    return -(-math.prod(shape) * bits // 8)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", type=Path, help="an exported file or folder")
+    print(inspect(parser.parse_args(arguments).path))
+
+
+if __name__ == "__main__":
+    main()

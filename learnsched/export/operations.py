@@ -1,0 +1,245 @@
+"""The operations of a traced network that export knows, whether called as modules or functions."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from learnsched.convert import QUANTIZED_LAYERS
+from learnsched.export.errors import ExportError
+from learnsched.export.graph import Window
+from learnsched.export.quantized_input import QuantizedInput
+from learnsched.modules import ActivationQuantizer, PReLUQuantizer, WeightQuantizer
+
+QUANTIZERS = (ActivationQuantizer, QuantizedInput)
+PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d)
+MEAN_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
+PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
+RESHAPES = (nn.Flatten, nn.Unflatten)
+# Rising everywhere: what a threshold after them decides, a threshold ahead of them can.
+RISING = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.RReLU,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.PReLU,
+)
+
+_ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
+_RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+_RESHAPE = (
+    torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze,
+    "flatten", "reshape", "view", "squeeze", "unsqueeze", "unflatten", "contiguous",
+)  # fmt: skip
+_DROPOUT = (F.dropout, F.dropout1d, F.dropout2d)
+_MEAN = (torch.mean, "mean")
+_POOLS: Mapping[Callable[..., Any], tuple[type[nn.Module], tuple[str, ...]]] = {
+    F.max_pool1d: (nn.MaxPool1d, ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
+    F.max_pool2d: (nn.MaxPool2d, ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
+    F.avg_pool1d: (nn.AvgPool1d, ("kernel_size", "stride", "padding", "ceil_mode")),
+    F.avg_pool2d: (nn.AvgPool2d, ("kernel_size", "stride", "padding", "ceil_mode")),
+    F.adaptive_avg_pool1d: (nn.AdaptiveAvgPool1d, ("output_size",)),
+    F.adaptive_avg_pool2d: (nn.AdaptiveAvgPool2d, ("output_size",)),
+}
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        own = (*QUANTIZED_LAYERS, *QUANTIZERS, PReLUQuantizer, WeightQuantizer)
+        return isinstance(m, own) or super().is_leaf_module(m, module_qualified_name)
+
+
+def symbolic_trace(model: nn.Module) -> fx.GraphModule:
+    """The calls of a model's forward, in order.
+
+    Raises:
+        ExportError: the forward depends on values, or the model is not one that torch.fx can trace.
+    """
+    tracer = _Tracer()
+    try:
+        return fx.GraphModule(model, tracer.trace(model))
+    except Exception as error:
+        raise ExportError(
+            f"the forward of {type(model).__name__} cannot be traced ({error}); export needs one whose "
+            "calls do not depend on the values of tensors"
+        ) from error
+
+
+class Operation:
+    """One call of a traced network: its module, a stand-in for a function, and what kind it is.
+
+    Attributes:
+        kind: input, output, ignored, passing, reshape, product, quantizer, max_pool, mean_pool,
+            batch_norm, addition or activation.
+        name: for messages and as the name of nodes: the module's, or that of the call.
+        module: the module, a module that does the same as the function, or None.
+    """
+
+    def __init__(self, node: fx.Node, modules: Mapping[str, nn.Module]) -> None:
+        self.node = node
+        self.name = str(node.target) if node.op == "call_module" else node.name
+        self.module: nn.Module | None = None
+        if node.op == "call_module":
+            self.module = modules[str(node.target)]
+        self.kind = self._kind()
+
+    def _kind(self) -> str:
+        node = self.node
+        if node.op == "placeholder":
+            return "input"
+        if node.op == "output":
+            return "output"
+        if node.op == "call_module":
+            return self._module_kind()
+        if node.op in ("call_function", "call_method"):
+            return self._function_kind()
+        return "ignored" if not node.users else self._refuse(f"the tensor {node.target}")
+
+    def _module_kind(self) -> str:
+        module = self.module
+        kinds: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+            (QUANTIZERS, "quantizer"), (PRODUCTS, "product"), (BATCH_NORMS, "batch_norm"),
+            (MAX_POOLS, "max_pool"), (MEAN_POOLS, "mean_pool"), (PASSING, "passing"),
+            (RESHAPES, "reshape"), (RISING, "activation"),
+        )  # fmt: skip
+        for types, kind in kinds:
+            if isinstance(module, types):
+                return kind
+        return self._refuse(type(module).__name__)
+
+    def _function_kind(self) -> str:
+        target, node = self.node.target, self.node
+        if target in _ADD and self._plain_add():
+            return "addition"
+        if target in _RELU:
+            self.module = nn.ReLU()
+            return "activation"
+        if target in _RESHAPE:
+            return "reshape"
+        if target in _DROPOUT and not node.kwargs.get("training", True):
+            return "passing"
+        if target in ("size", "dim") or target in (getattr, operator.getitem, operator.mul):
+            return "ignored"  # numbers that a view takes; a tensor among them has no known value
+        if target in _POOLS:
+            kind, names = _POOLS[target]  # type: ignore[index]
+            arguments = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+            self.module = kind(**arguments)
+            return "max_pool" if isinstance(self.module, MAX_POOLS) else "mean_pool"
+        if target in _MEAN and self._over_space():
+            rank = len(shape_of(node.all_input_nodes[0])) - 1
+            self.module = nn.AdaptiveAvgPool1d(1) if rank == 1 else nn.AdaptiveAvgPool2d(1)
+            return "mean_pool"
+        return self._refuse(f"the call of {getattr(target, '__name__', target)}")
+
+    def _plain_add(self) -> bool:
+        node = self.node
+        return (
+            len(node.args) == 2
+            and not node.kwargs
+            and len(node.all_input_nodes) in (1, 2)
+            and all(isinstance(a, fx.Node) for a in node.args)
+        )
+
+    def _over_space(self) -> bool:
+        """Whether a mean is taken over all spatial dimensions, whatever becomes of them."""
+        rank = len(shape_of(self.node.all_input_nodes[0])) + 1
+        rest = [*self.node.args[1:2], *(self.node.kwargs.get(k) for k in ("dim",))]
+        dims: Any = next((r for r in rest if r is not None), ())
+        dims = dims if isinstance(dims, tuple | list) else (dims,)
+        return rank in (3, 4) and {d % rank for d in dims} == set(range(2, rank))
+
+    def _refuse(self, what: str) -> str:
+        raise ExportError(
+            f"{self.name}: {what} has no integer counterpart here; networks of Linear, Conv1d, Conv2d, "
+            "BatchNorm, quantized activations, additions, max and mean pools and reshapes can be "
+            "exported. Replace it, or leave it out of the exported part of the model"
+        )
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a node's output without the batch dimension."""
+    meta: Any = node.meta.get("tensor_meta")
+    if not hasattr(meta, "shape"):
+        raise ExportError(f"{node.name} puts out something other than one tensor")
+    return tuple(meta.shape[1:])
+
+
+def convolution_window(name: str, module: nn.Module) -> Window | None:
+    """Stride, padding, dilation and groups of a convolution; None for a matrix product.
+
+    Raises:
+        ExportError: the padding is not of zeros, or not the same on both sides.
+    """
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return None
+    padding = module.padding
+    if padding == "valid":
+        padding = (0,) * len(module.kernel_size)
+    elif padding == "same":
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        if any(t % 2 for t in total):
+            raise ExportError(
+                f"{name}: padding='same' of an even kernel is lopsided; pad with numbers"
+            )
+        padding = tuple(t // 2 for t in total)
+    if module.padding_mode != "zeros":
+        raise ExportError(
+            f"{name}: padding_mode={module.padding_mode!r} cannot be exported; use 'zeros'"
+        )
+    return Window(
+        stride=tuple(module.stride),
+        padding=tuple(padding),  # type: ignore[arg-type]
+        dilation=tuple(module.dilation),
+        groups=module.groups,
+    )
+
+
+def pool_window(
+    name: str, module: nn.Module, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], Window]:
+    """Kernel and window of a pool over an input of ``shape``.
+
+    Raises:
+        ExportError: the pool has windows of different sizes.
+    """
+    rank = len(shape) - 1
+    advice = "choose sizes that divide evenly, without ceil_mode"
+    if isinstance(module, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d):
+        size = _tuple(module.output_size, rank)
+        sizes = [n if s is None else s for s, n in zip(size, shape[1:], strict=True)]
+        if any(n % s for s, n in zip(sizes, shape[1:], strict=True)):
+            raise ExportError(f"{name}: {shape[1:]} does not divide into {tuple(sizes)}; {advice}")
+        kernel = tuple(n // s for s, n in zip(sizes, shape[1:], strict=True))
+        return kernel, Window(stride=kernel, padding=(0,) * rank, dilation=(1,) * rank)
+    settings: Any = module
+    kernel = _tuple(settings.kernel_size, rank)
+    stride = _tuple(settings.kernel_size if settings.stride is None else settings.stride, rank)
+    padding = _tuple(settings.padding, rank)
+    uneven = not getattr(settings, "count_include_pad", True) and any(padding)
+    if settings.ceil_mode or uneven or getattr(settings, "divisor_override", None) is not None:
+        raise ExportError(f"{name}: its windows are not all of one size; {advice}")
+    if getattr(settings, "return_indices", False):
+        raise ExportError(f"{name}: return_indices cannot be exported")
+    dilation = _tuple(getattr(settings, "dilation", 1), rank)
+    return kernel, Window(stride=stride, padding=padding, dilation=dilation)
+
+
+def count(kernel: tuple[int, ...]) -> int:
+    """Elements of a window."""
+    return math.prod(kernel)
+
+
+def _tuple(value: Any, rank: int) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,) * rank

@@ -1,0 +1,150 @@
+"""Inference with integers alone, in NumPy: what an accelerator has to compute.
+
+Between the two ends, where real inputs become codes and accumulators become real outputs, there is no
+floating-point number. Written plainly, as a reference to check faster implementations against.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learnsched.export import graph as g
+
+Codes = NDArray[np.int32]
+
+# Samples at a time: unfolded windows of a whole data set would not fit in memory.
+_CHUNK = 64
+
+
+def run(graph: g.Graph, x: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """The output of every node.
+
+    Args:
+        graph: from integers to a :class:`~learnsched.export.graph.Decode`, without real operations.
+        x: real inputs, shape ``(samples, ...)``; or integers, which are taken for the codes of the
+            input's quantizer.
+
+    Returns:
+        int32 arrays by node name; float32 for the input and the decoded output.
+
+    Raises:
+        ValueError: the input does not have the network's shape, or codes are out of range.
+    """
+    x = np.asarray(x)
+    first = graph.nodes[0]
+    if x.shape[1:] != first.shape:
+        raise ValueError(
+            f"the network takes inputs of shape (samples, {', '.join(map(str, first.shape))}), "
+            f"got {x.shape}"
+        )
+    parts = [_run(graph, x[i : i + _CHUNK]) for i in range(0, max(len(x), 1), _CHUNK)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _run(graph: g.Graph, x: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    values: dict[str, NDArray[Any]] = {graph.nodes[0].name: x}
+    for node in graph.nodes[1:]:
+        inputs = [values[name] for name in node.inputs]
+        values[node.name] = _COMPUTE[type(node)](node, *inputs)
+    return values
+
+
+def _reshape(node: g.Reshape, x: NDArray[Any]) -> NDArray[Any]:
+    return x.reshape(len(x), *node.shape)
+
+
+def _quantize(node: g.Quantize, x: NDArray[Any]) -> Codes:
+    if np.issubdtype(x.dtype, np.integer):
+        if not np.isin(x, node.levels.integers).all():
+            raise ValueError(
+                f"integer inputs must be codes from {node.levels.integers[0]} to "
+                f"{node.levels.integers[-1]}; pass real inputs as float32"
+            )
+        return x.astype(np.int32)
+    scaled = x.astype(np.float32) / np.float32(node.scale)
+    code = np.searchsorted(np.asarray(node.thresholds, np.float32), scaled.ravel(), side="right")
+    return np.asarray(node.levels.integers, np.int32)[code].reshape(x.shape)
+
+
+def _product(node: g.Product, x: Codes) -> Codes:
+    weight = node.weight.astype(np.int32)
+    if node.window is None:
+        return x @ weight.T
+    window = node.window
+    columns = unfold(x, weight.shape[2:], window, fill=0)
+    spatial = columns.shape[2 : 2 + len(weight.shape[2:])]
+    inputs, outputs = weight.shape[1], len(weight) // window.groups
+    results = []
+    for index in range(window.groups):
+        part = columns[:, index * inputs : (index + 1) * inputs]
+        part = np.moveaxis(part, 1, 1 + len(spatial)).reshape(len(x) * math.prod(spatial), -1)
+        rows = weight[index * outputs : (index + 1) * outputs].reshape(outputs, -1)
+        results.append((part @ rows.T).reshape(len(x), *spatial, outputs))
+    return np.ascontiguousarray(np.moveaxis(np.concatenate(results, -1), -1, 1))
+
+
+def _threshold(node: g.Threshold, x: Codes, other: Codes | None = None) -> Codes:
+    rank = x.ndim - 2
+    signed = x * node.sign.astype(np.int32).reshape(-1, *[1] * rank)
+    channel = np.arange(x.shape[1]).reshape(-1, *[1] * rank)
+    row = 0 if other is None else other - node.row_low
+    code = np.zeros(x.shape, dtype=np.int32)
+    for step in range(node.thresholds.shape[2]):
+        code += signed >= node.thresholds[channel, row, step]
+    return np.asarray(node.levels.integers, np.int32)[code]
+
+
+def _max_pool(node: g.MaxPool, x: Codes) -> Codes:
+    windows = unfold(x, node.kernel, node.window, fill=np.iinfo(np.int32).min)
+    return windows.max(axis=tuple(range(-len(node.kernel), 0)))
+
+
+def _sum_pool(node: g.SumPool, x: Codes) -> Codes:
+    windows = unfold(x, node.kernel, node.window, fill=0)
+    return windows.sum(axis=tuple(range(-len(node.kernel), 0)), dtype=np.int32)
+
+
+def _decode(node: g.Decode, x: Codes) -> NDArray[np.float32]:
+    shape = (-1, *[1] * (x.ndim - 2))
+    real = x * node.scale.astype(np.float64).reshape(shape)
+    if node.bias is not None:
+        real = real + node.bias.astype(np.float64).reshape(shape)
+    return real.astype(np.float32)
+
+
+def unfold(x: Codes, kernel: tuple[int, ...], window: g.Window, fill: int) -> Codes:
+    """Every window of a convolution or pool.
+
+    Returns:
+        shape ``(samples, channels, *places, *kernel)``.
+
+    Example:
+        >>> window = g.Window(stride=(1,), padding=(1,), dilation=(1,))
+        >>> unfold(np.array([[[1, 2, 3]]]), (3,), window, fill=0).tolist()
+        [[[[0, 1, 2], [1, 2, 3], [2, 3, 0]]]]
+    """
+    rank = len(kernel)
+    padding = [(0, 0), (0, 0), *((p, p) for p in window.padding)]
+    padded = np.pad(x, padding, constant_values=fill)
+    reach = tuple(d * (k - 1) + 1 for k, d in zip(kernel, window.dilation, strict=True))
+    axes = tuple(range(2, 2 + rank))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=axes)
+    places = tuple(slice(None, None, s) for s in window.stride)
+    inside = tuple(slice(None, None, d) for d in window.dilation)
+    return windows[(slice(None), slice(None), *places, *inside)]
+
+
+_COMPUTE: Mapping[type[g.Node], Callable[..., NDArray[Any]]] = {
+    g.Reshape: _reshape,
+    g.Quantize: _quantize,
+    g.Product: _product,
+    g.Threshold: _threshold,
+    g.MaxPool: _max_pool,
+    g.SumPool: _sum_pool,
+    g.Decode: _decode,
+}
