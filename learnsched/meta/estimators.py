@@ -130,6 +130,18 @@ class Unrolled:
         return Estimate(table, torch.stack(gradients[:0:-1]), loss.detach())
 
 
+def clipped(gradient: Tensor, limit: float | Tensor) -> Tensor:
+    """Each member's gradient, scaled down to the limit's norm; 0 where it is not finite.
+
+    Args:
+        gradient: shape ``(horizon, members, layers, len(FIELDS))``.
+        limit: the largest norm, positive.
+    """
+    norms = gradient.transpose(0, 1).flatten(1).norm(dim=1)
+    factor = torch.where(norms.isfinite(), (limit / norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
+    return torch.nan_to_num(gradient, posinf=0.0, neginf=0.0) * factor.view(1, -1, 1, 1)
+
+
 def run_forward(
     inner: Inner, rollout: Rollout, *, hardened: bool = True
 ) -> tuple[list[InnerState], Tensor, list[Tensor]]:
@@ -170,11 +182,13 @@ def terminal_settings(settings: Tensor, run: RunInfo, epoch: int) -> Tensor:
 
 
 def policy_rollout(policy: LearnedPolicy, run: RunInfo, members: int) -> Rollout:
-    """The settings of a learned policy for runs that are trained together."""
-    state = policy.initial_state(run, (members,))
+    """The settings of a learned policy for runs that are trained together; epoch 0 starts anew."""
+    state: dict[str, Tensor] = {}
 
     def rollout(epoch: int, telemetry: Telemetry) -> Tensor:
         nonlocal state
+        if epoch == 0:
+            state = policy.initial_state(run, (members,))
         settings, state = policy.tensors(run, epoch, telemetry, state)
         return settings
 

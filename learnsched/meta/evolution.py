@@ -23,7 +23,7 @@ from learnsched.meta.estimators import (
 from learnsched.schedule import FIELDS
 
 # What a policy learns: means are not perturbed.
-_PERTURBED = tuple(i for i, name in enumerate(FIELDS) if not name.endswith("mean"))
+LEARNED_FIELDS = tuple(i for i, name in enumerate(FIELDS) if not name.endswith("mean"))
 _RELATIVE = tuple(i for i, name in enumerate(FIELDS) if name.endswith("backward_std"))
 _FRACTION = FIELDS.index("fraction")
 
@@ -130,12 +130,12 @@ def tangent_basis(
     horizon, _, layers, fields = table.shape
     hats = _hats(horizon, knots).to(table)
     groups = torch.eye(layers).to(table) if by_layer else torch.ones(1, layers).to(table)
-    outputs = torch.eye(fields)[list(_PERTURBED)].to(table)
+    outputs = torch.eye(fields)[list(LEARNED_FIELDS)].to(table)
     plain = torch.einsum("kt,gl,of->ogktlf", hats, groups, outputs).flatten(0, 2)
     size = torch.ones_like(table)
     size[..., list(_RELATIVE)] = relative * table[..., list(_RELATIVE)]
     # At the ends of a range derivatives are one-sided, and nothing moves the terminal conditions.
-    others = [i for i in _PERTURBED if i not in _RELATIVE]
+    others = [i for i in LEARNED_FIELDS if i not in _RELATIVE]
     inside = table > 0
     inside[..., _FRACTION] &= table[..., _FRACTION] < 1
     if horizon > 1:

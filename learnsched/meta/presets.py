@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from learnsched.meta.estimators import Estimator, Unrolled
-from learnsched.meta.evolution import EvolutionStrategies
+from learnsched.meta.hybrid import Hybrid
 from learnsched.meta.tasks import Mix, Task
 from learnsched.meta.trainer import TrainerConfig
 from learnsched.policies.learned import BaseCurve, Domain
@@ -129,7 +129,7 @@ PRESETS: dict[str, Preset] = {
             average=0.9,
         ),
         base=_BASE,
-        estimator=EvolutionStrategies(pairs=8),
+        estimator=Hybrid(),
     ),
 }
 PRESETS["long"] = replace(

@@ -25,6 +25,7 @@ from learnsched.meta import distribution
 from learnsched.meta.estimators import (
     Estimator,
     Unrolled,
+    clipped,
     policy_rollout,
     run_forward,
     terminal_settings,
@@ -179,8 +180,8 @@ class MetaTrainer:
         limit = self.config.clip * self._typical_norm
         if math.isnan(limit):
             limit = self.config.clip * float(norms[finite].median()) if bool(finite.any()) else 1.0
-        factor = torch.where(finite, (limit / norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
-        adjoint = torch.nan_to_num(estimate.gradient) * factor.view(1, -1, 1, 1) / members
+        usable = torch.where(finite.view(1, -1, 1, 1), estimate.gradient, 0.0)
+        adjoint = clipped(usable, limit) / members
         gradients = torch.autograd.grad(
             estimate.settings,
             list(self._parameters.values()),

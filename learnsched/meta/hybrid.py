@@ -1,0 +1,71 @@
+"""Backpropagation and evolution strategies combined, each where it is the better one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from learnsched.meta.estimators import Estimate, Replicable, Rollout, Unrolled, clipped
+from learnsched.meta.evolution import LEARNED_FIELDS, EvolutionStrategies, project, tangent_basis
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """Weighs two gradients by the inverse of their mean square error, for each output of the policy.
+
+    The unrolled gradient is precise, and may be far off: the surrogate derivatives of hard quantizers
+    and damping bias it. That of evolution strategies is noisy, and true to the hard loss up to its
+    smoothing. The variances are seen in the spread over members; the bias is what of the distance
+    between the two means they do not explain.
+
+    Args:
+        unrolled: the precise one; its members are clipped to their median norm.
+        evolution: the unbiased one; coordinates are compared on its knots.
+
+    Raises:
+        ValueError: the task has one member only, which has no spread.
+
+    Source:
+        Metz et al. 2019 (arXiv:1810.10180), section 3.2, without a bias.
+    """
+
+    unrolled: Unrolled = field(default_factory=lambda: Unrolled(damping=0.5))
+    evolution: EvolutionStrategies = field(default_factory=lambda: EvolutionStrategies(pairs=8))
+
+    def __call__(self, inner: Replicable, rollout: Rollout) -> Estimate:
+        ours = self.unrolled(inner, rollout)
+        theirs = self.evolution(inner, rollout)
+        if ours.gradient.shape[1] < 2:
+            raise ValueError("a hybrid needs tasks of two members or more, to see their spread")
+        finite = ours.norms.isfinite() & ours.loss.isfinite()
+        typical = ours.norms[finite].median() if bool(finite.any()) else ours.norms.new_ones(())
+        precise = clipped(ours.gradient, typical)
+        basis = tangent_basis(
+            ours.settings.detach(), self.evolution.knots, by_layer=self.evolution.by_layer
+        )
+        share = ours.gradient.new_zeros(ours.gradient.shape[-1])
+        share[list(LEARNED_FIELDS)] = share_of_precise(
+            project(basis, precise).unflatten(1, (len(LEARNED_FIELDS), -1)),
+            project(basis, theirs.gradient).unflatten(1, (len(LEARNED_FIELDS), -1)),
+        )
+        return Estimate(ours.settings, torch.lerp(theirs.gradient, precise, share), theirs.loss)
+
+
+def share_of_precise(precise: Tensor, unbiased: Tensor) -> Tensor:
+    """Weight of the first estimate in each group, in [0, 1].
+
+    Args:
+        precise: one estimate a member, shape ``(members, groups, coordinates)``; may be biased.
+        unbiased: the same of an estimator without a bias.
+
+    Returns:
+        shape ``(groups,)``.
+    """
+    members = len(precise)
+    noise = [estimate.var(dim=0).sum(-1) / members for estimate in (precise, unbiased)]
+    distance = (precise.mean(0) - unbiased.mean(0)).square().sum(-1)
+    bias = (distance - noise[0] - noise[1]).clamp(min=0)
+    error = noise[0] + bias
+    return noise[1] / (error + noise[1]).clamp(min=1e-30)

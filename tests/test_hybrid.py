@@ -1,0 +1,77 @@
+"""The hybrid estimator: which of two estimates it trusts, and that it runs on real tasks."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from learnsched.data import load
+from learnsched.meta.estimators import Unrolled, clipped, policy_rollout
+from learnsched.meta.evolution import EvolutionStrategies
+from learnsched.meta.hybrid import Hybrid, share_of_precise
+from learnsched.meta.tasks import Task
+from learnsched.policies import LearnedPolicy, MetaNetwork
+
+DIGITS = load("digits")
+SMALL = Task("mlp", "digits", 6, 3, 3, 4, 16, "ternary/2-bit", (0.01, 0.02, 0.03), False, 3)
+
+
+def estimates(noise, bias=0.0, members=400, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.ones(2, 3)
+    return truth + bias + noise * torch.randn(members, 2, 3, generator=generator)
+
+
+def test_without_bias_the_weights_are_the_inverse_variances():
+    # the inverse-variance weight of the first is 4² / (1² + 4²)
+    shares = [
+        share_of_precise(estimates(1.0, seed=s), estimates(4.0, seed=1000 + s)) for s in range(300)
+    ]
+    share = torch.stack(shares).mean()
+    # what is taken for a bias by chance costs the first some of its weight
+    assert 0.75 < float(share) <= 16 / 17
+
+
+def test_a_bias_gives_the_weight_to_the_unbiased_estimate():
+    share = share_of_precise(estimates(0.1, bias=2.0), estimates(1.0, seed=1))
+    assert float(share.max()) < 0.01
+
+
+def test_weights_are_shares_and_exact_estimates_are_trusted():
+    share = share_of_precise(estimates(0.0), estimates(1.0))
+    assert bool((share >= 0).all() and (share <= 1).all())
+    assert share_of_precise(estimates(0.0), estimates(0.0)).tolist() == [0.0, 0.0]
+
+
+def test_the_combination_lies_between_the_two():
+    policy = LearnedPolicy(MetaNetwork())
+
+    def rollout(inner):
+        return policy_rollout(policy, inner.run, 3)
+
+    unrolled, evolution = Unrolled(damping=0.5), EvolutionStrategies(pairs=3, knots=2)
+    inner = SMALL.build(DIGITS)
+    ours, theirs = (e(inner, rollout(inner)) for e in (unrolled, evolution))
+    both = Hybrid(unrolled, evolution)(inner, rollout(inner))
+    precise = clipped(ours.gradient, ours.norms.median())
+    low = torch.minimum(precise, theirs.gradient) - 1e-6
+    high = torch.maximum(precise, theirs.gradient) + 1e-6
+    assert bool(((both.gradient >= low) & (both.gradient <= high)).all())
+    assert torch.equal(both.settings, ours.settings)
+    assert both.settings.requires_grad
+
+
+def test_one_member_has_no_spread():
+    one = dataclasses.replace(SMALL, learning_rates=(0.01,)).build(DIGITS)
+    policy = LearnedPolicy(MetaNetwork())
+    with pytest.raises(ValueError, match="two members"):
+        Hybrid()(one, policy_rollout(policy, one.run, 1))
+
+
+def test_clipping_keeps_small_gradients_scales_large_ones_and_drops_the_rest():
+    gradient = torch.zeros(2, 3, 1, 7)
+    gradient[0, 0, 0, 0], gradient[1, 1, 0, 3], gradient[0, 2, 0, 1] = 0.5, 8.0, torch.nan
+    result = clipped(gradient, 2.0)
+    assert result[0, 0, 0, 0] == 0.5
+    assert result[1, 1, 0, 3] == 2.0
+    assert bool((result[:, 2] == 0).all())
