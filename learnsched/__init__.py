@@ -12,6 +12,7 @@ from learnsched import policies
 from learnsched.annealed import annealed_quantize, level_probabilities
 from learnsched.convert import LayerConfig, quantize_, report
 from learnsched.finalize import calibrate_, finalize_, integer_weights, reestimate_batch_norm_
+from learnsched.kernels import show_config
 from learnsched.levels import LevelSet, binary, power_of_two, signed, ternary, unsigned
 from learnsched.plotting import plot_comparison, plot_schedule
 from learnsched.pretrained import (
@@ -69,6 +70,7 @@ __all__ = [
     "reestimate_batch_norm_",
     "report",
     "save_artefact",
+    "show_config",
     "signed",
     "ternary",
     "unsigned",

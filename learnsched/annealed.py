@@ -7,21 +7,20 @@ Spallanzani et al. 2019 and 2022). Each noise level can itself be learned.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd.function import once_differentiable
 
-from learnsched import staircase
-from learnsched.levels import LevelSet
+from learnsched import kernels, staircase
+from learnsched.levels import LevelSet, inside_transform
 from learnsched.noise import NoiseShape, noise_shape
-from learnsched.staircase import Level
+from learnsched.staircase import NARROWEST, Level
 
 MODES = ("expectation", "mode", "random")
-
-# Narrower noise counts as none: its inverse squared, in the gradients, would overflow to NaN.
-_NARROWEST = 1e-12
 
 
 def annealed_quantize(
@@ -106,12 +105,18 @@ def quantize_unchecked(
     noise: NoiseShape,
     mode: str = "expectation",
     generator: torch.Generator | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """:func:`annealed_quantize` without its checks, for modules whose settings were checked."""
-    f_std, b_std = _settled(forward_std), _settled(backward_std)
-    result: Tensor = _AnnealedQuantize.apply(
-        x, f_std, forward_mean, b_std, backward_mean, levels, noise, mode, generator
-    )
+    """:func:`annealed_quantize` without its checks, for modules whose settings were checked.
+
+    With a scale, a constant, ``x`` is in its own units and the result is ``scale E(x / scale)``.
+    """
+    arguments = (
+        x, forward_std, forward_mean, backward_std, backward_mean, scale, levels, noise, mode, generator
+    )  # fmt: skip
+    if inside_transform(x):
+        return _mapped(_AnnealedQuantize, arguments)
+    result: Tensor = _AnnealedQuantize.apply(*arguments)
     return result
 
 
@@ -134,7 +139,7 @@ def level_probabilities(
         ValueError: the std is negative or not a number, or the noise is unknown.
     """
     _check_std(std, "std")
-    parts = staircase.probabilities(x, levels, _settled(std), mean, noise_shape(noise))
+    parts = staircase.probabilities(x, levels, std, mean, noise_shape(noise))
     return torch.stack(parts, dim=-1)
 
 
@@ -143,19 +148,49 @@ class _Elementwise(torch.autograd.Function):
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        mapped = zip(args, in_dims, strict=True)
-        rank = max(a.dim() - (d is not None) for a, d in mapped if isinstance(a, Tensor))
-
-        def aligned(arg: Any, dim: int | None) -> Any:
-            if not isinstance(arg, Tensor) or dim is None:
-                return arg
-            arg = arg.movedim(dim, 0)
-            return arg.reshape(len(arg), *[1] * (rank - arg.dim() + 1), *arg.shape[1:])
-
-        args = tuple(aligned(a, d) for a, d in zip(args, in_dims, strict=True))
-        if in_dims[0] is None:  # the result has the shape of the first tensor
-            args = (args[0].expand(info.batch_size, *args[0].shape), *args[1:])
+        args = _aligned(info.batch_size, in_dims, args)
         return cls.apply(*args), 0
+
+
+def _aligned(batch: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with the mapped dimension first and as many others each, as broadcasting needs."""
+    mapped = zip(args, in_dims, strict=True)
+    rank = max(a.dim() - (d is not None) for a, d in mapped if isinstance(a, Tensor))
+
+    def aligned(arg: Any, dim: int | None) -> Any:
+        if not isinstance(arg, Tensor) or dim is None:
+            return arg
+        arg = arg.movedim(dim, 0)
+        return arg.reshape(len(arg), *[1] * (rank - arg.dim() + 1), *arg.shape[1:])
+
+    first, *rest = (aligned(a, d) for a, d in zip(args, in_dims, strict=True))
+    if in_dims[0] is None:  # the result has the shape of the first tensor
+        first = first.expand(batch, *first.shape)
+    return first, *rest
+
+
+def _mapped(function: Any, args: tuple[Any, ...]) -> Tensor:
+    """``function.apply`` inside a transform of torch.func.
+
+    A plain vmap is unwrapped here: torch's general way takes longer than a small layer computes.
+    """
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    if interpreter is None or interpreter.key() != torch._C._functorch.TransformType.Vmap:
+        return function.apply(*args)
+    level = interpreter.level()
+    unwrapped, dims = [], []
+    for arg in args:
+        dim = None
+        if isinstance(arg, Tensor):
+            arg, dim = torch._C._functorch._unwrap_batched(arg, level)
+        unwrapped.append(arg)
+        dims.append(dim)
+    if dims[0] is None:
+        return function.apply(*args)
+    batch = unwrapped[0].shape[dims[0]]
+    with temporarily_pop_interpreter_stack():
+        result = function.apply(*_aligned(batch, tuple(dims), tuple(unwrapped)))
+    return torch._C._functorch._add_batch_dim(result, 0, level)
 
 
 class _AnnealedQuantize(_Elementwise):
@@ -168,42 +203,44 @@ class _AnnealedQuantize(_Elementwise):
         forward_mean: Level,
         backward_std: Level,
         backward_mean: Level,
+        scale: Tensor | None,
         levels: LevelSet,
         noise: NoiseShape,
         mode: str,
         generator: torch.Generator | None,
     ) -> Tensor:
+        if mode == "expectation":
+            return kernels.value(x, levels, forward_std, forward_mean, noise, scale)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        u = wide if scale is None else wide / scale
         if mode == "random":
-            value = levels.quantize(x + forward_mean + forward_std * noise.sample(x, generator))
-        elif mode == "mode":
-            value = staircase.most_probable(x, levels, forward_std, forward_mean, noise)
-            # half precision may not hold the distance to a threshold
-            hard = levels.quantize(x + forward_mean)
-            value = torch.where(torch.as_tensor(forward_std) > 0, value, hard)
+            narrow = forward_std if isinstance(forward_std, Tensor) else torch.tensor(forward_std)
+            std = torch.where(narrow > NARROWEST, narrow, 0.0)
+            value = levels.quantize(u + forward_mean + std * noise.sample(u, generator))
         else:
-            value = staircase.expectation(x, levels, forward_std, forward_mean, noise)
-        return value.to(x.dtype)  # per-channel noise levels may be wider
+            value = staircase.most_probable(u, levels, forward_std, forward_mean, noise)
+        return (value if scale is None else value * scale).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *noise_levels, ctx.levels, ctx.noise, ctx.mode, _ = inputs
-        _save(ctx, x, *noise_levels)
+        x, *numbers, ctx.levels, ctx.noise, ctx.mode, _ = inputs
+        _save(ctx, x, *numbers)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, f_std, f_mean, b_std, b_mean = _saved(ctx)
-        levels, noise = ctx.levels, ctx.noise
+        x, f_std, f_mean, b_std, b_mean, scale = _saved(ctx)
+        fixed = scale, ctx.levels, ctx.noise
         grad_x = grad_std = grad_mean = None
         if ctx.needs_input_grad[0]:
-            grad_x = _TimesSlope.apply(grad, x, b_std, b_mean, levels, noise)
+            grad_x = _TimesSlope.apply(grad, x, b_std, b_mean, *fixed)
         # A most probable or a sampled level is piecewise constant in the forward noise.
         if ctx.mode == "expectation" and ctx.needs_input_grad[1]:
-            product = _TimesStdSlope.apply(grad, x, f_std, f_mean, levels, noise)
-            grad_std = product.sum_to_size(f_std.shape)
+            grad_std = _StdSlope.apply(grad, x, f_std, f_mean, *fixed)
         if ctx.mode == "expectation" and ctx.needs_input_grad[2]:
-            product = _TimesSlope.apply(grad, x, f_std, f_mean, levels, noise)
+            product = _TimesSlope.apply(grad, x, f_std, f_mean, *fixed)
+            product = product if scale is None else product * scale
             grad_mean = product.sum_to_size(f_mean.shape)
-        return grad_x, grad_std, grad_mean, None, None, None, None, None, None
+        return grad_x, grad_std, grad_mean, None, None, None, None, None, None, None
 
 
 class _TimesSlope(_Elementwise):
@@ -211,9 +248,15 @@ class _TimesSlope(_Elementwise):
 
     @staticmethod
     def forward(
-        grad: Tensor, x: Tensor, std: Level, mean: Level, levels: LevelSet, noise: NoiseShape
+        grad: Tensor,
+        x: Tensor,
+        std: Level,
+        mean: Level,
+        scale: Tensor | None,
+        levels: LevelSet,
+        noise: NoiseShape,
     ) -> Tensor:
-        return staircase.slope(x, levels, std, mean, noise).mul_(grad)
+        return kernels.slope(grad, x, levels, std, mean, noise, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -223,19 +266,23 @@ class _TimesSlope(_Elementwise):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grad, x, std, mean = _saved(ctx)
-        parts = staircase.slope_derivatives(x, ctx.levels, std, mean, ctx.noise)
-        return _pulled(ctx, outer, grad, std, mean, *parts)
+        return _adjoints(ctx, outer, kernels.slope_adjoint)
 
 
-class _TimesStdSlope(_Elementwise):
-    """``grad`` times the derivative of the expectation in the std, before summation."""
+class _StdSlope(torch.autograd.Function):
+    """``grad`` times the derivative of the expectation in the std, summed to the std's shape."""
 
     @staticmethod
     def forward(
-        grad: Tensor, x: Tensor, std: Level, mean: Level, levels: LevelSet, noise: NoiseShape
+        grad: Tensor,
+        x: Tensor,
+        std: Tensor,
+        mean: Level,
+        scale: Tensor | None,
+        levels: LevelSet,
+        noise: NoiseShape,
     ) -> Tensor:
-        return staircase.std_slope(x, levels, std, mean, noise).mul_(grad)
+        return kernels.std_slope(grad, x, levels, std, mean, noise, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -245,32 +292,39 @@ class _TimesStdSlope(_Elementwise):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grad, x, std, mean = _saved(ctx)
-        parts = staircase.std_slope_derivatives(x, ctx.levels, std, mean, ctx.noise)
-        return _pulled(ctx, outer, grad, std, mean, *parts)
+        return _adjoints(ctx, outer, kernels.std_slope_adjoint)
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        grad, x, std, *rest = args
+        shape = std.shape if in_dims[2] is None else std.movedim(in_dims[2], 0).shape[1:]
+        if in_dims[2] is None:  # each member of the batch has a sum of its own
+            std = std.expand(info.batch_size, *std.shape)
+            in_dims = (*in_dims[:2], 0, *in_dims[3:])
+        aligned = _aligned(info.batch_size, in_dims, (grad, x, std, *rest))
+        return cls.apply(*aligned).reshape(info.batch_size, *shape), 0
 
 
-def _pulled(
-    ctx: Any,
-    outer: Tensor,
-    grad: Tensor,
-    std: Any,
-    mean: Any,
-    factor: Tensor,
-    in_x: Tensor,
-    in_std: Tensor,
+def _adjoints(
+    ctx: Any, outer: Tensor, kernel: Callable[..., tuple[Tensor, Tensor, Tensor]]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``grad * factor`` to grad, x, std, mean, level set and noise.
-
-    The factor's derivatives are given; the mean moves a staircase as x does. The last three tensors
-    are overwritten.
-    """
+    """Gradients to grad, x, std, mean and the rest; the mean moves a staircase as x does."""
+    grad, x, std, mean, scale = _saved(ctx)
     needs_grad, needs_x, needs_std, needs_mean, *_ = ctx.needs_input_grad
-    both = outer * grad
-    of_x = in_x.mul_(both) if needs_x or needs_mean else None
-    of_std = in_std.mul_(both).sum_to_size(std.shape) if needs_std else None
-    of_mean = in_x.sum_to_size(mean.shape) if needs_mean else None
-    return factor.mul_(outer) if needs_grad else None, of_x, of_std, of_mean, None, None
+    of_grad, of_x, of_std = kernel(outer, grad, x, ctx.levels, std, mean, ctx.noise, scale)
+    of_mean = None
+    if needs_mean:
+        of_u = of_x if scale is None else of_x * scale
+        of_mean = of_u.sum_to_size(mean.shape)
+    return (
+        of_grad if needs_grad else None,
+        of_x if needs_x else None,
+        of_std if needs_std else None,
+        of_mean,
+        None,
+        None,
+        None,
+    )
 
 
 def _save(ctx: Any, *values: Any) -> None:
@@ -284,16 +338,10 @@ def _saved(ctx: Any) -> list[Any]:
     return [number if tensor is None else tensor for number, tensor in pairs]
 
 
-def _settled(std: Level) -> Level:
-    if isinstance(std, Tensor):
-        return torch.nn.functional.threshold(std, _NARROWEST, 0.0)
-    return std if std > _NARROWEST else 0.0
-
-
 def _check_std(std: Level, name: str) -> None:
     if isinstance(std, Tensor):
-        # Values of tensors inside a transform, or on a device, cannot be read without a price.
-        if std.device.type != "cpu" or torch._C._functorch.is_functorch_wrapped_tensor(std):
+        # Values inside a transform, a compiled graph or a device cannot be read without a price.
+        if std.device.type != "cpu" or torch.compiler.is_compiling() or inside_transform(std):
             return
         wrong = not bool(((std >= 0) & (std < math.inf)).all())
     else:

@@ -214,9 +214,17 @@ def power_of_two(bits: int, max_abs: float = 1.0) -> LevelSet:
     return LevelSet(values, name=f"power_of_two{bits}")
 
 
+def inside_transform(x: Tensor) -> bool:
+    """Whether ``x`` stands for something else inside ``vmap`` or ``grad`` of :mod:`torch.func`."""
+    # A compiled graph has been through its transforms already, and cannot trace the question.
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+
+
 def _at_least(x: Tensor, threshold: float) -> Tensor:
     """1 where ``x >= threshold`` and 0 elsewhere, in x's dtype."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if inside_transform(x) or torch.compiler.is_compiling():
         return (x >= threshold).to(x.dtype)
     # Without a tensor of booleans in between: ten times as fast as where().
     return x.clone().ge_(threshold)

@@ -50,12 +50,13 @@ class _Quantizer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "noise": noise_shape(state["noise"])})
 
-    def _annealed(self, x: Tensor) -> Tensor:
+    def _annealed(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Quantize ``x``, in units of the level set or, given a constant scale, in its own."""
         step = self.levels.step
-        levels = (self.forward_std, self.forward_mean, self.backward_std, self.backward_mean)
+        noise = (self.forward_std, self.forward_mean, self.backward_std, self.backward_mean)
         if step != 1:
-            levels = tuple(level * step for level in levels)  # type: ignore[assignment]
-        return quantize_unchecked(x, self.levels, *levels, self.noise, self.mode)
+            noise = tuple(level * step for level in noise)  # type: ignore[assignment]
+        return quantize_unchecked(x, self.levels, *noise, self.noise, self.mode, scale=scale)
 
     def _load_from_state_dict(
         self,
@@ -229,7 +230,10 @@ class ActivationQuantizer(_Quantizer):
         return result
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._annealed(self.ahead(x) / self.scale) * self.scale
+        x = self.ahead(x)
+        if self.scale.requires_grad:
+            return self._annealed(x / self.scale) * self.scale
+        return self._annealed(x, self.scale)
 
 
 class PReLUQuantizer(ActivationQuantizer):

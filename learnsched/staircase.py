@@ -17,9 +17,15 @@ from learnsched.noise import NoiseShape
 
 Level = float | Tensor
 
+# Narrower noise counts as none: its inverse squared, in the gradients, would overflow to NaN.
+NARROWEST = 1e-12
+
 
 def expectation(x: Tensor, levels: LevelSet, std: Level, mean: Level, noise: NoiseShape) -> Tensor:
-    """``E[σ(x + mean + std ν)]``; the hard staircase, to the bit, where ``std`` is 0."""
+    """``E[σ(x + mean + std ν)]``; the hard staircase, to the bit, where ``std`` is 0.
+
+    A std of no more than :data:`NARROWEST` counts as 0, here and below.
+    """
     shifted = x if _is_zero(mean) else x + mean
     if _everywhere_hard(std):
         return levels.quantize(shifted)
@@ -32,7 +38,7 @@ def expectation(x: Tensor, levels: LevelSet, std: Level, mean: Level, noise: Noi
     soft.clamp_(levels.values[0], levels.values[-1])
     if _everywhere_soft(std):
         return soft
-    return torch.where(torch.as_tensor(std) > 0, soft, levels.quantize(shifted))
+    return torch.where(_soft(std), soft, levels.quantize(shifted))
 
 
 def most_probable(
@@ -45,7 +51,8 @@ def most_probable(
         takes = probability >= best
         best = torch.where(takes, probability, best)
         result = torch.where(takes, torch.full_like(x, value), result)
-    return result
+    # half precision may not hold the distance to a threshold
+    return torch.where(_soft(std), result, levels.quantize(x + mean))
 
 
 def probabilities(
@@ -57,7 +64,7 @@ def probabilities(
         distance = x + mean - threshold
         hard = (distance >= 0).to(x.dtype)
         soft = noise.cdf(distance * _inverse(std))
-        edges.append(torch.where(torch.as_tensor(std) > 0, soft, hard))
+        edges.append(torch.where(_soft(std), soft, hard))
     edges.append(torch.zeros_like(x))
     return [a - b for a, b in zip(edges, edges[1:], strict=False)]
 
@@ -130,19 +137,23 @@ def _sums(
 def _inverse(std: Level) -> Level:
     """``1 / std``, and 0 where ``std`` is 0, which makes every derivative vanish there."""
     if isinstance(std, Tensor):
-        return torch.where(std > 0, 1 / std, 0.0)
-    return 1 / std if std > 0 else 0.0
+        return torch.where(std > NARROWEST, 1 / std, 0.0)
+    return 1 / std if std > NARROWEST else 0.0
+
+
+def _soft(std: Level) -> Tensor:
+    return torch.as_tensor(std) > NARROWEST
 
 
 def _everywhere_hard(std: Level) -> bool:
     if isinstance(std, Tensor):
-        return _can_look(std) and not bool((std > 0).any())
-    return std == 0
+        return _can_look(std) and not bool((std > NARROWEST).any())
+    return std <= NARROWEST
 
 
 def _everywhere_soft(std: Level) -> bool:
     if isinstance(std, Tensor):
-        return _can_look(std) and bool((std > 0).all())
+        return _can_look(std) and bool((std > NARROWEST).all())
     return True
 
 

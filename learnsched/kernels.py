@@ -1,0 +1,404 @@
+"""The operations under the annealed quantizer: compiled where they can be, else composed.
+
+With a scale s the quantizer is ``s E(x / s)``; the scale is a constant here. float32 on a CPU goes to
+the compiled kernels of :mod:`learnsched.native`, everything else is composed of the functions of
+:mod:`learnsched.staircase`. Half precision is computed in float32. Nothing here knows of autograd.
+
+Inside ``torch.compile`` the compiled kernels appear as the operators ``torch.ops.learnsched.*``; what
+is composed is traced through, so that inductor fuses it (into Triton kernels on a GPU).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learnsched import native, staircase
+from learnsched.levels import LevelSet, inside_transform
+from learnsched.noise import NoiseShape, noise_shape
+from learnsched.staircase import Level
+
+Scale = Tensor | None
+
+# Below this many elements a second thread costs more than it saves.
+_PARALLEL = 32_768
+_NOISES = ("uniform", "triangular", "normal", "logistic")
+_HALF = (torch.float16, torch.bfloat16)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def show_config() -> str:
+    """How the operations are computed on this machine, for reports; compiles them if need be.
+
+    Example:
+        >>> show_config().split(" ")[:2]
+        ['learnsched', 'kernels:']
+    """
+    made = native.build()
+    kind = "eager" if made.library is None else "compiled"
+    return (
+        f"learnsched kernels: {kind} ({made.reason})\n"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}"
+    )
+
+
+def value(
+    x: Tensor, levels: LevelSet, std: Level, mean: Level, noise: NoiseShape, scale: Scale
+) -> Tensor:
+    """``scale E(x / scale)``, in x's dtype."""
+    if x.dtype in _HALF:
+        return value(x.float(), levels, std, mean, noise, scale).to(x.dtype)
+    if (call := _call(x, levels, std, mean, noise, scale)) is not None:
+        return call.value(x)
+    result = staircase.expectation(_over(x, scale), levels, std, mean, noise)
+    return result.to(x.dtype) if scale is None else (result * scale).to(x.dtype)
+
+
+def slope(
+    grad: Tensor,
+    x: Tensor,
+    levels: LevelSet,
+    std: Level,
+    mean: Level,
+    noise: NoiseShape,
+    scale: Scale,
+) -> Tensor:
+    """``grad`` times the derivative of :func:`value` in x."""
+    if x.dtype in _HALF:
+        wide = slope(grad.float(), x.float(), levels, std, mean, noise, scale)
+        return wide.to(x.dtype)
+    if (call := _call(x, levels, std, mean, noise, scale)) is not None:
+        return call.slope(x, grad)
+    return staircase.slope(_over(x, scale), levels, std, mean, noise).mul_(grad)
+
+
+def std_slope(
+    grad: Tensor,
+    x: Tensor,
+    levels: LevelSet,
+    std: Tensor,
+    mean: Level,
+    noise: NoiseShape,
+    scale: Scale,
+) -> Tensor:
+    """``grad`` times the derivative of :func:`value` in the std, summed to the std's shape."""
+    if x.dtype in _HALF:
+        return std_slope(grad.float(), x.float(), levels, std, mean, noise, scale)
+    if (call := _call(x, levels, std, mean, noise, scale)) is not None:
+        return call.std_slope(x, grad, std)
+    each = staircase.std_slope(_over(x, scale), levels, std, mean, noise).mul_(grad)
+    return (each if scale is None else each * scale).sum_to_size(std.shape)
+
+
+def slope_adjoint(
+    outer: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    levels: LevelSet,
+    std: Level,
+    mean: Level,
+    noise: NoiseShape,
+    scale: Scale,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adjoints of ``grad``, ``x`` and ``std`` from that of :func:`slope`'s result.
+
+    That of the std has its shape; for a number it is a tensor without dimensions.
+    """
+    if x.dtype in _HALF:
+        numbers = (outer.float(), grad.float(), x.float())
+        of_grad, of_x, of_std = slope_adjoint(*numbers, levels, std, mean, noise, scale)
+        return of_grad.to(x.dtype), of_x.to(x.dtype), of_std
+    if (call := _call(x, levels, std, mean, noise, scale)) is not None:
+        return call.slope_adjoint(x, grad, outer, std)
+    parts = staircase.slope_derivatives(_over(x, scale), levels, std, mean, noise)
+    both = outer * grad
+    of_std = _summed(parts[2].mul_(both), std)
+    return parts[0].mul_(outer), _over(parts[1].mul_(both), scale), of_std
+
+
+def std_slope_adjoint(
+    outer: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    levels: LevelSet,
+    std: Tensor,
+    mean: Level,
+    noise: NoiseShape,
+    scale: Scale,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adjoints of ``grad``, ``x`` and ``std`` from that of :func:`std_slope`'s result."""
+    if x.dtype in _HALF:
+        numbers = (outer, grad.float(), x.float())
+        of_grad, of_x, of_std = std_slope_adjoint(*numbers, levels, std, mean, noise, scale)
+        return of_grad.to(x.dtype), of_x.to(x.dtype), of_std
+    if (call := _call(x, levels, std, mean, noise, scale)) is not None:
+        return call.std_slope_adjoint(x, grad, outer, std)
+    parts = staircase.std_slope_derivatives(_over(x, scale), levels, std, mean, noise)
+    outer_scaled = outer if scale is None else outer * scale
+    of_std = _summed(parts[2].mul_(grad).mul_(outer_scaled), std)
+    return parts[0].mul_(outer_scaled), parts[1].mul_(grad).mul_(outer), of_std
+
+
+def _over(x: Tensor, scale: Scale) -> Tensor:
+    return x if scale is None else x / scale
+
+
+def _summed(x: Tensor, like: Level) -> Tensor:
+    return x.sum_to_size(like.shape) if isinstance(like, Tensor) else x.sum()
+
+
+class _Staircase(ctypes.Structure):
+    _fields_ = (
+        ("thresholds", ctypes.c_void_p),
+        ("gaps", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("count", ctypes.c_long),
+        ("whole", ctypes.c_long),
+        ("noise", ctypes.c_long),
+    )
+
+
+class _Table(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_long),
+        ("columns", ctypes.c_long),
+        ("threads", ctypes.c_long),
+        ("scale", ctypes.c_void_p),
+        ("std", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("scale_stride", ctypes.c_long),
+        ("std_stride", ctypes.c_long),
+        ("mean_stride", ctypes.c_long),
+    )
+
+
+class _Native:
+    """One call of the compiled kernels."""
+
+    __slots__ = ("_address", "_kept", "_library", "_table")
+
+    def __init__(
+        self, library: ctypes.CDLL, address: int, table: _Table, kept: list[Tensor | None]
+    ) -> None:
+        self._library = library
+        self._address = address
+        self._table = ctypes.addressof(table)
+        self._kept = (table, kept)  # what the kernels are given by address must stay alive
+
+    def value(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        self._library.learnsched_value(self._address, self._table, x.data_ptr(), out.data_ptr())
+        return out
+
+    def slope(self, x: Tensor, grad: Tensor) -> Tensor:
+        x, grad = x.contiguous(), _like(grad, x)
+        out = torch.empty_like(x)
+        self._library.learnsched_slope(
+            self._address, self._table, x.data_ptr(), grad.data_ptr(), out.data_ptr()
+        )
+        return out
+
+    def std_slope(self, x: Tensor, grad: Tensor, std: Tensor) -> Tensor:
+        x, grad = x.contiguous(), _like(grad, x)
+        out = x.new_empty(std.shape)
+        self._library.learnsched_std_slope(
+            self._address, self._table, x.data_ptr(), grad.data_ptr(), out.data_ptr()
+        )
+        return out
+
+    def slope_adjoint(
+        self, x: Tensor, grad: Tensor, outer: Tensor, std: Level
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, grad, outer = x.contiguous(), _like(grad, x), _like(outer, x)
+        return self._adjoint(self._library.learnsched_slope_adjoint, x, grad, outer, std)
+
+    def std_slope_adjoint(
+        self, x: Tensor, grad: Tensor, outer: Tensor, std: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, grad, outer = x.contiguous(), _like(grad, x), outer.to(x.dtype).contiguous()
+        return self._adjoint(self._library.learnsched_std_slope_adjoint, x, grad, outer, std)
+
+    def _adjoint(
+        self, kernel: Callable[..., None], x: Tensor, grad: Tensor, outer: Tensor, std: Level
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        of_grad, of_x = torch.empty_like(x), torch.empty_like(x)
+        of_std = x.new_empty(std.shape if isinstance(std, Tensor) else ())
+        kernel(
+            self._address,
+            self._table,
+            x.data_ptr(),
+            grad.data_ptr(),
+            outer.data_ptr(),
+            of_grad.data_ptr(),
+            of_x.data_ptr(),
+            of_std.data_ptr(),
+        )
+        return of_grad, of_x, of_std
+
+
+class _Operators:
+    """The same as operators of torch, for what traces and does not run."""
+
+    def __init__(
+        self, levels: LevelSet, std: Level, mean: Level, noise: NoiseShape, scale: Scale
+    ) -> None:
+        self._levels = levels
+        self._noise = noise.name
+        self._std, self._mean, self._scale = std, mean, scale
+
+    def _arguments(self, x: Tensor) -> tuple[object, ...]:
+        std, mean = (
+            level if isinstance(level, Tensor) else x.new_tensor(level)
+            for level in (self._std, self._mean)
+        )
+        levels = self._levels
+        return x, std, mean, self._scale, levels.values, levels.thresholds, self._noise
+
+    def value(self, x: Tensor) -> Tensor:
+        return torch.ops.learnsched.value(*self._arguments(x))
+
+    def slope(self, x: Tensor, grad: Tensor) -> Tensor:
+        return torch.ops.learnsched.slope(grad, *self._arguments(x))
+
+    def std_slope(self, x: Tensor, grad: Tensor, std: Tensor) -> Tensor:
+        return torch.ops.learnsched.std_slope(grad, *self._arguments(x))
+
+    def slope_adjoint(
+        self, x: Tensor, grad: Tensor, outer: Tensor, std: Level
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.learnsched.slope_adjoint(outer, grad, *self._arguments(x))
+
+    def std_slope_adjoint(
+        self, x: Tensor, grad: Tensor, outer: Tensor, std: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.learnsched.std_slope_adjoint(outer, grad, *self._arguments(x))
+
+
+def _call(
+    x: Tensor, levels: LevelSet, std: Level, mean: Level, noise: NoiseShape, scale: Scale
+) -> _Native | _Operators | None:
+    """How the compiled kernels compute on these tensors; None if they cannot."""
+    if x.dtype is not torch.float32 or not x.is_cpu:
+        return None
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if torch.compiler.is_exporting() or not _available():
+            return None
+        return _Operators(levels, std, mean, noise, scale)
+    if type(x) not in _PLAIN or inside_transform(x):
+        return None
+    library = native.build().library
+    size = x.numel()
+    if library is None or not size or x.layout is not torch.strided:
+        return None
+    rows = 1
+    kept: list[Tensor | None] = []
+    pointers: list[int | None] = []
+    strides: list[int] = []
+    for level in (scale, std, mean):
+        if level is None:
+            kept.append(None)
+            pointers.append(None)
+            strides.append(0)
+            continue
+        tensor = level if isinstance(level, Tensor) else _number(float(level))
+        if inside_transform(tensor) or not tensor.is_cpu:
+            return None
+        count = tensor.numel()
+        if count != 1:
+            if tensor.dim() != x.dim() or tensor.shape[0] != count or x.shape[0] != count:
+                return None
+            rows = count
+        if tensor.dtype is not torch.float32:
+            tensor = tensor.float()
+        tensor = tensor.contiguous()
+        kept.append(tensor)
+        pointers.append(tensor.data_ptr())
+        strides.append(int(count != 1))
+    threads = torch.get_num_threads() if size >= _PARALLEL else 1
+    table = _Table(rows, size // rows, threads, *pointers, *strides)
+    return _Native(library, _staircase(levels, noise.name)[0], table, kept)
+
+
+def _like(grad: Tensor, x: Tensor) -> Tensor:
+    return grad.expand_as(x).to(x.dtype).contiguous()
+
+
+@functools.lru_cache(maxsize=4096)
+def _number(level: float) -> Tensor:
+    return torch.tensor(level)
+
+
+@functools.lru_cache(maxsize=256)
+def _staircase(levels: LevelSet, noise: str) -> tuple[int, _Staircase, tuple[Tensor, ...]]:
+    """The address of a level set as the kernels want it, and what must stay alive with it."""
+    whole = all(
+        gap == 1 and threshold == lower + 0.5 and lower == int(lower)
+        for gap, threshold, lower in zip(
+            levels.gaps, levels.thresholds, levels.values, strict=False
+        )
+    )
+    numbers = (levels.thresholds, levels.gaps, levels.values)
+    arrays = tuple(torch.tensor(n, dtype=torch.float32) for n in numbers)
+    kind = _NOISES.index(noise)
+    made = _Staircase(*(a.data_ptr() for a in arrays), len(levels.thresholds), whole, kind)
+    return ctypes.addressof(made), made, arrays
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _available() -> bool:
+    return native.build().library is not None
+
+
+@functools.lru_cache(maxsize=256)
+def _level_set(values: tuple[float, ...], thresholds: tuple[float, ...]) -> LevelSet:
+    return LevelSet(values, thresholds)
+
+
+_TAIL = "Tensor x, Tensor std, Tensor mean, Tensor? scale, float[] values, float[] thresholds, str noise"
+_LIBRARY = torch.library.Library("learnsched", "DEF")
+
+
+def _define(
+    name: str,
+    leading: str,
+    result: str,
+    function: Callable[..., Any],
+    like: Callable[..., Any],
+) -> None:
+    """Register an operator: its schema, its computation, and the shapes of its results."""
+    _LIBRARY.define(f"{name}({leading}{_TAIL}) -> {result}")
+
+    def compute(*args: Any) -> Any:
+        *tensors, x, std, mean, scale, values, thresholds, noise = args
+        levels = _level_set(tuple(values), tuple(thresholds))
+        return function(*tensors, x, levels, std, mean, noise_shape(noise), scale)
+
+    _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"learnsched::{name}", like, lib=_LIBRARY)
+
+
+def _like_x(*args: Any) -> Tensor:
+    return torch.empty_like(args[-7], memory_format=torch.contiguous_format)
+
+
+def _like_std(*args: Any) -> Tensor:
+    return torch.empty_like(args[-6], memory_format=torch.contiguous_format)
+
+
+def _like_all(*args: Any) -> tuple[Tensor, ...]:
+    return _like_x(*args), _like_x(*args), _like_std(*args)
+
+
+_define("value", "", "Tensor", value, _like_x)
+_define("slope", "Tensor grad, ", "Tensor", slope, _like_x)
+_define("std_slope", "Tensor grad, ", "Tensor", std_slope, _like_std)
+_TRIPLE = "(Tensor, Tensor, Tensor)"
+_define("slope_adjoint", "Tensor outer, Tensor grad, ", _TRIPLE, slope_adjoint, _like_all)
+_define("std_slope_adjoint", "Tensor outer, Tensor grad, ", _TRIPLE, std_slope_adjoint, _like_all)
