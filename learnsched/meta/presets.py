@@ -69,7 +69,7 @@ _STANDARD_MIX = Mix(
         ("digits", "cnn2d", (6,), (3, 4)),
     ),
     horizons=(6, 8, 12, 16),
-    total_steps=(60, 200),
+    total_steps=(60, 160),
     batches=(32,),
     bits=(("ternary/2-bit", 1.0),),
     learning_rates=(1e-2, 5e-2),
