@@ -136,7 +136,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """One record for each task and method, test accuracies of all runs in it.
 
-    Under torchrun the jobs are split over the ranks; every rank gets all records.
+    Under torchrun each rank takes one job of a round; every rank gets all records of the round.
 
     Args:
         methods: what to compare.
@@ -154,13 +154,19 @@ def compare(
         if (name, method.name) not in finished
     ]
     data = {name: load(name) for name in {task.data for _, task, _ in jobs}}
-    mine = {}
-    for index in range(distribution.rank(), len(jobs), distribution.world_size()):
-        name, task, method = jobs[index]
-        mine[index] = _record(name, task, method, data[task.data], budget, seed)
-        if progress is not None:
-            progress(mine[index])
-    return [*map(dict, done), *distribution.gather(mine, len(jobs))]
+    records = [dict(record) for record in done]
+    rank, world = distribution.rank(), distribution.world_size()
+    for first in range(0, len(jobs), world):
+        batch = jobs[first : first + world]
+        mine = {}
+        if rank < len(batch):
+            name, task, method = batch[rank]
+            mine[rank] = _record(name, task, method, data[task.data], budget, seed)
+        for record in distribution.gather(mine, len(batch)):
+            records.append(record)
+            if progress is not None:
+                progress(record)
+    return records
 
 
 def _record(
@@ -179,6 +185,7 @@ def _record(
         "validation": validation,
         "test": test.flatten().tolist(),
         "seconds": time.perf_counter() - start,
+        "commit": describe()["commit"],
     }
 
 
@@ -262,10 +269,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def keep(record: dict[str, Any]) -> None:
         mean = sum(record["test"]) / len(record["test"])
-        print(f"{record['task']:20} {record['method']:32} {100 * mean:5.1f} %", flush=True)
-        if distribution.world_size() == 1:  # several ranks write together, at the end
-            done.append(record)
-            write(done)
+        if distribution.rank() == 0:
+            print(f"{record['task']:20} {record['method']:32} {100 * mean:5.1f} %", flush=True)
+        done.append(record)
+        write(done)
 
     records = compare(
         methods,
@@ -275,7 +282,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         progress=keep,
         done=list(done),
     )
-    write(records)
     if distribution.rank() == 0:
         print(table(records))
     distribution.stop()

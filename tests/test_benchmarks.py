@@ -1,0 +1,40 @@
+"""Every benchmark runs in its quick form and writes what it promises."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from learnsched.benchmarks.held_out import QUICK_TASKS, Budget, compare, summary, table
+from learnsched.benchmarks.methods import hand_coded
+
+
+def run(name, *arguments):
+    command = [sys.executable, "-m", f"learnsched.benchmarks.{name}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gradient", "unroll"])
+def test_a_quick_run_writes_its_rows(name, tmp_path):
+    path = tmp_path / "rows.json"
+    printed = run(name, "--quick", "--json", str(path))
+    stored = json.loads(path.read_text())
+    assert stored["rows"]
+    assert stored["environment"]["torch"]
+    assert len(printed.splitlines()) >= len(stored["rows"])
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path):
+    task = QUICK_TASKS
+    budget = Budget(rounds=1, trials=2, trial_runs=1, runs=2)
+    methods = hand_coded()[:2]
+    whole = compare(methods, task, budget)
+    made = []
+    parts = compare(methods, task, budget, progress=made.append, done=whole[:1])
+    assert [r["method"] for r in made] == [methods[1].name]
+    assert [r["test"] for r in parts] == [r["test"] for r in whole]
+    assert set(summary(whole)["other seeds"]) == {m.name for m in methods}
+    assert methods[0].name in table(whole)
