@@ -1,8 +1,9 @@
 """Policies: what makes the settings of a run. One file a family."""
 
 from learnsched.policies.annealing import AdditiveNoiseAnnealing
+from learnsched.policies.base_curve import BaseCurve
 from learnsched.policies.incremental import IncrementalQuantization
-from learnsched.policies.learned import BaseCurve, Domain, LearnedPolicy, MetaNetwork
+from learnsched.policies.learned import Domain, LearnedPolicy, MetaNetwork
 from learnsched.policies.relaxed import Relaxed
 from learnsched.policies.straight_through import StraightThrough
 

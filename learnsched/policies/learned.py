@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from learnsched.policies.base_curve import BaseCurve, depths
 from learnsched.schedule import FIELDS, RunInfo, Setting, Telemetry
 
 # Raised with every change of the features or outputs; artefacts of another schema are refused.
@@ -20,66 +21,6 @@ _KNOTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _STATIC = 11 + len(_KNOTS)
 _FEEDBACK = 3
 _OUTPUTS = 5
-
-
-@dataclass(frozen=True)
-class BaseCurve:
-    """The hand-coded schedule that the meta-network's outputs are offsets from.
-
-    Attributes:
-        forward_std: initial std of the forward noise, in level steps, in [0, 1].
-        hard_from: progress from which the base is hard, in (0, 1].
-        weight_backward_std: std of the weights' backward noise in the first epoch, in level steps,
-            positive.
-        weight_backward_end: the same in the last epoch; it moves geometrically in between.
-        activation_backward_std: std of the activations' backward noise in the first epoch.
-        activation_backward_end: the same in the last epoch.
-        freeze_from: progress from which the fraction rises linearly to 1, in [0, 1).
-
-    Raises:
-        ValueError: a number is out of range.
-    """
-
-    forward_std: float = 0.35
-    hard_from: float = 0.6
-    weight_backward_std: float = 2.0
-    weight_backward_end: float = 0.9
-    activation_backward_std: float = 0.7
-    activation_backward_end: float = 0.45
-    freeze_from: float = 0.7
-
-    def __post_init__(self) -> None:
-        if not (
-            0 <= self.forward_std <= 1
-            and 0 < self.hard_from <= 1
-            and 0 <= self.freeze_from < 1
-            and all(0 < std < math.inf for std in (*self._weight, *self._activation))
-        ):
-            raise ValueError(f"a number is out of its range, see BaseCurve, in {self}")
-
-    def at(self, progress: float) -> tuple[float, float, float, float, float]:
-        """Weight forward and backward std, activation forward and backward std, fraction."""
-
-        def between(start: float, end: float) -> float:
-            return float(start * (end / start) ** progress)
-
-        forward = self.forward_std * max(0.0, 1 - progress / self.hard_from)
-        fraction = max(0.0, (progress - self.freeze_from) / (1 - self.freeze_from))
-        return (
-            forward,
-            between(*self._weight),
-            forward,
-            between(*self._activation),
-            min(1.0, fraction),
-        )
-
-    @property
-    def _weight(self) -> tuple[float, float]:
-        return self.weight_backward_std, self.weight_backward_end
-
-    @property
-    def _activation(self) -> tuple[float, float]:
-        return self.activation_backward_std, self.activation_backward_end
 
 
 @dataclass(frozen=True)
@@ -267,7 +208,8 @@ class LearnedPolicy:
         )
         raw, hidden = self.network(features, state["hidden"])
         offset = torch.tanh(raw)
-        base = self.base.at(progress)
+        rows = [self.base.at(progress, depth) for depth in depths(len(run.layers))]
+        base = torch.tensor(rows, dtype=like.dtype, device=like.device).unbind(-1)
         fraction = torch.maximum(state["fraction"], leaky_clamp(base[4] + offset[..., 4]))
         columns = (
             leaky_clamp(base[0] + offset[..., 0]),
@@ -322,11 +264,11 @@ def _static_features(run: RunInfo, progress: float, domain: Domain) -> Tensor:
     typical_steps = math.sqrt(domain.steps[0] * domain.steps[1])
     total = typical_steps if steps is None else run.horizon * steps
     rows = []
-    for index, layer in enumerate(run.layers):
+    for index, (layer, depth) in enumerate(zip(run.layers, depths(count), strict=True)):
         fan_in = log_within(layer.fan_in, domain.fan_in, 50.0) if layer.fan_in else 0.0
         rows.append(
             [
-                index / (count - 1) if count > 1 else 0.5,
+                depth,
                 float(index == 0),
                 float(index == count - 1),
                 fan_in / 2,

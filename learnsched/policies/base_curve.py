@@ -1,0 +1,130 @@
+"""The curve that a learned policy starts from, and whose offsets it learns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from learnsched.schedule import RunInfo, Setting, Telemetry
+
+
+@dataclass(frozen=True)
+class BaseCurve:
+    """A schedule in closed form; a :class:`~learnsched.schedule.Policy` of its own.
+
+    With progress u in [0, 1] and relative depth d in [0, 1] from the first layer to the last, forward
+    std is ``std * max(0, 1 - u / end)^power`` with ``end`` tilted by depth, backward std moves
+    geometrically over the run and is tilted by depth, and the fraction rises linearly from
+    ``freeze_from``.
+
+    Attributes:
+        weight_forward_std: initial std of the weights' forward noise, in level steps, in [0, 1].
+        activation_forward_std: the same for activations.
+        weight_hard_from: progress from which weights are hard, in (0, 1], in the middle layer.
+        activation_hard_from: the same for activations.
+        power: exponent of both decays, positive.
+        weight_backward_std: std of the weights' backward noise in the first epoch, in level steps,
+            positive, in the middle layer.
+        weight_backward_end: the same in the last epoch.
+        activation_backward_std: std of the activations' backward noise in the first epoch.
+        activation_backward_end: the same in the last epoch.
+        freeze_from: progress from which the fraction rises, in [0, 1).
+        hard_tilt: by how much of the middle layer's ``end`` the last layer's exceeds the first's, in
+            [-1, 1].
+        weight_backward_tilt: logarithm of the ratio of the last layer's weight backward std to the
+            first's.
+        activation_backward_tilt: the same for activations.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Example:
+        >>> from learnsched.schedule import LayerInfo, plan
+        >>> run = RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=5)
+        >>> curve = BaseCurve(weight_forward_std=0.4, weight_hard_from=0.5, power=1.0)
+        >>> plan(curve, run)["weight_forward_std"].flatten().tolist()
+        [0.4, 0.2, 0.0, 0.0, 0.0]
+    """
+
+    weight_forward_std: float = 0.35
+    activation_forward_std: float = 0.35
+    weight_hard_from: float = 0.6
+    activation_hard_from: float = 0.6
+    power: float = 1.0
+    weight_backward_std: float = 2.0
+    weight_backward_end: float = 0.9
+    activation_backward_std: float = 0.7
+    activation_backward_end: float = 0.45
+    freeze_from: float = 0.7
+    hard_tilt: float = 0.0
+    weight_backward_tilt: float = 0.0
+    activation_backward_tilt: float = 0.0
+
+    noise = "normal"
+    partition = "settled"
+    metrics = ()
+
+    def __post_init__(self) -> None:
+        stds = (self.weight_forward_std, self.activation_forward_std)
+        ends = (self.weight_hard_from, self.activation_hard_from)
+        positive = (
+            self.power,
+            self.weight_backward_std,
+            self.weight_backward_end,
+            self.activation_backward_std,
+            self.activation_backward_end,
+        )
+        tilts = (self.weight_backward_tilt, self.activation_backward_tilt)
+        if not (
+            all(0 <= std <= 1 for std in stds)
+            and all(0 < end <= 1 for end in ends)
+            and all(0 < number < math.inf for number in positive)
+            and 0 <= self.freeze_from < 1
+            and -1 <= self.hard_tilt <= 1
+            and all(math.isfinite(tilt) for tilt in tilts)
+        ):
+            raise ValueError(f"a number is out of its range, see BaseCurve, in {self}")
+
+    def at(self, progress: float, depth: float = 0.5) -> tuple[float, float, float, float, float]:
+        """Weight forward and backward std, activation forward and backward std, fraction.
+
+        Args:
+            progress: of the run, in [0, 1].
+            depth: 0 for the first layer, 1 for the last.
+        """
+        tilt = depth - 0.5
+
+        def forward(std: float, end: float) -> float:
+            end = end * (1 + self.hard_tilt * tilt)
+            return float(std * max(0.0, 1 - progress / end) ** self.power)
+
+        def backward(start: float, end: float, slope: float) -> float:
+            return float(start * (end / start) ** progress * math.exp(slope * tilt))
+
+        return (
+            forward(self.weight_forward_std, self.weight_hard_from),
+            backward(self.weight_backward_std, self.weight_backward_end, self.weight_backward_tilt),
+            forward(self.activation_forward_std, self.activation_hard_from),
+            backward(
+                self.activation_backward_std,
+                self.activation_backward_end,
+                self.activation_backward_tilt,
+            ),
+            min(1.0, max(0.0, (progress - self.freeze_from) / (1 - self.freeze_from))),
+        )
+
+    def begin(self, run: RunInfo) -> None:
+        """No state."""
+
+    def settings(
+        self, run: RunInfo, epoch: int, telemetry: Telemetry, state: None
+    ) -> tuple[Sequence[Setting], None]:
+        """The settings of the formula at the epoch's progress, by depth."""
+        progress = run.progress(epoch)
+        return [Setting(*self.at(progress, depth)) for depth in depths(len(run.layers))], None
+
+
+def depths(count: int) -> list[float]:
+    """Relative depths of the layers, 0 to 1; ½ for a single one."""
+    return [index / (count - 1) for index in range(count)] if count > 1 else [0.5]
