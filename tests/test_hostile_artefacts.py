@@ -204,7 +204,7 @@ def spoiled_config(data, dice):
         [[]],
     )
     keys = dice.choice((
-        ("hidden",), ("embedding",), ("base",), ("domain",), ("base", "hard_from"),
+        ("hidden",), ("embedding",), ("base",), ("domain",), ("base", "power"),
         ("base", "weight_backward_std"), ("base", "nothing"), ("domain", "depth"),
         ("domain", "../depth"), (),
     ))  # fmt: skip

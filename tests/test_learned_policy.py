@@ -64,18 +64,24 @@ def test_a_fresh_network_is_the_base_curve(
     layers, horizon, forward, hard_from, backward, freeze_from, seed
 ):
     torch.manual_seed(seed)
-    base = BaseCurve(forward, hard_from, backward, 2 * backward, backward / 2, 1.0, freeze_from)
+    base = BaseCurve(
+        forward, forward / 2, hard_from, hard_from / 2, 1.5, backward, 2 * backward, backward / 2, 1.0,
+        freeze_from,
+    )  # fmt: skip
     found = plan(LearnedPolicy(MetaNetwork(5, 4), base), run_of(layers, horizon), hardened=False)
     columns = [f for f in FIELDS if not f.endswith("mean")]
     for epoch in range(horizon):
         u = 1.0 if horizon == 1 else epoch / (horizon - 1)
-        std = forward * max(0.0, 1 - u / hard_from)
+        of_weight_std = forward * max(0.0, 1 - u / hard_from) ** 1.5
+        of_activation_std = forward / 2 * max(0.0, 1 - 2 * u / hard_from) ** 1.5
         fraction = min(1.0, max(0.0, (u - freeze_from) / (1 - freeze_from)))
         of_weight = backward * 2**u
         of_activation = (backward / 2) ** (1 - u)
-        expected = [std, of_weight, std, of_activation, fraction]
+        expected = [of_weight_std, of_weight, of_activation_std, of_activation, fraction]
         for column, value in zip(columns, expected, strict=True):
-            assert found[column][epoch].tolist() == pytest.approx([value] * layers, rel=1e-6)
+            assert found[column][epoch].tolist() == pytest.approx(
+                [value] * layers, rel=1e-6, abs=1e-7
+            )
     assert not found["weight_forward_mean"].any()
     assert not found["activation_forward_mean"].any()
 
@@ -112,7 +118,7 @@ def test_extreme_telemetry_cannot_break_the_outputs():
 
 
 def test_a_forward_std_of_exactly_0_is_reached_early_and_left_again():
-    policy, run = LearnedPolicy(MetaNetwork(4, 4), BaseCurve(0.3, 1.0)), run_of(2, 9)
+    policy, run = LearnedPolicy(MetaNetwork(4, 4), BaseCurve(0.3, 0.3, 1.0, 1.0)), run_of(2, 9)
     state, shown = policy.initial_state(run), telemetry_of(0, 2)
     found = []
     for epoch in range(8):
@@ -273,7 +279,7 @@ def test_inputs_beyond_the_domain_are_clipped_to_it():
 
 @pytest.mark.parametrize("open_loop", [True, False])
 def test_the_configuration_goes_through_json(open_loop):
-    base = BaseCurve(0.25, 0.5, 1.0, 0.7, 0.5, 0.4, 0.75)
+    base = BaseCurve(0.25, 0.5, freeze_from=0.75, hard_tilt=0.2)
     policy = trained(hidden=7, embedding=3, base=base, domain=DOMAIN, open_loop=open_loop)
     twin = LearnedPolicy.from_config(json.loads(json.dumps(policy.config())))
     assert twin.config() == policy.config()
@@ -289,10 +295,13 @@ def test_the_configuration_goes_through_json(open_loop):
 @pytest.mark.parametrize(
     "numbers",
     [
-        {"forward_std": -0.1},
-        {"forward_std": 1.1},
-        {"hard_from": 0.0},
-        {"hard_from": 1.5},
+        {"weight_forward_std": -0.1},
+        {"activation_forward_std": 1.1},
+        {"weight_hard_from": 0.0},
+        {"activation_hard_from": 1.5},
+        {"power": 0.0},
+        {"hard_tilt": 1.5},
+        {"weight_backward_tilt": math.nan},
         {"weight_backward_std": 0.0},
         {"activation_backward_std": math.inf},
         {"weight_backward_end": -1.0},

@@ -26,7 +26,7 @@ def trained(open_loop=False):
     with torch.no_grad():
         network.out.weight.normal_()
         network.out.bias.normal_()
-    base, domain = BaseCurve(0.25, 0.5), Domain(horizon=(2, 30), fan_in=(5, 600))
+    base, domain = BaseCurve(0.25, 0.25, 0.5), Domain(horizon=(2, 30), fan_in=(5, 600))
     return LearnedPolicy(network, base, domain, open_loop=open_loop)
 
 
@@ -212,9 +212,9 @@ SPOILED = {
     "other units": (config(hidden=6), r"expected torch\.float32 \(\d+"),
     "an open question": (config(open_loop="no"), "open_loop is true or false, not 'no'"),
     "no base": (config(base=""), "does not hold a learned policy"),
-    "a base in words": (in_base(hard_from="0.5"), "finite numbers"),
-    "a base of truth": (in_base(hard_from=True), "finite numbers"),
-    "a base out of range": (in_base(hard_from=0), "out of its range"),
+    "a base in words": (in_base(power="0.5"), "finite numbers"),
+    "a base of truth": (in_base(power=True), "finite numbers"),
+    "a base out of range": (in_base(power=0), "out of its range"),
     "an unknown base": (in_base(colour=1), "colour"),
     "a base without end": (in_base(weight_backward_std=float("inf")), "finite numbers"),
     "a base beyond numbers": (in_base(weight_backward_std=10**400), "does not hold"),

@@ -24,6 +24,9 @@ from learnsched.noise import noise_shape
 
 T = TypeVar("T")
 
+# Of the float networks that fine-tuning starts from: members of one seed share theirs.
+_FLOAT_RATE = 0.02
+
 BITS: dict[str, tuple[LevelSet, LevelSet]] = {
     "ternary/2-bit": (ternary(), unsigned(2)),
     "ternary/ternary": (ternary(), ternary()),
@@ -45,7 +48,7 @@ class Task:
         batch: examples a step.
         bits: a key of :data:`BITS`.
         learning_rates: maximum of the cosine schedule, one a member.
-        fine_tuning: start from a float network trained for as many steps.
+        fine_tuning: start from a float network trained for as many steps, one for each seed.
         seed: of initial weights, order of the data, and held-out batches.
         runs: how many seeds the members have; member i has the seed of member ``i % runs``. All
             differ if 0.
@@ -114,8 +117,10 @@ class Task:
         rates = torch.tensor(self.learning_rates, device=device)
         models = self._models(data, runs)
         if self.fine_tuning:
-            before = torch.stack([self._order(len(y), g) for g in generators])[member_run]
-            _pretrain(models, x, y, before.flatten(1, 2), rates)
+            before = torch.stack([self._order(len(y), g) for g in generators])
+            _pretrain(models[:runs], x, y, before.flatten(1, 2))
+            for member in range(runs, members):
+                models[member].load_state_dict(models[member % runs].state_dict())
         weight, activation = BITS[self.bits]
         for model in models:
             quantize_(model, weight, activation, example_input=x[:1])
@@ -224,14 +229,12 @@ class Mix:
         return tuple(_log_uniform(self.learning_rates, generator) for _ in range(self.members))
 
 
-def _pretrain(
-    models: Sequence[nn.Module], x: Tensor, y: Tensor, order: Tensor, rates: Tensor
-) -> None:
-    """Train float networks in place, each on its own batches of ``order`` (members, steps, batch)."""
-    for member, model in enumerate(models):
-        optimizer = torch.optim.Adam(model.parameters(), lr=float(rates[member]))
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(order[member]))
-        for index in order[member]:
+def _pretrain(models: Sequence[nn.Module], x: Tensor, y: Tensor, order: Tensor) -> None:
+    """Train float networks in place, each on its own batches of ``order`` (runs, steps, batch)."""
+    for model, batches in zip(models, order, strict=True):
+        optimizer = torch.optim.Adam(model.parameters(), lr=_FLOAT_RATE)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+        for index in batches:
             optimizer.zero_grad()
             F.cross_entropy(model(x[index]), y[index]).backward()
             optimizer.step()
