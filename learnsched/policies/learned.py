@@ -15,7 +15,7 @@ from learnsched.policies.base_curve import BaseCurve, depths
 from learnsched.schedule import FIELDS, RunInfo, Setting, Telemetry
 
 # Raised with every change of the features or outputs; artefacts of another schema are refused.
-FEATURE_SCHEMA = 1
+FEATURE_SCHEMA = 2
 
 _KNOTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _STATIC = 11 + len(_KNOTS)
