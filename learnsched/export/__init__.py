@@ -10,7 +10,8 @@ from learnsched.export.inspect import inspect
 from learnsched.export.onnx import export_onnx
 from learnsched.export.qonnx import export_qonnx
 from learnsched.export.quantized_input import QuantizedInput
-from learnsched.export.ternary import IntegerReference, export_ternary, integer_reference
+from learnsched.export.reference import IntegerReference, integer_reference
+from learnsched.export.ternary import export_ternary
 
 __all__ = [
     "ExportError",

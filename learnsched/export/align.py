@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 from learnsched.export import graph as g
 from learnsched.export.errors import ExportError
 from learnsched.export.operations import BATCH_NORMS
-from learnsched.export.thresholds import Doubles, centre
+from learnsched.export.thresholds import centre
 from learnsched.export.trace import Translation, trace, translate
+from learnsched.export.values import Doubles
 
 
 @torch.no_grad()
@@ -72,25 +73,24 @@ def align_(model: nn.Module, example_input: Tensor) -> nn.Module:
 def _shift(translation: Translation, node: g.Threshold) -> tuple[str, Doubles] | None:
     """The module to move and by how much its output must rise, in real numbers."""
     call = translation.decided[node.name]
-    offset = translation.offset(call)
-    quantizer: Any = translation.operations[call].module
+    found = translation.calls.integer_affine(call.all_input_nodes[0])
+    quantizer: Any = translation.calls.operations[call].module
     levels = quantizer.levels
     spaced = np.allclose(np.diff(levels.thresholds), levels.step, rtol=1e-12)
     target = _movable(translation, call.all_input_nodes[0])
-    if node.slopes is None or offset is None or target is None or not spaced:
+    if node.slopes is None or found is None or target is None or not spaced:
         return None
-    scale = quantizer.scale.double().item()
-    wanted = centre(node, node.slopes)
     # In codes, a quantizer rounds (z / scale - t_0) / step + 1/2 to the nearest integer.
-    real = (levels.thresholds[0] + (wanted - 0.5) * levels.step) * scale
+    wanted = levels.thresholds[0] + (centre(node, node.slopes) - 0.5) * levels.step
+    real = wanted * quantizer.scale.double().item()
     edges, low, high = node.thresholds, node.low[:, None, None], node.high[:, None, None]
     decides = ((edges > low) & (edges <= high)).any((1, 2))
-    return target, np.where(decides, real - offset, 0.0)
+    return target, np.where(decides, real - found[1], 0.0)
 
 
 def _movable(translation: Translation, call: fx.Node) -> str | None:
     """The batch norm or biased layer whose output enters the quantizer as a plain summand."""
-    operation = translation.operations[call]
+    operation = translation.calls.operations[call]
     if len(call.users) > 1:
         return None
     if operation.kind == "batch_norm":

@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnsched.export.graph import Integers, Threshold
-
-Doubles = NDArray[np.float64]
+from learnsched.export.values import Doubles
 
 
 def search(
@@ -161,7 +160,7 @@ def _agrees(node: Threshold, factors: NDArray[np.float32], offset: NDArray[np.fl
     """Whether float32 arithmetic gives the right code on both sides of every threshold, with room.
 
     The sum rises with the signed first input, so that the two sides of a threshold speak for all others.
-    The room is several times what the operations can round by, in any order, fused or not.
+    The room is more than the two or three operations can round by, in any order, fused or not.
     """
     rows = (node.row_low + np.arange(node.thresholds.shape[1])).astype(np.float32)[:, None]
     steps = node.thresholds.shape[2]
@@ -178,4 +177,4 @@ def _agrees(node: Threshold, factors: NDArray[np.float32], offset: NDArray[np.fl
     total = np.clip(total + shift, -1, steps + 1)
     room = 0.5 - np.abs(total - np.round(total))
     right = np.clip(np.round(total), 0, steps) == expected
-    return bool((right & (room > 16 * reach[:, None, None] * 2.0**-24)).all())
+    return bool((right & (room > 4 * reach[:, None, None] * 2.0**-24)).all())
