@@ -113,7 +113,7 @@ def reference_codes(net, x):
     """The graph and PyTorch's codes of every layer."""
     graph = trace(net, x[:2])
     expected = pytorch_codes(net, graph, x)
-    assert graph.output.name in expected and len(expected) > 2
+    assert graph.output.name in expected and len(expected) > 1
     return graph, expected
 
 
