@@ -92,8 +92,8 @@ class Emitter:
         if name not in self.constants:
             array = np.asarray(values)
             if kind is None:
-                array = array.astype(np.float32)
-                tensor = self.onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
+                array = np.array(array, np.float32, order="C")
+                tensor = self.onnx.numpy_helper.from_array(array, name)
             else:
                 tensor = self.onnx.helper.make_tensor(
                     name, kind, array.shape, array.ravel().tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ class Files:
     def add(self, name: str, array: NDArray[Any], kind: str) -> dict[str, Any]:
         """Keep an array; what the manifest says of it."""
         array = np.asarray(array)
-        file = f"{name.replace('#', '-')}.{kind}"
+        file = f"{re.sub('[^A-Za-z0-9_.-]', '-', name)}.{kind}"
         while file in self.content:
             file = f"_{file}"
         content = pack(array) if kind == "trits" else array.astype("<i4").tobytes()

@@ -6,7 +6,6 @@ floating-point number. Written plainly, as a reference to check faster implement
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -174,7 +173,7 @@ def _product(node: g.Product, x: Codes) -> Codes:
     results = []
     for index in range(window.groups):
         part = columns[:, index * inputs : (index + 1) * inputs]
-        part = np.moveaxis(part, 1, 1 + len(spatial)).reshape(len(x) * math.prod(spatial), -1)
+        part = np.moveaxis(part, 1, 1 + len(spatial)).reshape(-1, weight[0].size)
         rows = weight[index * outputs : (index + 1) * outputs].reshape(outputs, -1)
         results.append((part @ rows.T).reshape(len(x), *spatial, outputs))
     return np.ascontiguousarray(np.moveaxis(np.concatenate(results, -1), -1, 1))

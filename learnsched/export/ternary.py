@@ -88,8 +88,8 @@ def _check_integer(graph: g.Graph) -> None:
             )
         if isinstance(node, g.REAL):
             raise ExportError(
-                f"{node.name} computes with real numbers; put a quantized activation between it and the "
-                "layer before, or use export_qonnx or export_onnx"
+                f"{node.name} computes with real numbers, since no quantized activation decides what "
+                "becomes of them; quantize the activation after it, or use export_qonnx or export_onnx"
             )
         if isinstance(node, g.SumPool | g.MaxPool | g.Reshape) and isinstance(
             graph[node.inputs[0]], g.Decode

@@ -73,7 +73,18 @@ def translate(model: nn.Module, example_input: Tensor) -> Translation:
     _check_numbers(model, example_input)
     with torch.no_grad():
         traced = symbolic_trace(model)
-        ShapeProp(traced).propagate(example_input.detach().cpu())
+        inputs = [call for call in traced.graph.nodes if call.op == "placeholder"]
+        if len(inputs) != 1:
+            raise ExportError(f"the model takes {len(inputs)} inputs; export needs exactly one")
+        x = example_input.detach().cpu()
+        try:
+            model(x)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise ExportError(
+                f"the model does not take example_input of shape {tuple(x.shape)}, whose first "
+                f"dimension must be the batch: {error}"
+            ) from error
+        ShapeProp(traced).propagate(x)
         return Translation(model, traced)
 
 
@@ -97,9 +108,6 @@ class Translation:
         self.nodes = Nodes(self.calls)
         self.names: dict[str, str] = {}
         self.decided: dict[str, fx.Node] = {}
-        inputs = [call for call in traced.graph.nodes if call.op == "placeholder"]
-        if len(inputs) != 1:
-            raise ExportError(f"the model takes {len(inputs)} inputs; export needs exactly one")
         for call in traced.graph.nodes:
             self._translate(call)
         self.graph = g.Graph(tuple(self.nodes.nodes), self.names)
