@@ -127,19 +127,24 @@ def assert_same(graph, expected, found):
 
 def assert_same_everywhere(net, x, tmp_path, qonnx_batch=None):
     """PyTorch, the integer reference from its folder, ONNX Runtime at both opsets, QONNX."""
-    graph, expected = reference_codes(net, x)
+    batch = qonnx_batch or len(x)
+    paths = {opset: tmp_path / f"{opset}.onnx" for opset in (25, 21)}
     ls.export_ternary(net, x[:16], tmp_path / "ternary")
-    reference = ls.integer_reference(tmp_path / "ternary")
-    found = reference.layers(x.numpy())
-    assert_same(graph, expected, {**found, graph.output.inputs[0]: found["output"]})
-    for opset in (25, 21):
-        path = tmp_path / f"{opset}.onnx"
+    ls.export_qonnx(net, x[:batch], tmp_path / "net.qonnx")
+    for opset, path in paths.items():
         ls.export_onnx(net, x[:16], path, opset=opset)
-        assert_same(graph, expected, run_onnx(path, x.numpy(), layers=True))
-        # Without the inner outputs the runtime may fuse what it likes.
-        assert np.array_equal(run_onnx(path, x.numpy())["output"], reference(x.numpy()))
-    ls.export_qonnx(net, x[: qonnx_batch or len(x)], tmp_path / "net.qonnx")
-    assert_same(graph, expected, run_qonnx(tmp_path / "net.qonnx", x.numpy()))
-    y = net(x).detach().numpy()
-    np.testing.assert_allclose(reference(x.numpy()), y, rtol=1e-4, atol=1e-4)
-    return integers(graph, x.numpy())
+    reference = ls.integer_reference(tmp_path / "ternary")
+    for part in x.split(batch):  # every layer of ten thousand images would not fit in memory
+        graph, expected = reference_codes(net, part)
+        inputs = part.numpy()
+        found = reference.layers(inputs)
+        assert_same(graph, expected, {**found, graph.output.inputs[0]: found["output"]})
+        outputs = reference(inputs)
+        for path in paths.values():
+            assert_same(graph, expected, run_onnx(path, inputs, layers=True))
+            # Without the inner outputs the runtime may fuse what it likes.
+            assert np.array_equal(run_onnx(path, inputs)["output"], outputs)
+        assert_same(graph, expected, run_qonnx(tmp_path / "net.qonnx", inputs))
+        y = net(part).detach().numpy()
+        np.testing.assert_allclose(outputs, y, rtol=1e-4, atol=1e-4)
+    return integers(graph, inputs)

@@ -165,6 +165,36 @@ def test_exports_are_deterministic(tmp_path):
     ).read_bytes()
 
 
+def test_qonnx_tools_read_the_file_as_meant(tmp_path):
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.core.onnx_exec import execute_onnx
+    from qonnx.util.cleanup import cleanup_model
+    from qonnx.util.inference_cost import inference_cost
+
+    for family in ("mlp", "cnn2d"):
+        net, x = random_network(family, seed=13, samples=10)
+        path = tmp_path / "net.qonnx"
+        ls.export_qonnx(net, x, path)
+        graph, _ = reference_codes(net, x)
+        # Cleaning up folds constants, and must leave the weights' Quant nodes alone.
+        model = cleanup_model(ModelWrapper(str(path)))
+        quants = [n for n in model.graph.node if n.op_type == "Quant"]
+        assert len(quants) == len([n for n in graph if hasattr(n, "levels")])
+        name = model.graph.output[0].name
+        found = execute_onnx(model, {model.graph.input[0].name: x.numpy()})[name]
+        assert np.array_equal(found, integers_output(graph, x))
+        cost = inference_cost(ModelWrapper(str(path)), discount_sparsity=False)["total_cost"]
+        operations = sum(graph.operations(n) for n in graph if hasattr(n, "weight"))
+        assert cost["op_mac_INT8_INT2"] + cost["op_mac_UINT2_INT2"] == len(x) * operations
+        assert cost["mem_w_INT2"] == sum(n.weight.size for n in graph if hasattr(n, "weight"))
+
+
+def integers_output(graph, x):
+    from learnsched.export.reference import run
+
+    return run(graph, x.numpy())["output"]
+
+
 @st.composite
 def architectures(draw):
     """A convolutional network of random shape, and its levels."""

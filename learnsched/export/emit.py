@@ -185,7 +185,7 @@ class Emitter:
 
     def _product(self, node: g.Product) -> None:
         weight = self._weight(node.name, node.weight, node.levels, node.window)
-        self._multiply(node.name, node.inputs[0], weight, node.shape, node.window)
+        self._multiply(node, weight, node.name)
 
     def _threshold(self, node: g.Threshold) -> None:
         levels, shape, name = node.levels, node.shape, node.name
@@ -275,7 +275,7 @@ class Emitter:
             weight = self._weight(node.name, node.weight.astype(np.int64), node.levels, node.window)
         last = node.scale is None and node.bias is None
         product = node.name if last else f"{node.name}.product"
-        self._multiply(product, node.inputs[0], weight, node.shape, node.window)
+        self._multiply(node, weight, product)
         if not last:
             self._scaled(node.name, product, node.shape, node.scale, node.bias)
 
@@ -309,13 +309,13 @@ class Emitter:
     ) -> str:
         return self.dialect.weight(self, name, weight.T if window is None else weight, levels)
 
-    def _multiply(
-        self, name: str, x: str, weight: str, shape: tuple[int, ...], window: g.Window | None
-    ) -> None:
-        if window is None:
-            self.op("MatMul", [x, weight], name, shape)
+    def _multiply(self, node: g.Product | g.RealProduct, weight: str, name: str) -> None:
+        inputs = [node.inputs[0], weight]
+        if node.window is None:
+            self.op("MatMul", inputs, name, node.shape)
         else:
-            self.op("Conv", [x, weight], name, shape, group=window.groups, **_window(window))
+            attributes = _window(node.window, node.weight.shape[2:])
+            self.op("Conv", inputs, name, node.shape, group=node.window.groups, **attributes)
 
     def _scaled(
         self,
@@ -344,12 +344,10 @@ def need(package: str, extra: str = "export") -> None:
         raise ExportError(f"{package} is not installed; pip install 'learnsched[{extra}]'")
 
 
-def _window(window: g.Window, kernel: tuple[int, ...] | None = None) -> dict[str, Any]:
-    attributes: dict[str, Any] = {
+def _window(window: g.Window, kernel: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        "kernel_shape": kernel,
         "strides": window.stride,
         "pads": [*window.padding, *window.padding],
         "dilations": window.dilation,
     }
-    if kernel is not None:
-        attributes["kernel_shape"] = kernel
-    return attributes
