@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,21 @@ from torch import Tensor, fx, nn
 from learnsched.export import graph as g
 from learnsched.export.errors import ExportError
 from learnsched.export.operations import BATCH_NORMS
-from learnsched.export.thresholds import Doubles, centre
+from learnsched.export.thresholds import centre, fit_line
 from learnsched.export.trace import Translation, trace, translate
+from learnsched.export.values import Doubles
+
+# Below this share of the distance between two integers, a threshold's spacing is changed as well.
+_ROOM = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class _Move:
+    """What to do to the output of a batch norm or biased layer: ``y * gain + shift``."""
+
+    module: str
+    gain: Doubles
+    shift: Doubles
 
 
 @torch.no_grad()
@@ -23,7 +37,8 @@ def align_(model: nn.Module, example_input: Tensor) -> nn.Module:
     rounding, the code depends on the order of summation. Between two neighbouring sums of integers a
     threshold can be moved freely: no decision changes. This moves the bias of the batch norm (or of the
     layer) ahead of each quantized activation to the place where all thresholds are as far from the sums
-    as they can be together. Exports give the same codes with and without it; with it, so does PyTorch.
+    as they can be together; where that is not far, its factor too. Exports give the same codes with and
+    without it; with it, so does PyTorch. Behind activations that bend, nothing is moved.
 
     Args:
         model: finished by ``finalize_``; changed in place.
@@ -44,72 +59,90 @@ def align_(model: nn.Module, example_input: Tensor) -> nn.Module:
         >>> net = align_(net, torch.zeros(1, 8))
     """
     before = translate(model, example_input)
-    moved = []
-    for node in before.graph:
-        if isinstance(node, g.Threshold):
-            found = _shift(before, node)
-            if found is not None:
-                parameter, shift = _target(model, *found)
-                moved.append((parameter, parameter.clone()))
-                parameter.add_(torch.from_numpy(shift).to(parameter))
+    moves = [_move(before, node) for node in before.graph if isinstance(node, g.Threshold)]
+    kept: list[tuple[Tensor, Tensor]] = []
     try:
-        after = trace(model, example_input)
-        for node in before.graph:
-            twin = after[node.name]
-            if not isinstance(node, g.Threshold) or not isinstance(twin, g.Threshold):
-                continue
-            if not np.array_equal(node.thresholds, twin.thresholds):
-                raise ExportError(
-                    f"{node.name}: its thresholds are closer together than float32 can keep apart"
-                )
+        for move in moves:
+            if move is not None:
+                _apply(model.get_submodule(move.module), move, kept)
+        _check_same(before.graph, trace(model, example_input))
     except BaseException:
-        for parameter, value in moved:
-            parameter.copy_(value)
+        for tensor, value in reversed(kept):
+            tensor.copy_(value)
         raise
     return model
 
 
-def _shift(translation: Translation, node: g.Threshold) -> tuple[str, Doubles] | None:
-    """The module to move and by how much its output must rise, in real numbers."""
+def _check_same(before: g.Graph, after: g.Graph) -> None:
+    for node in before:
+        twin = after[node.name]
+        if not isinstance(node, g.Threshold) or not isinstance(twin, g.Threshold):
+            continue
+        if not np.array_equal(node.thresholds, twin.thresholds):
+            raise ExportError(
+                f"{node.name}: its thresholds are closer together than float32 can keep apart"
+            )
+
+
+def _move(translation: Translation, node: g.Threshold) -> _Move | None:
+    """What takes a quantizer's thresholds away from the integers; None where nothing can."""
     call = translation.decided[node.name]
-    offset = translation.offset(call)
-    quantizer: Any = translation.operations[call].module
-    levels = quantizer.levels
+    source = call.all_input_nodes[0]
+    found = translation.calls.integer_affine(source)
+    quantizer: Any = translation.calls.operations[call].module
+    levels, scale = quantizer.levels, quantizer.scale.double().item()
     spaced = np.allclose(np.diff(levels.thresholds), levels.step, rtol=1e-12)
-    target = _movable(translation, call.all_input_nodes[0])
-    if node.slopes is None or offset is None or target is None or not spaced:
+    module = _movable(translation, source)
+    if node.slopes is None or found is None or module is None or not spaced:
         return None
-    scale = quantizer.scale.double().item()
-    wanted = centre(node, node.slopes)
+    offset, room = centre(node, node.slopes)
+    gain = np.ones(len(offset))
+    slope = np.abs(node.slopes[0])
+    if translation.calls.operations[source].kind == "batch_norm" and len(node.inputs) == 1:
+        d, c = fit_line(node.thresholds[:, 0], node.low, node.high)
+        tight = (room < _ROOM * slope) & (slope > 0)
+        gain = np.where(tight, 1 / (d * np.where(slope > 0, slope, 1)), 1.0)
+        offset = np.where(tight, 0.5 - c / d, offset)
     # In codes, a quantizer rounds (z / scale - t_0) / step + 1/2 to the nearest integer.
-    real = (levels.thresholds[0] + (wanted - 0.5) * levels.step) * scale
+    wanted = (levels.thresholds[0] + (offset - 0.5) * levels.step) * scale
     edges, low, high = node.thresholds, node.low[:, None, None], node.high[:, None, None]
     decides = ((edges > low) & (edges <= high)).any((1, 2))
-    return target, np.where(decides, real - offset, 0.0)
+    gain = np.where(decides, gain, 1.0)
+    return _Move(module, gain, np.where(decides, wanted - gain * found[1], 0.0))
 
 
 def _movable(translation: Translation, call: fx.Node) -> str | None:
     """The batch norm or biased layer whose output enters the quantizer as a plain summand."""
-    operation = translation.operations[call]
+    operation = translation.calls.operations[call]
     if len(call.users) > 1:
         return None
     if operation.kind == "batch_norm":
         return operation.name
     if operation.kind == "product":
-        module: Any = operation.module
-        return None if module.bias is None else operation.name
+        product: Any = operation.module
+        return None if product.bias is None else operation.name
     if operation.kind in ("addition", "passing"):
-        found = (_movable(translation, a) for a in call.all_input_nodes)
+        found = (_movable(translation, argument) for argument in call.all_input_nodes)
         return next((name for name in found if name is not None), None)
     return None
 
 
-def _target(model: nn.Module, name: str, shift: Doubles) -> tuple[Tensor, Doubles]:
-    """The parameter to add to, and what."""
-    module: Any = model.get_submodule(name)
-    if module.bias is not None or not isinstance(module, BATCH_NORMS):
-        return module.bias, shift
-    variance: Any = module.running_var
-    deviation = np.sqrt(variance.double().cpu().numpy() + module.eps)
-    mean: Any = module.running_mean
-    return mean, -shift * deviation
+def _apply(module: Any, move: _Move, kept: list[tuple[Tensor, Tensor]]) -> None:
+    """Change what the module puts out; ``kept`` gets the tensors changed and their values before."""
+    norm = isinstance(module, BATCH_NORMS)
+    if norm and (module.weight is None or module.bias is None):
+        # Without factors of its own: (x - mean) / deviation, of which both can change.
+        mean, variance = module.running_mean, module.running_var
+        deviation = (variance.double() + module.eps).sqrt() / torch.from_numpy(move.gain).to(
+            mean.device
+        )
+        kept += [(mean, mean.clone()), (variance, variance.clone())]
+        mean.sub_((torch.from_numpy(move.shift).to(mean.device) * deviation).to(mean.dtype))
+        variance.copy_((deviation.square() - module.eps).to(variance.dtype))
+        return
+    gain, shift = (torch.from_numpy(v).to(module.bias) for v in (move.gain, move.shift))
+    kept.append((module.bias, module.bias.clone()))
+    module.bias.mul_(gain).add_(shift)
+    if norm:
+        kept.append((module.weight, module.weight.clone()))
+        module.weight.mul_(gain)

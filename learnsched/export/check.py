@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from learnsched.export import graph as g
 from learnsched.export.errors import ExportError
 from learnsched.export.operations import QUANTIZERS
-from learnsched.export.reference import run
+from learnsched.export.reference import integers
 
 
 @torch.no_grad()
@@ -89,12 +89,6 @@ def prove(model: nn.Module, graph: g.Graph, x: Tensor) -> None:
     if not any(isinstance(node, g.REAL) for node in graph) and isinstance(graph.output, g.Decode):
         found = integers(graph, x.detach().cpu().numpy())
         check(graph, pytorch_codes(model, graph, x), found, "the example")
-
-
-def integers(graph: g.Graph, x: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """Every node's integers by the NumPy reference, the output's accumulators under its name."""
-    found = run(graph, x)
-    return {**found, graph.output.name: found[graph.output.inputs[0]]}
 
 
 def _integers(node: Any, module: Any, output: Tensor) -> NDArray[np.int64]:

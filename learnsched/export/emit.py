@@ -41,7 +41,7 @@ class Dialect(Protocol):
     def bipolar(
         self, emitter: Emitter, name: str, x: str, shape: tuple[int, ...], levels: g.IntegerLevels
     ) -> None:
-        """The tensor ``name``: the upper of two levels where ``x`` is not negative."""
+        """The tensor ``name``: the upper of two levels where ``x`` is at least 0."""
         ...
 
 
@@ -92,8 +92,8 @@ class Emitter:
         if name not in self.constants:
             array = np.asarray(values)
             if kind is None:
-                array = array.astype(np.float32)
-                tensor = self.onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
+                array = np.array(array, np.float32, order="C")
+                tensor = self.onnx.numpy_helper.from_array(array, name)
             else:
                 tensor = self.onnx.helper.make_tensor(
                     name, kind, array.shape, array.ravel().tolist()
@@ -171,29 +171,25 @@ class Emitter:
         scale = self.constant(f"{name}.scale", node.scale)
         x = self.op("Div", [node.inputs[0], scale], f"{name}.scaled", shape)
         halves = tuple(i + 0.5 for i in integers[:-1])
-        if len(integers) == 2:
-            t = self.constant(f"{name}.threshold", node.thresholds[0])
-            above = self.op("Sub", [x, t], f"{name}.above", shape)
-            self.dialect.bipolar(self, name, above, shape, node.levels)
-        elif node.levels.contiguous and node.thresholds == halves:
+        if node.levels.contiguous and node.thresholds == halves:
             # Round takes halves to the even neighbour, PyTorch's staircase to the upper one. The
             # difference to the rounded number is exact, and one half where they disagree.
             near = self.op("Round", [x], f"{name}.near", shape)
             rest = self.op("Sub", [x, near], f"{name}.rest", shape)
-            step = self._step(f"{name}.up", rest, self.constant("half", 0.5), shape)
-            total = self.op("Add", [near, step], f"{name}.rounded", shape)
+            reached = self._reached(name, rest, self.constant("half", 0.5), shape)
+            total = self.op("Add", [near, reached], f"{name}.rounded", shape)
             self.dialect.codes(self, name, total, shape, node.levels)
         else:
-            edges = [self.constant(f"{name}.t{k}", t) for k, t in enumerate(node.thresholds)]
+            edges = self.constant(f"{name}.thresholds", np.array(node.thresholds))
             self._stairs(name, x, edges, shape, node.levels)
 
     def _product(self, node: g.Product) -> None:
         weight = self._weight(node.name, node.weight, node.levels, node.window)
-        self._multiply(node.name, node.inputs[0], weight, node.shape, node.window)
+        self._multiply(node, weight, node.name)
 
     def _threshold(self, node: g.Threshold) -> None:
         levels, shape, name = node.levels, node.shape, node.name
-        two = len(levels.integers) == 2
+        two = len(levels.integers) == 2 and not levels.contiguous
         found = affine(node) if two or levels.contiguous else None
         if found is None:
             self._compare(node)
@@ -211,50 +207,46 @@ class Emitter:
         write(self, name, total, shape, levels)
 
     def _compare(self, node: g.Threshold) -> None:
-        """Thresholds one by one, for codes that no line gives."""
+        """Counts the thresholds that are reached, for codes that no line gives."""
         name, shape = node.name, node.shape
         sign = self._channels(f"{name}.sign", node.sign, shape)
         x = self.op("Mul", [node.inputs[0], sign], f"{name}.signed", shape)
-        steps = range(node.thresholds.shape[2])
+        rows, steps = node.thresholds.shape[1:]
         if len(node.inputs) == 1:
-            edges = [self._channels(f"{name}.t{k}", node.thresholds[:, 0, k], shape) for k in steps]
+            table = node.thresholds.reshape(-1, *[1] * (len(shape) - 1), steps)
+            edges = self.constant(f"{name}.thresholds", table)
         else:
-            rows = node.thresholds.shape[1]
             first = np.arange(shape[0]) * rows - node.row_low
             start = self._channels(f"{name}.rows", first, shape)
             row = self.op("Add", [node.inputs[1], start], f"{name}.row", shape)
             whole = self.onnx.TensorProto.INT64
             index = self.op("Cast", [row], f"{name}.index", shape, dtype=whole, to=whole)
-            tables = [
-                self.constant(f"{name}.t{k}", node.thresholds[:, :, k].ravel()) for k in steps
-            ]
-            edges = [
-                self.op("Gather", [table, index], f"{name}.edge{k}", shape, axis=0)
-                for k, table in enumerate(tables)
-            ]
+            rowwise = self.constant(f"{name}.thresholds", node.thresholds.reshape(-1, steps))
+            edges = self.op("Gather", [rowwise, index], f"{name}.edges", (*shape, steps), axis=0)
         self._stairs(name, x, edges, shape, node.levels)
 
     def _stairs(
-        self, name: str, x: str, edges: list[str], shape: tuple[int, ...], levels: g.IntegerLevels
+        self, name: str, x: str, edges: str, shape: tuple[int, ...], levels: g.IntegerLevels
     ) -> None:
-        total = self.constant(f"{name}.lowest", float(levels.integers[0]))
+        """The level of ``x`` by thresholds that stand along a last dimension of their own."""
         gaps = np.diff(levels.integers)
-        for k, (edge, gap) in enumerate(zip(edges, gaps, strict=True)):
-            step = self._step(f"{name}.step{k}", x, edge, shape)
-            if gap != 1:
-                height = self.constant(f"{name}.gap{k}", float(gap))
-                step = self.op("Mul", [step, height], f"{name}.rise{k}", shape)
-            total = self.op("Add", [total, step], f"{name}.level{k}", shape)
-        if len(levels.integers) == 2:
-            self.dialect.bipolar(self, name, total, shape, levels)
-        else:
-            self.dialect.codes(self, name, total, shape, levels)
+        last = self.constant("last", np.array([-1]), self.onnx.TensorProto.INT64)
+        apart = self.op("Unsqueeze", [x, last], f"{name}.apart", (*shape, 1))
+        reached = self._reached(name, apart, edges, (*shape, len(gaps)))
+        if (gaps != 1).any():
+            heights = self.constant(f"{name}.gaps", gaps)
+            reached = self.op("Mul", [reached, heights], f"{name}.rises", (*shape, len(gaps)))
+        risen = self.op("ReduceSum", [reached, last], f"{name}.risen", shape, keepdims=0)
+        lowest = self.constant(f"{name}.lowest", float(levels.integers[0]))
+        level = self.op("Add", [risen, lowest], f"{name}.level", shape)
+        self.dialect.codes(self, name, level, shape, levels)
 
-    def _step(self, name: str, x: str, threshold: str, shape: tuple[int, ...]) -> str:
+    def _reached(self, name: str, x: str, threshold: str, shape: tuple[int, ...]) -> str:
         """1 where ``x`` is at least the threshold, 0 elsewhere."""
         truth, real = self.onnx.TensorProto.BOOL, self.onnx.TensorProto.FLOAT
-        reached = self.op("GreaterOrEqual", [x, threshold], f"{name}.reached", shape, dtype=truth)
-        return self.op("Cast", [reached], name, shape, to=real)
+        inputs = [x, threshold]
+        reached = self.op("GreaterOrEqual", inputs, f"{name}.reached", shape, dtype=truth)
+        return self.op("Cast", [reached], f"{name}.steps", shape, to=real)
 
     def _max_pool(self, node: g.MaxPool) -> None:
         attributes = _window(node.window, node.kernel)
@@ -283,7 +275,7 @@ class Emitter:
             weight = self._weight(node.name, node.weight.astype(np.int64), node.levels, node.window)
         last = node.scale is None and node.bias is None
         product = node.name if last else f"{node.name}.product"
-        self._multiply(product, node.inputs[0], weight, node.shape, node.window)
+        self._multiply(node, weight, product)
         if not last:
             self._scaled(node.name, product, node.shape, node.scale, node.bias)
 
@@ -317,13 +309,13 @@ class Emitter:
     ) -> str:
         return self.dialect.weight(self, name, weight.T if window is None else weight, levels)
 
-    def _multiply(
-        self, name: str, x: str, weight: str, shape: tuple[int, ...], window: g.Window | None
-    ) -> None:
-        if window is None:
-            self.op("MatMul", [x, weight], name, shape)
+    def _multiply(self, node: g.Product | g.RealProduct, weight: str, name: str) -> None:
+        inputs = [node.inputs[0], weight]
+        if node.window is None:
+            self.op("MatMul", inputs, name, node.shape)
         else:
-            self.op("Conv", [x, weight], name, shape, group=window.groups, **_window(window))
+            attributes = _window(node.window, node.weight.shape[2:])
+            self.op("Conv", inputs, name, node.shape, group=node.window.groups, **attributes)
 
     def _scaled(
         self,
@@ -352,12 +344,10 @@ def need(package: str, extra: str = "export") -> None:
         raise ExportError(f"{package} is not installed; pip install 'learnsched[{extra}]'")
 
 
-def _window(window: g.Window, kernel: tuple[int, ...] | None = None) -> dict[str, Any]:
-    attributes: dict[str, Any] = {
+def _window(window: g.Window, kernel: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        "kernel_shape": kernel,
         "strides": window.stride,
         "pads": [*window.padding, *window.padding],
         "dilations": window.dilation,
     }
-    if kernel is not None:
-        attributes["kernel_shape"] = kernel
-    return attributes

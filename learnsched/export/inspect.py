@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from learnsched.export import graph as g
 from learnsched.export.emit import need
 from learnsched.export.errors import FolderError
-from learnsched.export.ternary import integer_reference
+from learnsched.export.reference import integer_reference
 
 _QUANTIZERS = ("QuantizeLinear", "Quant", "BipolarQuant")
 _PRODUCTS = ("Conv", "MatMul")
@@ -132,8 +132,8 @@ class Report:
                 f"{self.path}: {self.format}, {self.file_bytes:,} bytes on disk",
                 *lines,
                 f"weights: {self.weights:,}, {self.sparsity:.1%} of them zero, in "
-                f"{self.weight_bytes:,} bytes (float32: {float_bytes:,}, {float_bytes / total:.1f} times "
-                "as much)",
+                f"{self.weight_bytes:,} bytes "
+                f"(float32: {float_bytes:,}, {float_bytes / total:.1f} times as much)",
                 f"operations for one input: {self.operations:,} multiply-accumulates, "
                 f"{self.nonzero_operations:,} with a weight other than zero",
                 f"activation memory for one input: {self.activation_bytes:,} bytes at most, for one "

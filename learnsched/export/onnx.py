@@ -43,12 +43,15 @@ class _Plain:
         self, emitter: Emitter, name: str, x: str, shape: tuple[int, ...], levels: g.IntegerLevels
     ) -> None:
         kind, low, high = self._type(emitter, name, levels)
-        if (low, high) != (levels.integers[0], levels.integers[-1]):
-            ends = [
-                emitter.constant(f"whole{i}", float(i))
-                for i in (levels.integers[0], levels.integers[-1])
-            ]
-            x = emitter.op("Clip", [x, *ends], f"{name}.clipped", shape)
+        # QuantizeLinear clips to the ends of its type. Not Clip for other ends: ONNX Runtime fuses that
+        # with QuantizeLinear, and then fails to load 2-bit types.
+        for operator, limit, end in (
+            ("Max", low, levels.integers[0]),
+            ("Min", high, levels.integers[-1]),
+        ):
+            if limit != end:
+                bound = emitter.constant(f"whole{end}", float(end))
+                x = emitter.op(operator, [x, bound], f"{name}.{operator.lower()}", shape)
         one, zero = self._parameters(emitter, kind)
         stored = emitter.op("QuantizeLinear", [x, one, zero], f"{name}.stored", shape, dtype=kind)
         emitter.op("DequantizeLinear", [stored, one, zero], name, shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -207,7 +206,7 @@ def convolution_window(name: str, module: nn.Module) -> Window | None:
 
 
 def pool_window(
-    name: str, module: nn.Module, shape: tuple[int, ...]
+    name: str, module: nn.Module | None, shape: tuple[int, ...]
 ) -> tuple[tuple[int, ...], Window]:
     """Kernel and window of a pool over an input of ``shape``.
 
@@ -234,11 +233,6 @@ def pool_window(
         raise ExportError(f"{name}: return_indices cannot be exported")
     dilation = _tuple(getattr(settings, "dilation", 1), rank)
     return kernel, Window(stride=stride, padding=padding, dilation=dilation)
-
-
-def count(kernel: tuple[int, ...]) -> int:
-    """Elements of a window."""
-    return math.prod(kernel)
 
 
 def _tuple(value: Any, rank: int) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Inference with integers alone, in NumPy: what an accelerator has to compute.
+"""``integer_reference``: inference with integers alone, in NumPy, as an accelerator computes.
 
 Between the two ends, where real inputs become codes and accumulators become real outputs, there is no
 floating-point number. Written plainly, as a reference to check faster implementations against.
@@ -6,19 +6,104 @@ floating-point number. Written plainly, as a reference to check faster implement
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from learnsched.export import graph as g
+from learnsched.export.errors import FolderError
+from learnsched.export.folder import MANIFEST, read_files, read_manifest
+from learnsched.export.manifest import read_array, read_entry
 
 Codes = NDArray[np.int32]
 
 # Samples at a time: unfolded windows of a whole data set would not fit in memory.
 _CHUNK = 64
+
+
+class IntegerReference:
+    """Integer-only inference of a network that ``export_ternary`` wrote; made by ``integer_reference``.
+
+    Attributes:
+        graph: the layers.
+        manifest: the manifest, as read.
+        vectors: codes of the inputs and accumulators of the outputs that the folder holds.
+    """
+
+    def __init__(
+        self, graph: g.Graph, manifest: dict[str, Any], vectors: dict[str, NDArray[np.int32]]
+    ) -> None:
+        self.graph, self.manifest, self.vectors = graph, manifest, vectors
+
+    def __call__(self, x: NDArray[Any]) -> NDArray[np.float32]:
+        """Outputs of the network: float32, ``accumulator * scale + bias``.
+
+        Args:
+            x: real inputs, shape ``(samples, ...)``; or integers, the codes of the input's quantizer.
+        """
+        return run(self.graph, x)[self.graph.output.name]
+
+    def layers(self, x: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Integers of every layer, by name; the accumulators behind the output under ``output``."""
+        return integers(self.graph, x)
+
+    def verify(self) -> None:
+        """Compute the folder's test vectors.
+
+        Raises:
+            FolderError: a result is not what the folder says.
+        """
+        wrong = (self.layers(self.vectors["input"])["output"] != self.vectors["output"]).sum()
+        if wrong:
+            raise FolderError(f"{wrong} accumulators of the test vectors differ; export again")
+
+
+def integer_reference(folder: str | os.PathLike[str]) -> IntegerReference:
+    """Read a folder of ``export_ternary`` for integer-only inference in NumPy.
+
+    Every file is checked against the manifest, and the test vectors are computed, before it returns.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no manifest in it.
+        FolderError: the folder is of another format or version, or a file is missing, unlisted, altered,
+            truncated or outside; or the test vectors do not come out.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torch import nn
+        >>> from learnsched import export_ternary, finalize_, quantize_, ternary
+        >>> from learnsched.export import QuantizedInput
+        >>> net = nn.Sequential(QuantizedInput(0.05), nn.Linear(8, 4))
+        >>> net = finalize_(quantize_(net, ternary()))
+        >>> folder, x = tempfile.mkdtemp(), torch.randn(20, 8)
+        >>> export_ternary(net, x, folder)
+        >>> reference = integer_reference(folder)
+        >>> bool(np.allclose(reference(x.numpy()), net(x).detach().numpy(), atol=1e-5))
+        True
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    files = read_files(folder, manifest)
+    try:
+        nodes = tuple(read_entry(entry, files) for entry in manifest["layers"])
+        vectors = {
+            name: read_array(manifest["vectors"][name], files).astype(np.int32)
+            for name in ("input", "output")
+        }
+        reference = IntegerReference(g.Graph(nodes), manifest, vectors)
+        _check_order(nodes)
+        reference.verify()
+    except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        raise FolderError(f"{folder / MANIFEST} does not describe a network: {error!r}") from error
+    except FolderError:
+        raise
+    except ValueError as error:
+        raise FolderError(f"{folder / MANIFEST} does not fit its files: {error}") from error
+    return reference
 
 
 def run(graph: g.Graph, x: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -44,6 +129,12 @@ def run(graph: g.Graph, x: NDArray[Any]) -> dict[str, NDArray[Any]]:
         )
     parts = [_run(graph, x[i : i + _CHUNK]) for i in range(0, max(len(x), 1), _CHUNK)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def integers(graph: g.Graph, x: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """As :func:`run`, but the accumulators behind the output stand under its name."""
+    found = run(graph, x)
+    return {**found, graph.output.name: found[graph.output.inputs[0]]}
 
 
 def _run(graph: g.Graph, x: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -82,7 +173,7 @@ def _product(node: g.Product, x: Codes) -> Codes:
     results = []
     for index in range(window.groups):
         part = columns[:, index * inputs : (index + 1) * inputs]
-        part = np.moveaxis(part, 1, 1 + len(spatial)).reshape(len(x) * math.prod(spatial), -1)
+        part = np.moveaxis(part, 1, 1 + len(spatial)).reshape(-1, weight[0].size)
         rows = weight[index * outputs : (index + 1) * outputs].reshape(outputs, -1)
         results.append((part @ rows.T).reshape(len(x), *spatial, outputs))
     return np.ascontiguousarray(np.moveaxis(np.concatenate(results, -1), -1, 1))
@@ -111,10 +202,8 @@ def _sum_pool(node: g.SumPool, x: Codes) -> Codes:
 
 def _decode(node: g.Decode, x: Codes) -> NDArray[np.float32]:
     shape = (-1, *[1] * (x.ndim - 2))
-    real = x * node.scale.astype(np.float64).reshape(shape)
-    if node.bias is not None:
-        real = real + node.bias.astype(np.float64).reshape(shape)
-    return real.astype(np.float32)
+    real = x.astype(np.float32) * node.scale.reshape(shape)
+    return real if node.bias is None else real + node.bias.reshape(shape)
 
 
 def unfold(x: Codes, kernel: tuple[int, ...], window: g.Window, fill: int) -> Codes:
@@ -137,6 +226,18 @@ def unfold(x: Codes, kernel: tuple[int, ...], window: g.Window, fill: int) -> Co
     places = tuple(slice(None, None, s) for s in window.stride)
     inside = tuple(slice(None, None, d) for d in window.dilation)
     return windows[(slice(None), slice(None), *places, *inside)]
+
+
+def _check_order(nodes: tuple[g.Node, ...]) -> None:
+    known: set[str] = set()
+    for index, node in enumerate(nodes):
+        if isinstance(node, g.Input) != (index == 0):
+            raise FolderError("the first layer must be the input, and no other")
+        if node.name in known or not set(node.inputs) <= known:
+            raise FolderError(f"{node.name} is there twice, or reads what does not come before it")
+        known.add(node.name)
+    if not nodes or not isinstance(nodes[-1], g.Decode):
+        raise FolderError("the last layer must decode the output")
 
 
 _COMPUTE: Mapping[type[g.Node], Callable[..., NDArray[Any]]] = {

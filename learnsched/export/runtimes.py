@@ -65,8 +65,8 @@ def run_qonnx(path: str | os.PathLike[str], x: NDArray[Any]) -> dict[str, NDArra
     batch = model.get_tensor_shape("input")[0]
     if not len(x) or len(x) % batch:
         raise ValueError(f"{len(x)} samples do not fill batches of {batch}, as the file takes")
-    infos = [*model.graph.input, *model.graph.value_info, *model.graph.output]
-    names = [i.name for i in infos if not i.name.endswith(".weight.quant")]
+    outputs = [name for node in model.graph.node for name in node.output]
+    names = [name for name in outputs if not name.endswith(".weight.quant")]
     parts = []
     for start in range(0, len(x), batch):
         given = {"input": np.asarray(x[start : start + batch], np.float32)}

@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnsched.export.graph import Integers, Threshold
-
-Doubles = NDArray[np.float64]
+from learnsched.export.values import Doubles
 
 
 def search(
@@ -84,26 +83,21 @@ def fit_line(thresholds: Integers, low: Integers, high: Integers) -> tuple[Doubl
     least = np.where(always, -np.inf, thresholds - 1.0)
     most = np.where(never, np.inf, thresholds * 1.0)
 
-    def room(d: Doubles) -> tuple[Doubles, Doubles]:
-        """How far the thresholds can stay from the integers at a distance, and the best start."""
+    def place(d: Doubles) -> tuple[Doubles, Doubles]:
+        """The best start at a distance, and how far the thresholds stay from the integers then."""
         shift = d[:, None] * steps
-        bottom, top = (least - shift).max(1), (most - shift).min(1)
-        inside = np.isfinite(bottom) & np.isfinite(top)
-        start = np.where(inside, (np.where(inside, bottom, 0) + np.where(inside, top, 0)) / 2, 0)
-        start = np.where(~inside & np.isfinite(top), top - 0.5, start)
-        start = np.where(~inside & np.isfinite(bottom), bottom + 0.5, start)
-        return np.where(inside, top - bottom, 1.0), start
+        return _middle((least - shift).max(1), (most - shift).min(1))
 
     # The room is concave in the distance: narrow the interval that holds its maximum.
     # Distances too small to matter would make factors that are too large to read.
-    left = np.full(len(low), 1 / (2 * len(steps)))
-    right = np.maximum(left, high - low + 2.0) if len(steps) > 1 else np.ones(len(low))
+    left = np.full(len(low), 1 / (2 * len(steps)) if len(steps) > 1 else 1.0)
+    right = np.maximum(left, high - low + 2.0) if len(steps) > 1 else left
     for _ in range(80):
         a, b = left + (right - left) / 3, right - (right - left) / 3
-        better = room(a)[0] < room(b)[0]
+        better = place(a)[1] < place(b)[1]
         left, right = np.where(better, a, left), np.where(better, right, b)
-    d = (left + right) / 2 if len(steps) > 1 else right
-    return d, room(d)[1]
+    d = (left + right) / 2
+    return d, place(d)[0]
 
 
 def affine(node: Threshold) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
@@ -128,12 +122,12 @@ def affine(node: Threshold) -> tuple[NDArray[np.float32], NDArray[np.float32]] |
     else:
         if node.slopes is None:
             return None
-        factors, offset = node.slopes, centre(node, node.slopes)
+        factors, offset = node.slopes, centre(node, node.slopes)[0]
     result = factors.astype(np.float32), offset.astype(np.float32)
     return result if _agrees(node, *result) else None
 
 
-def centre(node: Threshold, slopes: Doubles) -> Doubles:
+def centre(node: Threshold, slopes: Doubles) -> tuple[Doubles, Doubles]:
     """The offset of a line of given slopes that keeps its sums farthest from the halves.
 
     Args:
@@ -141,7 +135,8 @@ def centre(node: Threshold, slopes: Doubles) -> Doubles:
         slopes: in codes for each input, shape ``(inputs, channels)``; signed.
 
     Returns:
-        shape ``(channels,)``: ``round(Σ_i slope_i * x_i + offset)`` is the code.
+        the offset, with which ``round(Σ_i slope_i * x_i + offset)`` is the code, and how far it keeps
+        the sums from the halves, in codes; both of shape ``(channels,)``.
     """
     rows = node.row_low + np.arange(node.thresholds.shape[1])
     halves = np.arange(node.thresholds.shape[2]) + 0.5
@@ -152,16 +147,22 @@ def centre(node: Threshold, slopes: Doubles) -> Doubles:
     never = edge > node.high[:, None, None]
     bottom = np.where(never, -np.inf, halves - slope * edge - other).max((1, 2))
     top = np.where(always, np.inf, halves - slope * (edge - 1) - other).min((1, 2))
-    both = np.isfinite(bottom) & np.isfinite(top)
-    start = np.where(np.isfinite(bottom), bottom + 0.5, np.where(np.isfinite(top), top - 0.5, 0.0))
-    return np.where(both, (np.where(both, bottom, 0) + np.where(both, top, 0)) / 2, start)
+    return _middle(bottom, top)
+
+
+def _middle(bottom: Doubles, top: Doubles) -> tuple[Doubles, Doubles]:
+    """The middle of an interval and its distance from the ends; a half from the only end there is."""
+    ends = np.stack([bottom, top])
+    ends = np.where(np.isfinite(ends), ends, ends[::-1] + np.array([[-1.0], [1.0]]))
+    ends = np.where(np.isfinite(ends), ends, [[-0.5], [0.5]])
+    return ends.mean(0), (ends[1] - ends[0]) / 2
 
 
 def _agrees(node: Threshold, factors: NDArray[np.float32], offset: NDArray[np.float32]) -> bool:
     """Whether float32 arithmetic gives the right code on both sides of every threshold, with room.
 
     The sum rises with the signed first input, so that the two sides of a threshold speak for all others.
-    The room is several times what the operations can round by, in any order, fused or not.
+    The room is more than the two or three operations can round by, in any order, fused or not.
     """
     rows = (node.row_low + np.arange(node.thresholds.shape[1])).astype(np.float32)[:, None]
     steps = node.thresholds.shape[2]
@@ -175,7 +176,7 @@ def _agrees(node: Threshold, factors: NDArray[np.float32], offset: NDArray[np.fl
         other = rows * factors[1][:, None, None]
         total = total + other
         reach = reach + np.abs(other).max((1, 2))
-    total = np.clip(total + shift, -1, steps + 1)
-    room = 0.5 - np.abs(total - np.round(total))
+    total = total + shift
+    room = np.abs(total - np.clip(np.floor(total) + 0.5, 0.5, steps - 0.5))
     right = np.clip(np.round(total), 0, steps) == expected
-    return bool((right & (room > 16 * reach[:, None, None] * 2.0**-24)).all())
+    return bool((right & (room > 4 * reach[:, None, None] * 2.0**-24)).all())

@@ -1,0 +1,88 @@
+"""What is known of a tensor while a network is translated, and the numbers behind quantizers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from learnsched.export import graph as g
+from learnsched.finalize import IntegerWeights
+
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Integer:
+    """An integer tensor that stands for ``integer * scale + bias``.
+
+    Attributes:
+        node: whose output it is.
+        scale: one number, or one a channel; positive.
+        bias: one number a channel, or None.
+        low: least integer, one or one a channel.
+        high: greatest integer.
+    """
+
+    node: str
+    scale: Doubles
+    bias: Doubles | None
+    low: g.Integers
+    high: g.Integers
+
+    @property
+    def plain(self) -> bool:
+        """Whether every channel has the same scale, and no bias: what a product can take."""
+        return not self.scale.ndim and self.bias is None
+
+    def decode(self, integers: g.Integers) -> Doubles:
+        """The real numbers that integers of shape ``(many, channels)`` stand for."""
+        value = integers * self.scale
+        return value if self.bias is None else value + self.bias
+
+
+@dataclass(frozen=True)
+class Real:
+    """A real tensor: the output of the node."""
+
+    node: str
+
+
+class Pending:
+    """A pointwise operation: part of what a quantizer after it decides, or else a real operation."""
+
+
+Value = Integer | Real | Pending
+
+
+def integer_levels(values: tuple[float, ...], name: str = "custom") -> g.IntegerLevels | None:
+    """The levels as multiples of their smallest distance, or None if they are not such.
+
+    Example:
+        >>> integer_levels((-0.5, 0.0, 0.5)).integers
+        (-1, 0, 1)
+    """
+    gaps = [b - a for a, b in zip(values, values[1:], strict=False)]
+    unit = min(*gaps, *(abs(v) for v in values if v))
+    integers = tuple(round(v / unit) for v in values)
+    if any(i * unit != v for i, v in zip(integers, values, strict=True)):
+        return None
+    return g.IntegerLevels(integers, unit, name)
+
+
+def weight_levels(module: nn.Module, weights: IntegerWeights | None) -> g.IntegerLevels | None:
+    """The integer levels of a layer's weight; None if it is real or has no such levels."""
+    if weights is None:
+        return None
+    quantizer: Any = module.weight_quantizer
+    return integer_levels(weights.values, quantizer.levels.name)
+
+
+def weight_integers(weights: IntegerWeights, levels: g.IntegerLevels) -> tuple[g.Integers, Doubles]:
+    """A weight's integers, and the scale of each channel."""
+    integers = np.array(levels.integers, dtype=np.int64)[weights.codes.numpy()]
+    scale = weights.scale.double().numpy().reshape(-1) * levels.unit
+    return integers, np.broadcast_to(scale, len(integers)).copy()

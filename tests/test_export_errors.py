@@ -1,0 +1,213 @@
+"""What cannot be exported is an error that names the layer and the way out."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from export_networks import finalized, mlp, random_network
+from torch import nn
+
+import learnsched as ls
+from learnsched.export import ExportError, QuantizedInput
+from learnsched.export.trace import trace
+
+ALL = (ls.export_onnx, ls.export_qonnx, ls.export_ternary)
+X = torch.linspace(-2, 2, 4 * 64).reshape(4, 1, 8, 8)
+
+
+def body(*layers):
+    """Layers between a convolution and a linear layer, finalized."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), *layers)
+    size = net.eval()(X).flatten(1).shape[1]
+    return nn.Sequential(net, nn.Flatten(), nn.Linear(size, 3))
+
+
+def refused(net, match, exporters=ALL, x=X, tmp_path=None):
+    for export in exporters:
+        target = tmp_path / export.__name__
+        with pytest.raises(ExportError, match=match):
+            export(net, x, target)
+        assert not target.exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_not_quantized(tmp_path):
+    for export in ALL:
+        with pytest.raises(ValueError, match=r"call learnsched\.quantize_ first"):
+            export(mlp(), X, tmp_path / "net")
+
+
+def test_not_finalized(tmp_path):
+    net = ls.quantize_(nn.Sequential(QuantizedInput(0.1), mlp()), ls.ternary(), ls.unsigned(2))
+    refused(net, r"1\.1 has free weights; call learnsched.finalize_", tmp_path=tmp_path)
+    net = finalized(mlp(), X)
+    with torch.no_grad():
+        net[1][1].weight.add_(0.1)
+    refused(net, r"1\.1 have left their level set.*finalize_ again", tmp_path=tmp_path)
+    net = finalized(mlp(), X)
+    net[1][3].forward_std.fill_(0.1)
+    refused(net, r"1\.3 has noise; call learnsched.finalize_", tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layers", "match"),
+    [
+        ((nn.LayerNorm([4, 8, 8]), nn.ReLU()), r"1\.0\.1: LayerNorm has no integer counterpart"),
+        ((nn.GroupNorm(2, 4), nn.ReLU()), r"1\.0\.1: GroupNorm"),
+        ((nn.BatchNorm2d(4), nn.GELU()), r"1\.0\.2: GELU does not rise everywhere.*use ReLU"),
+        ((nn.BatchNorm2d(4), nn.LeakyReLU(-0.1)), r"1\.0\.2: LeakyReLU does not rise"),
+        ((nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(3, ceil_mode=True)), r"1\.0\.3: its windows"),
+        (
+            (nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2, padding=1, count_include_pad=False)),
+            r"1\.0\.3: its windows are not all of one size",
+        ),
+        ((nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(3)), r"1\.0\.3: \(8, 8\) does not divide"),
+        ((nn.BatchNorm2d(4), nn.ReLU(), nn.Softmax(1)), r"1\.0\.3: Softmax"),
+        (
+            (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.ReLU()),
+            r"1\.0\.1: padding_mode='reflect' cannot be exported; use 'zeros'",
+        ),
+        (
+            (nn.Conv2d(4, 4, 2, padding="same"), nn.ReLU()),
+            r"1\.0\.1: padding='same' of an even kernel is lopsided",
+        ),
+        (
+            (nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()),
+            r"1\.0\.1 keeps no running statistics.*track_running_stats=True",
+        ),
+        ((nn.BatchNorm2d(4), nn.ReLU(), nn.ConvTranspose2d(4, 4, 3)), r"1\.0\.3: ConvTranspose2d"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:no batch norm precedes")
+def test_operations_without_counterpart(layers, match, tmp_path):
+    refused(finalized(body(*layers), X), match, tmp_path=tmp_path)
+
+
+class Forward(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.act = nn.ReLU()
+        self.how = forward
+
+    def forward(self, x):
+        return self.how(self, self.act(self.norm(self.conv(x))))
+
+
+@pytest.mark.parametrize(
+    ("forward", "match"),
+    [
+        (lambda self, y: y if y.sum() > 0 else -y, "cannot be traced.*values of tensors"),
+        (lambda self, y: y * y, "uses a tensor's numbers"),
+        (lambda self, y: torch.sigmoid(y), r"sigmoid.* has no integer counterpart"),
+        (lambda self, y: (y, y), "must put out one tensor"),
+        (lambda self, y: self.act(y + y.mean((2, 3), keepdim=True)), "adds tensors of different shapes"),
+        (lambda self, y: y.reshape(1, -1), "changes the batch dimension"),
+        (lambda self, y: nn.functional.dropout(y, 0.5), "dropout"),
+    ],
+)  # fmt: skip
+def test_forwards_that_cannot_be_followed(forward, match, tmp_path):
+    refused(finalized(Forward(forward), X), match, tmp_path=tmp_path)
+
+
+def test_two_inputs(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, a, b):
+            return self.linear(a)
+
+    net = ls.finalize_(ls.quantize_(Two(), ls.ternary()))
+    with pytest.raises(ExportError, match="takes 2 inputs"):
+        trace(net, torch.zeros(1, 4))
+
+
+def test_numbers(tmp_path):
+    net, x = random_network("mlp", seed=40)
+    refused(net.double(), r"call model.float\(\) first", x=x, tmp_path=tmp_path)
+    net, x = random_network("mlp", seed=40)
+    net[1][2].running_var[0] = float("nan")
+    refused(net, r"1\.2\.running_var is not finite", x=x, tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "x", [torch.zeros(64), torch.zeros(0, 1, 8, 8), "x", torch.zeros(1, 64).long()]
+)
+def test_example_inputs(x, tmp_path):
+    net, _ = random_network("mlp", seed=41)
+    refused(net, "example_input must be", x=x, tmp_path=tmp_path)
+
+
+def test_example_without_batch_dimension(tmp_path):
+    net, _ = random_network("cnn2d", seed=42)
+    refused(net, "dimension must be the batch", x=torch.zeros(1, 8, 8), tmp_path=tmp_path)
+
+
+def test_real_layers_in_the_ternary_format(tmp_path):
+    def make(**arguments):
+        net = nn.Sequential(QuantizedInput(0.1), mlp())
+        ls.quantize_(net, ls.ternary(), ls.unsigned(2), example_input=X, **arguments)
+        return ls.finalize_(net)
+
+    def refuse(net, match):
+        refused(net, match, (ls.export_ternary,), tmp_path=tmp_path)
+
+    refuse(make(skip=["first"]), r"1\.1 cannot be .*its weight is real; leave it out of skip=")
+    refuse(make(skip=["last"]), r"1\.7 cannot be .*its weight is real")
+    real = {"1.3": ls.LayerConfig(ls.ternary())}
+    refuse(make(overrides=real), r"1\.2 computes with real numbers.*quantize the activation after")
+    net = ls.finalize_(ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2)))
+    refuse(net, r"^1 cannot be .*its input is real; put learnsched.export.QuantizedInput in front")
+    net = nn.Sequential(QuantizedInput(0.1), mlp())
+    net = ls.finalize_(ls.quantize_(net, ls.power_of_two(3), ls.unsigned(2)))
+    refuse(net, r"1\.1 has power_of_two3 weights, which are no trits; quantize it with ternary\(\)")
+
+
+def test_levels_that_are_no_integers(tmp_path):
+    odd = ls.LevelSet((-1.0, 0.3, 1.0))
+    net = finalized(mlp(), X, activation=odd)
+    refused(net, r"1\.3: the levels .* are not whole multiples of one step", tmp_path=tmp_path)
+    net = finalized(mlp(), X, weight=odd)
+    refused(net, r"its levels .* are not whole multiples", (ls.export_ternary,), tmp_path=tmp_path)
+
+
+def test_opsets(tmp_path):
+    net, x = random_network("mlp", seed=43)
+    with pytest.raises(ValueError, match=r"opset must be 25 .* or 21 .*, got 20"):
+        ls.export_onnx(net, x, tmp_path / "net.onnx", opset=20)
+
+
+def test_packages_that_are_not_installed(tmp_path, monkeypatch):
+    net, x = random_network("mlp", seed=44)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for export in (ls.export_onnx, ls.export_qonnx):
+        with pytest.raises(
+            ExportError, match=r"onnx is not installed; pip install 'learnsched\[export\]'"
+        ):
+            export(net, x, tmp_path / "net")
+    ls.export_ternary(net, x, tmp_path / "net")  # needs none
+
+
+def test_a_failed_export_leaves_the_old_file(tmp_path):
+    pytest.importorskip("onnx")
+    net, x = random_network("mlp", seed=45)
+    path = tmp_path / "net.onnx"
+    ls.export_onnx(net, x, path)
+    before = path.read_bytes()
+    net[1][2].running_var[0] = float("nan")
+    with pytest.raises(ExportError):
+        ls.export_onnx(net, x, path)
+    assert path.read_bytes() == before
+
+
+def test_quantized_input_refuses_scales():
+    for scale in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="positive and finite"):
+            QuantizedInput(scale)
+    net = QuantizedInput.fit(torch.tensor([-3.0, 1.0]), ls.unsigned(8))
+    assert np.isclose(net.scale.item(), 3 / 255)
