@@ -47,7 +47,12 @@ SLOW = {
     "compare": module("learnsched.cli", "compare", "figures/held_out.json", "--out", "c.png"),
     "meta_train": ["meta_train.py", "--steps", "1", "--no-report", "--out", "run"],
     "held_out": module(
-        "learnsched.benchmarks.held_out", "--quick", "--tasks", "other seeds, mlp", "--json", "r.json"
+        "learnsched.benchmarks.held_out",
+        "--quick",
+        "--tasks",
+        "other seeds, mlp",
+        "--json",
+        "r.json",
     ),
     "use_in_your_loop": module("learnsched.guides.use_in_your_loop", "--quick", "--out", "run"),
     "train_your_own": module("learnsched.guides.train_your_own", "--quick", "--out", "run"),
