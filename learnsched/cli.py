@@ -166,15 +166,16 @@ def _policy(source: str) -> Any:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from learnsched.benchmarks.held_out import by_task, table
     from learnsched.plotting import plot_comparison
+
+    held_out = _optional("learnsched.benchmarks.held_out", "metatrain")
 
     records = [record for path in options.results for record in _records(path)]
     _check_grid(records)
     _say(f"{len(records)} records: intervals by bootstrap …")
-    print(table(records))
+    print(held_out.table(records))
     if options.out is not None:
-        plot_comparison(by_task(records), options.out, baseline=options.baseline)
+        plot_comparison(held_out.by_task(records), options.out, baseline=options.baseline)
         print(f"\nwrote {options.out}")
 
 
@@ -216,13 +217,17 @@ def _is_record(record: Any) -> bool:
 def _inspect(options: argparse.Namespace) -> None:
     if not options.path.exists():
         raise FileNotFoundError(f"there is no {options.path}")
+    print(_optional("learnsched.export.inspect", "export").inspect(options.path))
+
+
+def _optional(module: str, extra: str) -> Any:
+    """A module of the package that needs an extra."""
     try:
-        inspect = importlib.import_module("learnsched.export.inspect").inspect
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("learnsched."):
-            raise ImportError("this version of learnsched cannot inspect exports") from error
-        raise ImportError(f"{error.name} is missing; pip install 'learnsched[export]'") from error
-    print(inspect(options.path))
+            raise ImportError(f"this version of learnsched has no {module}") from error
+        raise ImportError(f"{error.name} is missing; pip install 'learnsched[{extra}]'") from error
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> str:

@@ -53,6 +53,13 @@ class LayerConfig:
         activation: level set of the activations; None keeps them real.
         weight_scale: scale rule of the weight; the level set's customary rule if None.
         activation_scale: scale rule of calibration; least squares if None.
+
+    Example:
+        >>> from learnsched import binary, ternary
+        >>> net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> net = quantize_(net, ternary(), overrides={"2": LayerConfig(weight=binary())})
+        >>> [layer.info.weight_levels for layer in quantized_layers(net)]
+        [3, 2]
     """
 
     weight: LevelSet | None = None

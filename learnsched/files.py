@@ -40,8 +40,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except BaseException as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None and error.filename2 is None:
-            # A full disk names no file, and the temporary one means nothing to the user.
+        if isinstance(error, OSError) and error.errno is not None and _of_temporary(error, path):
             error.filename = str(path)
         raise
 
@@ -55,6 +54,13 @@ def write(path: str | Path, writer: Callable[[Path], object]) -> None:
     """Let ``writer`` write a file, whole or not at all."""
     with replacing(path) as temporary:
         writer(temporary)
+
+
+def _of_temporary(error: OSError, path: Path) -> bool:
+    """Whether an error names no file, as of a full disk, or one that means nothing to the user."""
+    if error.filename is None:
+        return True
+    return error.filename2 is None and Path(error.filename).name.startswith(f".{path.name}.")
 
 
 def _umask() -> int:

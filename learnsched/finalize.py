@@ -112,6 +112,11 @@ def reestimate_batch_norm_(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
     Raises:
         TypeError: a batch is neither a tensor nor a tuple that starts with one.
         ValueError: there are no batches, or one is empty. The statistics are as they were.
+
+    Example:
+        >>> net = reestimate_batch_norm_(nn.BatchNorm1d(1), [torch.tensor([[1.0], [3.0]])])
+        >>> net.running_mean.item()
+        2.0
     """
     return _reestimate(model, _inputs(batches, model))
 
@@ -153,6 +158,12 @@ def finalize_(model: nn.Module, loader: Iterable[Any] | None = None) -> nn.Modul
         RuntimeError: a weight is not on its level set, to the bit (it is not finite, for one).
         TypeError: a batch is neither a tensor nor a tuple that starts with one.
         ValueError: the model has no quantized layers, or the loader or a batch is empty.
+
+    Example:
+        >>> from learnsched import quantize_, ternary
+        >>> net = quantize_(nn.Sequential(nn.Linear(8, 1, bias=False)), ternary())
+        >>> len(finalize_(net)[0].weight.unique()) <= 3
+        True
     """
     layers = quantized_layers(model)
     inputs = None if loader is None else _inputs(loader, model)

@@ -138,6 +138,11 @@ class Fixed:
 
     Raises:
         ValueError: the value is not positive and finite.
+
+    Example:
+        >>> from learnsched import ternary
+        >>> Fixed(0.5)(torch.zeros(3), ternary()).item()
+        0.5
     """
 
     value: float

@@ -31,6 +31,10 @@ class Setting:
 
     Raises:
         ValueError: a std is negative, the fraction leaves [0, 1], or a number is not finite.
+
+    Example:
+        >>> Setting(weight_forward_std=0.3).is_terminal, Setting(fraction=1.0).is_terminal
+        (False, True)
     """
 
     weight_forward_std: float = 0.0
@@ -73,6 +77,12 @@ class Schedule:
 
     Raises:
         ValueError: shapes do not match, or a fraction decreases.
+
+    Example:
+        >>> rows = [[Setting(weight_forward_std=0.4)], [Setting(fraction=1.0)]]
+        >>> schedule = Schedule.from_settings(rows, ["fc"])
+        >>> schedule.horizon, schedule["weight_forward_std"].flatten().tolist()
+        (2, [0.4, 0.0])
     """
 
     table: Tensor
@@ -127,6 +137,10 @@ class LayerInfo:
         fan_in: inputs of one output unit; 0 for a layer without quantized weights.
         weight_levels: number of levels of its weights; 0 if they stay real.
         activation_levels: number of levels of its activation; 0 if it stays real.
+
+    Example:
+        >>> LayerInfo("fc", fan_in=10, weight_levels=3, activation_levels=4).name
+        'fc'
     """
 
     name: str
@@ -144,6 +158,10 @@ class RunInfo:
         horizon: number of epochs, at least 1.
         steps_per_epoch: optimizer steps in an epoch, or None while unknown.
         fine_tuning: whether training starts from a trained float network.
+
+    Example:
+        >>> RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=5).progress(2)
+        0.5
     """
 
     layers: tuple[LayerInfo, ...]
@@ -174,6 +192,10 @@ class Telemetry:
         loss: mean training loss of the epoch before over that of the first epoch, shape ``(...)``.
         loss_trend: mean training loss of the epoch before over that of the one before it, same shape.
         weight_error: relative quantization error of each layer's weights, shape ``(..., layers)``.
+
+    Example:
+        >>> Telemetry.initial(torch.tensor([0.5, 0.4])).loss.item()
+        1.0
     """
 
     loss: Tensor

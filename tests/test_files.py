@@ -1,5 +1,6 @@
 """Files are whole or absent."""
 
+import errno
 import os
 import stat
 
@@ -45,6 +46,21 @@ def test_a_failing_disk_keeps_the_file_that_was_there(tmp_path, monkeypatch, nam
         write_text(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("named", [None, "temporary"])
+def test_an_error_of_the_disk_names_the_file(tmp_path, named):
+    path = tmp_path / "a.txt"
+    with pytest.raises(OSError, match="No space") as caught, replacing(path) as temporary:
+        raise OSError(errno.ENOSPC, "No space", str(temporary) if named else None)
+    assert caught.value.filename == str(path)
+
+
+def test_an_error_of_another_file_keeps_its_name(tmp_path):
+    other = str(tmp_path / "other.txt")
+    with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "a.txt"):
+        open(other).close()
+    assert caught.value.filename == other
 
 
 def test_readers_see_the_old_file_until_the_block_ends(tmp_path):

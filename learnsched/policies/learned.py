@@ -35,6 +35,11 @@ class Domain:
 
     Raises:
         ValueError: a range is not positive and finite, or is reversed.
+
+    Example:
+        >>> from learnsched.schedule import LayerInfo
+        >>> Domain(horizon=(5, 20)).outside(RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=90))
+        ['horizon (epochs) 90 to 90 (seen 5 to 20)']
     """
 
     horizon: tuple[float, float] = (1, 1000)
@@ -76,6 +81,11 @@ class MetaNetwork(nn.Module):
     Shape:
         features ``(..., layers, features)`` and hidden state ``(..., layers, hidden)`` in; raw
         outputs ``(..., layers, 5)``, zero at initialisation, and the new hidden state out.
+
+    Example:
+        >>> network = MetaNetwork(hidden=6, embedding=4)
+        >>> network.hidden, network.embedding
+        (6, 4)
     """
 
     def __init__(self, hidden: int = 24, embedding: int = 16) -> None:

@@ -22,6 +22,12 @@ class Relaxed:
 
     Raises:
         ValueError: the std is not positive and finite, or the noise is unknown.
+
+    Example:
+        >>> from learnsched.schedule import LayerInfo, plan
+        >>> run = RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=3)
+        >>> plan(Relaxed(0.5), run)["weight_forward_std"].flatten().tolist()
+        [0.5, 0.5, 0.0]
     """
 
     std: float = 0.35

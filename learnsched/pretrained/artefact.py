@@ -26,7 +26,15 @@ _MOST_UNITS = 256
 
 
 class ArtefactError(ValueError):
-    """An artefact is missing, damaged, altered, or of another schema or version."""
+    """An artefact is missing, damaged, altered, or of another schema or version.
+
+    Example:
+        >>> try:
+        ...     load_pretrained("no such name")
+        ... except ArtefactError as error:
+        ...     print(str(error)[:54])
+        there is no pretrained schedule 'no such name'; give o
+    """
 
 
 def list_pretrained() -> list[str]:
@@ -90,6 +98,13 @@ def save_artefact(policy: LearnedPolicy, path: str | Path, card: Mapping[str, An
         OSError: the folder cannot be written.
         TypeError: the card is not JSON data.
         ValueError: the path does not end in ``.safetensors``, or the artefact would be too large.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "copy.safetensors"
+        >>> path = save_artefact(load_pretrained("default"), path, {"limits": "those of default"})
+        >>> pretrained_card(path)["limits"]
+        'those of default'
     """
     path = Path(path)
     if path.suffix != ".safetensors":

@@ -1,0 +1,89 @@
+"""Every command, run twice in separate processes, gives the same to the bit; times apart."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from learnsched.pretrained import pretrained_card
+
+ROOT = Path(__file__).parent.parent
+
+
+def module(name, *arguments):
+    return ["-m", name, *arguments]
+
+
+def without_times(path):
+    """The content of a file, without the seconds that its making took."""
+    if path.suffix == ".safetensors" and path.stem == "schedule":
+        card = pretrained_card(path)
+        return json.dumps([card["sha256"], card["config"]]).encode()
+    if path.suffix in (".json", ".jsonl"):
+        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        return json.dumps([_stripped(json.loads(line)) for line in lines]).encode()
+    return path.read_bytes()
+
+
+def _stripped(value):
+    if isinstance(value, dict):
+        return {k: _stripped(v) for k, v in value.items() if k != "seconds"}
+    return [_stripped(v) for v in value] if isinstance(value, list) else value
+
+
+# Files whose bytes hold times or the order of processes: checkpoints carry the seconds.
+LEFT_OUT = ("checkpoint.safetensors", "last.pt")
+
+COMMANDS = {
+    "list": module("learnsched.cli", "list", "--json", "default"),
+    "plot": module("learnsched.cli", "plot", "default", "--out", "schedule.png"),
+}
+SLOW = {
+    "compare": module("learnsched.cli", "compare", "figures/held_out.json", "--out", "c.png"),
+    "meta_train": ["meta_train.py", "--steps", "1", "--no-report", "--out", "run"],
+    "held_out": module(
+        "learnsched.benchmarks.held_out",
+        "--quick",
+        "--tasks",
+        "other seeds, mlp",
+        "--json",
+        "r.json",
+    ),
+    "use_in_your_loop": module("learnsched.guides.use_in_your_loop", "--quick", "--out", "run"),
+    "train_your_own": module("learnsched.guides.train_your_own", "--quick", "--out", "run"),
+    "add_your_own": module("learnsched.guides.add_your_own", "--quick", "--out", "run"),
+    "figures": ["figures/make.py"],
+}
+EVERY = [
+    *COMMANDS.items(),
+    *(pytest.param(*item, marks=pytest.mark.slow) for item in SLOW.items()),
+]
+
+
+def hashes(command, folder):
+    """Of the standard output and of every file that the command leaves."""
+    folder.mkdir()
+    shutil.copytree(ROOT / "figures", folder / "figures")
+    shutil.copy(ROOT / "meta_train.py", folder)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": folder.name[-1]}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
+        cwd=folder, env=environment, capture_output=True, check=True, timeout=900,
+    )  # fmt: skip
+    found = {"output": result.stdout}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name not in LEFT_OUT and "tensorboard" not in path.parts:
+            found[str(path.relative_to(folder))] = without_times(path)
+    return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
+
+
+@pytest.mark.parametrize(("name", "command"), EVERY)
+def test_a_command_run_twice_gives_the_same(name, command, tmp_path):
+    first, second = (hashes(command, tmp_path / f"run{number}") for number in (1, 2))
+    assert first == second
+    assert len(first) > 2
