@@ -116,8 +116,7 @@ def quantize_unchecked(
     )  # fmt: skip
     if inside_transform(x):
         return _mapped(_AnnealedQuantize, arguments)
-    result: Tensor = _AnnealedQuantize.apply(*arguments)
-    return result
+    return _apply(_AnnealedQuantize, arguments)
 
 
 def level_probabilities(
@@ -148,8 +147,7 @@ class _Elementwise(torch.autograd.Function):
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        args = _aligned(info.batch_size, in_dims, args)
-        return cls.apply(*args), 0
+        return _apply(cls, _aligned(info.batch_size, in_dims, args)), 0
 
 
 def _aligned(batch: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -167,6 +165,15 @@ def _aligned(batch: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tup
     if in_dims[0] is None:  # the result has the shape of the first tensor
         first = first.expand(batch, *first.shape)
     return first, *rest
+
+
+def _apply(function: Any, args: tuple[Any, ...]) -> Tensor:
+    """``function.apply`` without its search for default arguments, longer than a small layer takes."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        result: Tensor = function.apply(*args)
+    else:
+        result = super(torch.autograd.Function, function).apply(*args)
+    return result
 
 
 def _mapped(function: Any, args: tuple[Any, ...]) -> Tensor:
@@ -189,7 +196,7 @@ def _mapped(function: Any, args: tuple[Any, ...]) -> Tensor:
         return function.apply(*args)
     batch = unwrapped[0].shape[dims[0]]
     with temporarily_pop_interpreter_stack():
-        result = function.apply(*_aligned(batch, tuple(dims), tuple(unwrapped)))
+        result = _apply(function, _aligned(batch, tuple(dims), tuple(unwrapped)))
     return torch._C._functorch._add_batch_dim(result, 0, level)
 
 
@@ -231,13 +238,13 @@ class _AnnealedQuantize(_Elementwise):
         x, f_std, f_mean, b_std, b_mean, scale = _saved(ctx)
         fixed = scale, ctx.levels, ctx.noise
         grad_x = grad_std = grad_mean = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _TimesSlope.apply(grad, x, b_std, b_mean, *fixed)
+        if _asked_for(ctx, 0):
+            grad_x = _apply(_TimesSlope, (grad, x, b_std, b_mean, *fixed))
         # A most probable or a sampled level is piecewise constant in the forward noise.
-        if ctx.mode == "expectation" and ctx.needs_input_grad[1]:
-            grad_std = _StdSlope.apply(grad, x, f_std, f_mean, *fixed)
-        if ctx.mode == "expectation" and ctx.needs_input_grad[2]:
-            product = _TimesSlope.apply(grad, x, f_std, f_mean, *fixed)
+        if ctx.mode == "expectation" and _asked_for(ctx, 1):
+            grad_std = _apply(_StdSlope, (grad, x, f_std, f_mean, *fixed))
+        if ctx.mode == "expectation" and _asked_for(ctx, 2):
+            product = _apply(_TimesSlope, (grad, x, f_std, f_mean, *fixed))
             product = product if scale is None else product * scale
             grad_mean = product.sum_to_size(f_mean.shape)
         return grad_x, grad_std, grad_mean, None, None, None, None, None, None, None
@@ -302,7 +309,7 @@ class _StdSlope(torch.autograd.Function):
             std = std.expand(info.batch_size, *std.shape)
             in_dims = (*in_dims[:2], 0, *in_dims[3:])
         aligned = _aligned(info.batch_size, in_dims, (grad, x, std, *rest))
-        return cls.apply(*aligned).reshape(info.batch_size, *shape), 0
+        return _apply(cls, aligned).reshape(info.batch_size, *shape), 0
 
 
 def _adjoints(
@@ -325,6 +332,21 @@ def _adjoints(
         None,
         None,
     )
+
+
+def _asked_for(ctx: Any, index: int) -> bool:
+    """Whether the backward pass under way leads to this input.
+
+    An inner training step inside a graph of settings asks for the weights' gradients alone, though the
+    noise levels need gradients too: half of the work.
+    """
+    if not ctx.needs_input_grad[index]:
+        return False
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    node = ctx.next_functions[index][0]
+    # The engine does not answer for leaves.
+    return hasattr(node, "variable") or bool(torch._C._will_engine_execute_node(node))
 
 
 def _save(ctx: Any, *values: Any) -> None:

@@ -297,6 +297,7 @@ def _call(
     size = x.numel()
     if library is None or not size or x.layout is not torch.strided:
         return None
+    transformed = torch._C._are_functorch_transforms_active()
     rows = 1
     kept: list[Tensor | None] = []
     pointers: list[int | None] = []
@@ -308,16 +309,17 @@ def _call(
             strides.append(0)
             continue
         tensor = level if isinstance(level, Tensor) else _number(float(level))
-        if inside_transform(tensor) or not tensor.is_cpu:
+        if not tensor.is_cpu or (transformed and inside_transform(tensor)):
             return None
-        count = tensor.numel()
-        if count != 1:
-            if tensor.dim() != x.dim() or tensor.shape[0] != count or x.shape[0] != count:
-                return None
-            rows = count
         if tensor.dtype is not torch.float32:
             tensor = tensor.float()
-        tensor = tensor.contiguous()
+        count = tensor.numel()
+        if count != 1:
+            shape = tensor.shape
+            if len(shape) != x.dim() or shape[0] != count or x.shape[0] != count:
+                return None
+            rows = count
+            tensor = tensor.contiguous()
         kept.append(tensor)
         pointers.append(tensor.data_ptr())
         strides.append(int(count != 1))
