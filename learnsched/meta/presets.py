@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from learnsched.meta.estimators import Estimator, Unrolled
+from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.hybrid import Hybrid
 from learnsched.meta.tasks import Mix, Task
 from learnsched.meta.trainer import TrainerConfig
@@ -74,7 +75,7 @@ _STANDARD_MIX = Mix(
     bits=(("ternary/2-bit", 1.0),),
     learning_rates=(1e-2, 5e-2),
     fine_tuning=0.3,
-    members=8,
+    members=16,
     tasks=2,
 )
 
@@ -125,11 +126,14 @@ PRESETS: dict[str, Preset] = {
                 ("mnist1d", "cnn1d", 12, 4, 12, 25, False),
                 ("mnist1d", "mlp", 32, 4, 12, 15, False),
             ),
+            learning_rate=0.004,
             decay=60.0,
             average=0.9,
         ),
         base=_BASE,
-        estimator=Hybrid(),
+        estimator=Hybrid(
+            evolution=EvolutionStrategies(pairs=4, std=0.15, relative_std=0.5, knots=2)
+        ),
     ),
 }
 PRESETS["long"] = replace(
