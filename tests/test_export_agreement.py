@@ -19,7 +19,7 @@ from torch import nn
 import learnsched as ls
 from learnsched.export import align_
 from learnsched.export.check import pytorch_codes
-from learnsched.export.reference import integers
+from learnsched.export.reference import integers, run
 from learnsched.export.runtimes import run_onnx
 
 pytest.importorskip("onnx")
@@ -134,6 +134,36 @@ def test_batch_norm_after_the_last_layer(tmp_path):
     np.testing.assert_allclose(y, net(x).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
+class Named(nn.Module):
+    """Layers called input and output, and one whose result nobody reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.input = nn.Linear(64, 16)
+        self.norm, self.act = nn.BatchNorm1d(16), nn.ReLU()
+        self.output = nn.Linear(16, 5)
+        self.unused = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.act(self.norm(self.input(x.flatten(1))))
+        y = self.output(x)
+        self.unused(x)
+        return y
+
+
+def test_layer_names_of_the_ends_and_dead_branches(tmp_path):
+    torch.manual_seed(14)
+    x = torch.randn(40, 1, 8, 8)
+    net = finalized(Named(), x)
+    assert_same_everywhere(net, x, tmp_path)
+    named = Named()
+    ls.quantize_(named, ls.ternary(), ls.unsigned(2), overrides={"output": None})
+    ls.finalize_(named).eval()
+    ls.export_onnx(named, x, tmp_path / "real.onnx")
+    y = run_onnx(tmp_path / "real.onnx", x.numpy())["output"]
+    np.testing.assert_allclose(y, named(x).detach().numpy(), atol=1e-2)
+
+
 def test_batch_size_is_free_in_onnx(tmp_path):
     net, x = random_network("cnn2d", seed=9)
     ls.export_onnx(net, x[:3], tmp_path / "net.onnx")
@@ -182,17 +212,11 @@ def test_qonnx_tools_read_the_file_as_meant(tmp_path):
         assert len(quants) == len([n for n in graph if hasattr(n, "levels")])
         name = model.graph.output[0].name
         found = execute_onnx(model, {model.graph.input[0].name: x.numpy()})[name]
-        assert np.array_equal(found, integers_output(graph, x))
+        assert np.array_equal(found, run(graph, x.numpy())["output"])
         cost = inference_cost(ModelWrapper(str(path)), discount_sparsity=False)["total_cost"]
         operations = sum(graph.operations(n) for n in graph if hasattr(n, "weight"))
         assert cost["op_mac_INT8_INT2"] + cost["op_mac_UINT2_INT2"] == len(x) * operations
         assert cost["mem_w_INT2"] == sum(n.weight.size for n in graph if hasattr(n, "weight"))
-
-
-def integers_output(graph, x):
-    from learnsched.export.reference import run
-
-    return run(graph, x.numpy())["output"]
 
 
 @st.composite

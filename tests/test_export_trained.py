@@ -87,8 +87,8 @@ def test_mnist1d(tmp_path):
     ("build", "least"),
     [
         (lambda: mlp(784, 128), 0.75),
-        (lambda: cnn2d(28, 12), 0.8),
-        (lambda: residual(28, 8), 0.75),
+        (lambda: cnn2d(28, 8), 0.75),
+        (lambda: residual(28, 4), 0.65),
     ],
     ids=["mlp", "cnn2d", "residual"],
 )
@@ -99,5 +99,5 @@ def test_ten_thousand_images_of_fashion_mnist(build, least, tmp_path):
         pytest.skip(f"Fashion-MNIST is not installed: {error}")
     assert len(data.test) == 10_000
     torch.manual_seed(0)
-    net = trained(build(), data, epochs=6, steps=100)
+    net = trained(build(), data, epochs=6, steps=80)
     check(net, data, tmp_path, least, batch=500)

@@ -37,7 +37,7 @@ def test_import_loads_nothing_optional(loaded, name):
 
 
 def test_import_loads_none_of_its_own_workshop(loaded):
-    heavy = ("learnsched.meta", "learnsched.benchmarks", "learnsched.data")
+    heavy = ("learnsched.meta", "learnsched.benchmarks", "learnsched.data", "learnsched.export")
     assert not {m for m in loaded[1] if m.startswith(heavy)}
 
 
@@ -50,7 +50,8 @@ def test_every_public_name_is_there_and_documented():
 
 
 BINDING = {
-    "annealed_quantize", "binary", "calibrate_", "finalize_", "integer_weights",
+    "annealed_quantize", "binary", "calibrate_", "export_onnx", "export_qonnx", "export_ternary",
+    "finalize_", "integer_reference", "integer_weights",
     "list_pretrained", "load_pretrained", "plot_comparison", "plot_schedule", "policies",
     "power_of_two", "quantize_", "QuantizationScheduler", "signed", "ternary", "unsigned",
 }  # fmt: skip

@@ -36,7 +36,7 @@ from learnsched.data import DataSet, load
 from learnsched.export import QuantizedInput
 from learnsched.export.check import pytorch_codes
 from learnsched.export.inspect import inspect
-from learnsched.export.reference import integers
+from learnsched.export.reference import run
 from learnsched.export.trace import trace
 from learnsched.files import write_text
 
@@ -88,8 +88,8 @@ def residual(side: int, width: int) -> nn.Module:
 
 NETWORKS: dict[str, tuple[Callable[[int, int], nn.Module], int]] = {
     "mlp": (mlp, 256),
-    "cnn": (cnn, 32),
-    "residual": (residual, 48),
+    "cnn": (cnn, 16),
+    "residual": (residual, 16),
 }
 
 
@@ -217,21 +217,22 @@ def _agreement(
     net: nn.Module, file: Path, folder: Path, x: Tensor, y: Tensor
 ) -> dict[str, float | int]:
     """Accuracy of PyTorch, ONNX Runtime and integers, and how many codes differ from PyTorch's."""
-    reference, session = ls.integer_reference(folder), _session(file)
-    graph = trace(net, x[:2])
+    modules = trace(net, x[:2])
+    graph, session = ls.integer_reference(folder).graph, _session(file)
     right = {"pytorch": 0, "onnxruntime": 0, "integers": 0}
     compared = different = 0
     for part, labels in zip(x.split(_PART), y.split(_PART), strict=True):
         with torch.no_grad():
             outputs = {"pytorch": net(part).numpy()}
         outputs["onnxruntime"] = session.run(None, {"input": part.numpy()})[0]
-        outputs["integers"] = reference(part.numpy())
+        found = run(graph, part.numpy())
+        outputs["integers"] = found[graph.output.name]
         for kind, output in outputs.items():
             right[kind] += int((output.argmax(1) == labels.numpy()).sum())
-        found = integers(graph, part.numpy())
-        for layer, codes in pytorch_codes(net, graph, part).items():
+        for layer, codes in pytorch_codes(net, modules, part).items():
             compared += codes.size
-            different += int((codes != found[layer]).sum())
+            accumulators = graph.output.inputs[0] if layer == graph.output.name else layer
+            different += int((codes != found[accumulators]).sum())
     accuracy = {f"accuracy_{kind}": count / len(y) for kind, count in right.items()}
     return {**accuracy, "codes_compared": compared, "codes_different": different}
 

@@ -68,12 +68,14 @@ class Emitter:
         for node in graph.nodes[1:]:
             self._emit(node)
         first, last = graph.nodes[0], graph.output
+        if last.name != g.OUTPUT:
+            self.op("Identity", [last.name], g.OUTPUT, last.shape)
         batch, real = self.dialect.batch, self.onnx.TensorProto.FLOAT
         result = helper.make_graph(
             self.nodes,
             "learnsched",
             [helper.make_tensor_value_info(first.name, real, [batch, *first.shape])],
-            [self.infos.pop(last.name)],
+            [self.infos.pop(g.OUTPUT)],
             list(self.constants.values()),
             value_info=list(self.infos.values()),
         )

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
+# The name of a network's decoded output, whatever its layers are called.
+OUTPUT = "output"
+
 
 @dataclass(frozen=True)
 class IntegerLevels:

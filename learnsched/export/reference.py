@@ -57,7 +57,9 @@ class IntegerReference:
         Raises:
             FolderError: a result is not what the folder says.
         """
-        wrong = (self.layers(self.vectors["input"])["output"] != self.vectors["output"]).sum()
+        wrong = (
+            self.layers(self.vectors["input"])[self.graph.output.name] != self.vectors["output"]
+        ).sum()
         if wrong:
             raise FolderError(f"{wrong} accumulators of the test vectors differ; export again")
 

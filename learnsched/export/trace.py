@@ -16,6 +16,7 @@ from learnsched.export import graph as g
 from learnsched.export.calls import Calls, activation_before
 from learnsched.export.decide import thresholds
 from learnsched.export.errors import ExportError
+from learnsched.export.nodes import Nodes
 from learnsched.export.operations import (
     Operation,
     convolution_window,
@@ -23,7 +24,6 @@ from learnsched.export.operations import (
     shape_of,
     symbolic_trace,
 )
-from learnsched.export.real import Nodes
 from learnsched.export.values import (
     Integer,
     Pending,
@@ -108,9 +108,9 @@ class Translation:
         self.nodes = Nodes(self.calls)
         self.names: dict[str, str] = {}
         self.decided: dict[str, fx.Node] = {}
+        self.graph = g.Graph(())
         for call in traced.graph.nodes:
             self._translate(call)
-        self.graph = g.Graph(tuple(self.nodes.nodes), self.names)
 
     def _translate(self, call: fx.Node) -> None:
         operation = Operation(call, self.calls.modules)
@@ -139,13 +139,16 @@ class Translation:
         result = call.args[0]
         if not isinstance(result, fx.Node):
             raise ExportError("the model must put out one tensor; wrap it in a module that does")
-        value, shape = self.calls.value(result), shape_of(result)
+        value = self.calls.value(result)
         if isinstance(value, Pending):
             value = self._folded(result) or value
         if isinstance(value, Integer):
-            self.nodes.decode(value, shape, "output")
+            nodes = self.nodes.finish(value.node, value)
         else:
-            self.nodes.real(result)
+            nodes = self.nodes.finish(self.nodes.real(result), None)
+        kept = {node.name for node in nodes}
+        names = {module: node for module, node in self.names.items() if node in kept}
+        self.graph = g.Graph(tuple(nodes), names)
 
     def _folded(self, call: fx.Node) -> Integer | None:
         """Batch norms after the last product, as its scale and bias."""

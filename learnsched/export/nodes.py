@@ -31,19 +31,32 @@ class Nodes:
         shape: tuple[int, ...],
         **fields: Any,
     ) -> str:
-        """Append a node; its name, with a number if the name is taken."""
-        taken = {node.name for node in self.nodes}
+        """Append a node; its name, with a number if the name is taken, or a layer is called output."""
+        taken = {g.OUTPUT, *(node.name for node in self.nodes)}
         unique, number = name, 2
         while unique in taken:
             unique, number = f"{name}#{number}", number + 1
         self.nodes.append(kind(name=unique, inputs=inputs, shape=shape, **fields))
         return unique
 
-    def decode(self, value: Integer, shape: tuple[int, ...], name: str) -> str:
-        """A node that turns integers into what they stand for."""
-        bias = None if value.bias is None else value.bias.astype(np.float32)
-        scale = value.scale.astype(np.float32)
-        return self.add(g.Decode, name, (value.node,), shape, scale=scale, bias=bias)
+    def finish(self, output: str, decoded: Integer | None) -> list[g.Node]:
+        """The nodes that the output needs, itself the last.
+
+        Args:
+            output: the node that holds it.
+            decoded: what it stands for if it is an integer: a node called output decodes it then.
+        """
+        nodes = list(self.nodes)
+        if decoded is not None:
+            shape = next(node.shape for node in nodes if node.name == output)
+            nodes.append(_decode(decoded, shape, g.OUTPUT))
+            output = g.OUTPUT
+        needed, kept = {output}, []
+        for node in reversed(nodes):
+            if node.name in needed or isinstance(node, g.Input):
+                needed.update(node.inputs)
+                kept.append(node)
+        return kept[::-1]
 
     def real(self, call: fx.Node) -> str:
         """A node that holds the output of ``call`` as real numbers."""
@@ -52,7 +65,8 @@ class Nodes:
             return value.node
         if call not in self._realised:
             if isinstance(value, Integer):
-                name = self.decode(value, shape, f"{value.node}.real")
+                self.nodes.append(_decode(value, shape, f"{value.node}.real"))
+                name = self.nodes[-1].name
             else:
                 name = self._pointwise(self.calls.operations[call], shape)
             self._realised[call] = name
@@ -122,3 +136,10 @@ class Nodes:
             window=window,
             reason=reason,
         )
+
+
+def _decode(value: Integer, shape: tuple[int, ...], name: str) -> g.Decode:
+    """A node that turns integers into what they stand for."""
+    bias = None if value.bias is None else value.bias.astype(np.float32)
+    scale = value.scale.astype(np.float32)
+    return g.Decode(name=name, inputs=(value.node,), shape=shape, scale=scale, bias=bias)
