@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = guide.parse(__doc__, arguments)
     torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
     torch.manual_seed(options.seed)
-    outer_steps = 2 if options.quick else 12
+    outer_steps, total_steps = (2, (8, 12)) if options.quick else (12, (24, 48))
     preset = PRESETS["quick"]
 
     # 1. The tasks: draw networks, horizons and learning rates like those that you will train. What
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         preset.trainer.mix,
         architectures=(("digits", "mlp", (8, 16), (3, 4)), ("digits", "cnn2d", (6,), (3,))),
         horizons=(4, 6),
-        total_steps=(24, 48),
+        total_steps=total_steps,
         members=4,
     )
     # 2. Other tasks select the policy: never trained on, with seeds of their own.
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
     # 3. A fresh meta-network gives the hand-coded base curve; training bends it.
-    domain = Domain(horizon=(4, 6), steps=(24, 48), depth=(3, 4), fan_in=(8, 64))
+    domain = Domain(horizon=(4, 6), steps=total_steps, depth=(3, 4), fan_in=(8, 64))
     policy = LearnedPolicy(MetaNetwork(), preset.base, domain)
     folder = options.out / f"meta-{outer_steps}-{options.seed}"
     trainer = MetaTrainer(policy, config, folder, config.load_data())
