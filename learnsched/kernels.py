@@ -161,6 +161,7 @@ class _Staircase(ctypes.Structure):
         ("count", ctypes.c_long),
         ("whole", ctypes.c_long),
         ("noise", ctypes.c_long),
+        ("step", ctypes.c_float),
     )
 
 
@@ -349,7 +350,10 @@ def _staircase(levels: LevelSet, noise: str) -> tuple[int, _Staircase, tuple[Ten
     numbers = (levels.thresholds, levels.gaps, levels.values)
     arrays = tuple(torch.tensor(n, dtype=torch.float32) for n in numbers)
     kind = _NOISES.index(noise)
-    made = _Staircase(*(a.data_ptr() for a in arrays), len(levels.thresholds), whole, kind)
+    steps = {b - a for a, b in zip(levels.thresholds, levels.thresholds[1:], strict=False)}
+    even = len(steps) == 1 and len(set(levels.gaps)) == 1
+    step = steps.pop() if even else 0.0
+    made = _Staircase(*(a.data_ptr() for a in arrays), len(levels.thresholds), whole, kind, step)
     return ctypes.addressof(made), made, arrays
 
 

@@ -5,7 +5,8 @@
  * passes the arguments. Sums over a row add up blocks of fixed length in double precision and in a
  * fixed order, so that results do not depend on the number of threads.
  *
- * Compiled without -ffast-math, which would drop NaN and change the rounding mode of the process.
+ * Compiled with -ffinite-math-only, so that limits are one instruction; NaN is told by its bits. Not
+ * with -ffast-math, which would flush small numbers to 0 in the whole process.
  */
 
 #include <stdlib.h>
@@ -21,6 +22,7 @@ typedef struct {
     long count;                              /* K */
     long whole;                              /* levels are neighbouring integers, rounded half up */
     long noise;
+    float step; /* between thresholds if all steps and gaps are even, else 0 */
 } Staircase;
 
 /* A table, and one number a row (stride 1) or one for all (stride 0). There may be no scale. */
@@ -30,31 +32,37 @@ typedef struct {
     long scale_stride, std_stride, mean_stride;
 } Table;
 
-/* e^x to 2 units in the last place for x in [-88.3, 88], below -88 exactly 0. */
-INLINE float exponential(float x) {
-    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
-    float n = (x * 1.44269504f + magic) - magic;
-    float r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + (r + 1.0f);
-    union { float f; int i; } power;
-    power.i = ((int)n + 127) << 23;
-    return p * power.f;
+/* 2^x to 2 units in the last place, for x in [-126, 127]. */
+INLINE float power_of_two(float x) {
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds, into the lowest bits */
+    union { float f; int i; } whole, result;
+    whole.f = x + magic;
+    float r = x - (whole.f - magic);
+    float p = 1.535336188319500e-4f;
+    p = p * r + 1.339887440266574e-3f;
+    p = p * r + 9.618437357674640e-3f;
+    p = p * r + 5.550332471162809e-2f;
+    p = p * r + 2.402264791363012e-1f;
+    p = p * r + 6.931472028550421e-1f;
+    result.f = p * r + 1.0f;
+    result.i += whole.i << 23;
+    return result.f;
+}
+
+/* By its bits, as the compiler was told to forget about it: comparisons are twice as fast so. */
+INLINE int not_a_number(float x) {
+    union { float f; int i; } bits = {x};
+    return (bits.i & 0x7fffffff) > 0x7f800000;
 }
 
 INLINE float clamp(float x, float low, float high) {
-    x = x < low ? low : x; /* NaN stays NaN */
+    x = x < low ? low : x;
     return x > high ? high : x;
 }
 
-/* erf by a rational minimax approximation on [-4, 4], where it reaches +-1. */
-INLINE float error_function(float x) {
+/* erf by a rational minimax approximation on [-4, 4], where it reaches +-1: a numerator over a
+ * denominator. Several are added up over their common denominator, as divisions are slow. */
+INLINE void add_error_function(float x, float weight, float *numerator, float *denominator) {
     x = clamp(x, -4.0f, 4.0f);
     float s = x * x;
     float p = -2.72614225801306e-10f;
@@ -69,26 +77,31 @@ INLINE float error_function(float x) {
     q = q * s + -1.68282697438203e-03f;
     q = q * s + -7.37332916720468e-03f;
     q = q * s + -1.42647390514189e-02f;
-    return x * p / q;
+    *numerator = *numerator * q + weight * x * p * *denominator;
+    *denominator *= q;
 }
 
 #define UNIFORM_WIDTH 1.7320508075688772f
 #define TRIANGULAR_WIDTH 2.449489742783178f
 #define LOGISTIC_RATE 1.813799364234218f /* 1 / scale at std 1 */
+#define LOG2_E 1.4426950408889634f
 #define ROOT_HALF 0.7071067811865476f
 #define NORMAL_PEAK 0.3989422804014327f
 
-/* Where the noise has died out. Beyond, z f(z) might be infinity times 0. */
-#define REACH_NORMAL 13.28f
-#define REACH_LOGISTIC 47.5f
+/* Where the noise has died out, to 1e-29: beyond, z f(z) might be infinity times 0, and subnormal
+ * numbers would slow everything down. */
+#define REACH_NORMAL 11.5f
+#define REACH_LOGISTIC 36.0f
 #define REACH_BOUNDED 4.0f
 
 INLINE float within_reach(const int noise, float z) {
-    const float reach = noise == NORMAL ? REACH_NORMAL : noise == LOGISTIC ? REACH_LOGISTIC : REACH_BOUNDED;
+    const float reach = noise == NORMAL     ? REACH_NORMAL
+                        : noise == LOGISTIC ? REACH_LOGISTIC
+                                            : REACH_BOUNDED;
     return clamp(z, -reach, reach);
 }
 
-/* F(z) - 1/2, which has no error near 0 */
+/* F(z) - 1/2, which has no error near 0; not the normal one */
 INLINE float centred_cdf(const int noise, float z) {
     if (noise == UNIFORM) return clamp(z * (0.5f / UNIFORM_WIDTH), -0.5f, 0.5f);
     if (noise == TRIANGULAR) {
@@ -96,9 +109,8 @@ INLINE float centred_cdf(const int noise, float z) {
         float a = u < 0 ? -u : u;
         return u - 0.5f * u * a;
     }
-    if (noise == NORMAL) return 0.5f * error_function(z * ROOT_HALF);
-    z = clamp(z, -REACH_LOGISTIC, REACH_LOGISTIC);
-    return 1.0f / (1.0f + exponential(z * -LOGISTIC_RATE)) - 0.5f;
+    z = within_reach(noise, z);
+    return 1.0f / (1.0f + power_of_two(z * (-LOGISTIC_RATE * LOG2_E))) - 0.5f;
 }
 
 /* the density and its derivative; z within reach */
@@ -115,10 +127,10 @@ INLINE void derivatives(const int noise, float z, float *f, float *df) {
         s = z == 0 ? 0.0f : s;
         *df = a < TRIANGULAR_WIDTH ? s : 0.0f;
     } else if (noise == NORMAL) {
-        *f = NORMAL_PEAK * exponential(-0.5f * z * z);
+        *f = NORMAL_PEAK * power_of_two(z * z * (-0.5f * LOG2_E));
         *df = -z * *f;
     } else {
-        float p = 1.0f / (1.0f + exponential(z * -LOGISTIC_RATE));
+        float p = 1.0f / (1.0f + power_of_two(z * (-LOGISTIC_RATE * LOG2_E)));
         *f = p * (1.0f - p) * LOGISTIC_RATE;
         *df = *f * (1.0f - 2.0f * p) * LOGISTIC_RATE;
     }
@@ -130,7 +142,14 @@ INLINE void add_values(const int noise, const int n, const float *t, const float
                        const float *u, float *out, long length) {
     for (long i = 0; i < length; i++) {
         float sum = out[i];
-        for (int k = 0; k < n; k++) sum += g[k] * centred_cdf(noise, (u[i] - t[k]) * inverse);
+        if (noise == NORMAL) {
+            float numerator = 0, denominator = 1;
+            for (int k = 0; k < n; k++)
+                add_error_function((u[i] - t[k]) * inverse, 0.5f * g[k], &numerator, &denominator);
+            sum += numerator / denominator;
+        } else {
+            for (int k = 0; k < n; k++) sum += g[k] * centred_cdf(noise, (u[i] - t[k]) * inverse);
+        }
         out[i] = sum;
     }
 }
@@ -171,12 +190,20 @@ INLINE void add_std_slopes(const int noise, const int n, const int all, const fl
     }
 }
 
-#define BY_COUNT(call)                                                                              \
+/* Three at a time share a division; of the heavier sums, two at a time fit the registers. */
+#define BY_THREES(call)                                                                             \
     do {                                                                                            \
         long k = 0;                                                                                 \
-        for (; k + 3 <= s->count; k += 3) call(3);                                                  \
-        if (k + 2 == s->count) call(2);                                                             \
-        if (k + 1 == s->count) call(1);                                                             \
+        for (; k + 3 <= count; k += 3) call(3);                                                     \
+        if (k + 2 == count) call(2);                                                                \
+        if (k + 1 == count) call(1);                                                                \
+    } while (0)
+
+#define BY_TWOS(call)                                                                               \
+    do {                                                                                            \
+        long k = 0;                                                                                 \
+        for (; k + 2 <= count; k += 2) call(2);                                                     \
+        if (k < count) call(1);                                                                     \
     } while (0)
 
 #define BY_NOISE(macro)                                                                             \
@@ -187,21 +214,53 @@ INLINE void add_std_slopes(const int noise, const int n, const int all, const fl
     default: macro(LOGISTIC);                                                                       \
     }
 
-static void sum_values(const Staircase *s, float inverse, const float *u, float *out, long length) {
-    float start = s->values[0];
-    for (long k = 0; k < s->count; k++) start += 0.5f * s->gaps[k];
-    for (long i = 0; i < length; i++) out[i] = start;
+/* How many thresholds noise can reach from one place; all of them if they are not evenly spaced. */
+static long reached(const Staircase *s, float inverse) {
+    if (!s->step) return s->count;
+    /* Beyond, less than the last digit is left. */
+    static const float reach[] = {UNIFORM_WIDTH, TRIANGULAR_WIDTH, 5.4f, 9.2f};
+    float most = 2 * reach[s->noise] / (inverse * s->step) + 2;
+    return most < (float)s->count ? (long)most : s->count;
+}
+
+/* Moves u by whole steps to where the first thresholds do for the nearest, and tells the steps. */
+static void fold(const Staircase *s, long count, float *u, float *steps, long length) {
+    float first = s->thresholds[0], step = s->step, per_step = 1 / step;
+    float lead = 0.5f * (float)count, last = (float)(s->count - count);
+    for (long i = 0; i < length; i++) {
+        float below = clamp((u[i] - first) * per_step + 1 - lead, 0, last);
+        below = (float)(int)below;
+        u[i] = u[i] - below * step;
+        steps[i] = below;
+    }
+}
+
+static void sum_values(const Staircase *s, float inverse, float *u, float *out, long length) {
+    long count = reached(s, inverse);
+    float start = s->values[0], folded[BLOCK];
+    for (long k = 0; k < count; k++) start += 0.5f * s->gaps[k];
+    for (long i = 0; i < length; i++) out[i] = not_a_number(u[i]) ? u[i] : start;
+    if (count < s->count) {
+        fold(s, count, u, folded, length);
+        for (long i = 0; i < length; i++) out[i] += s->gaps[0] * folded[i];
+    }
+    if (s->noise == NORMAL) inverse *= ROOT_HALF;
 #define CALL(n) add_values(noise, n, s->thresholds + k, s->gaps + k, inverse, u, out, length)
-#define NOISE(name) { const int noise = name; BY_COUNT(CALL); }
+#define NOISE(name) { const int noise = name; BY_THREES(CALL); }
     BY_NOISE(NOISE)
 #undef CALL
 #undef NOISE
     float low = s->values[0], high = s->values[s->count];
-    for (long i = 0; i < length; i++) out[i] = clamp(out[i], low, high);
+    for (long i = 0; i < length; i++) {
+        float y = out[i];
+        out[i] = not_a_number(y) ? y : clamp(y, low, high);
+    }
 }
 
-static void sum_slopes(const Staircase *s, int all, float inverse, const float *u, float *f,
-                       float *df, float *zdf, long length) {
+static void sum_slopes(const Staircase *s, int all, float inverse, float *u, float *f, float *df,
+                       float *zdf, long length) {
+    long count = reached(s, inverse);
+    if (count < s->count) fold(s, count, u, f, length);
     for (long i = 0; i < length; i++) f[i] = 0;
     if (all) for (long i = 0; i < length; i++) df[i] = zdf[i] = 0;
 #define CALL(n)                                                                                     \
@@ -209,15 +268,17 @@ static void sum_slopes(const Staircase *s, int all, float inverse, const float *
 #define NOISE(name)                                                                                 \
     {                                                                                               \
         const int noise = name;                                                                     \
-        if (all) { const int several = 1; BY_COUNT(CALL); }                                         \
-        else { const int several = 0; BY_COUNT(CALL); }                                             \
+        if (all) { const int several = 1; BY_TWOS(CALL); }                                         \
+        else { const int several = 0; BY_TWOS(CALL); }                                             \
     }
     BY_NOISE(NOISE)
 #undef CALL
 }
 
-static void sum_std_slopes(const Staircase *s, int all, float inverse, const float *u, float *f,
+static void sum_std_slopes(const Staircase *s, int all, float inverse, float *u, float *f,
                            float *df, float *zdf, long length) {
+    long count = reached(s, inverse);
+    if (count < s->count) fold(s, count, u, f, length);
     for (long i = 0; i < length; i++) f[i] = 0;
     if (all) for (long i = 0; i < length; i++) df[i] = zdf[i] = 0;
 #define CALL(n)                                                                                     \
@@ -229,13 +290,12 @@ static void sum_std_slopes(const Staircase *s, int all, float inverse, const flo
 
 /* ---- the hard staircase, to the bit ---- */
 
-static void harden(const Staircase *s, const float *u, float *out, long length) {
+static void harden(const Staircase *s, float *u, float *out, long length) {
     float low = s->values[0], high = s->values[s->count];
+    for (long i = 0; i < length; i++) u[i] = not_a_number(u[i]) ? low : u[i];
     if (s->whole && s->count > 4) {
         for (long i = 0; i < length; i++) {
-            /* NaN and what is far away go to the ends before the conversion to an integer. */
-            float v = u[i] > low ? u[i] : low;
-            v = v < high ? v : high;
+            float v = clamp(u[i], low, high);
             float below = (float)(int)v;
             below = below > v ? below - 1 : below;
             out[i] = v - below >= 0.5f ? below + 1 : below;
