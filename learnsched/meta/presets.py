@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from learnsched.meta.estimators import Estimator, Unrolled
 from learnsched.meta.evolution import EvolutionStrategies
-from learnsched.meta.hybrid import Hybrid
 from learnsched.meta.tasks import Mix, Task
 from learnsched.meta.trainer import TrainerConfig
 from learnsched.policies.learned import BaseCurve, Domain
@@ -70,7 +69,7 @@ _STANDARD_MIX = Mix(
         ("digits", "cnn2d", (6,), (3, 4)),
     ),
     horizons=(6, 8, 12, 16),
-    total_steps=(60, 160),
+    total_steps=(60, 200),
     batches=(32,),
     bits=(("ternary/2-bit", 1.0),),
     learning_rates=(1e-2, 5e-2),
@@ -131,9 +130,7 @@ PRESETS: dict[str, Preset] = {
             average=0.9,
         ),
         base=_BASE,
-        estimator=Hybrid(
-            evolution=EvolutionStrategies(pairs=4, std=0.15, relative_std=0.5, knots=2)
-        ),
+        estimator=EvolutionStrategies(pairs=8, std=0.15, relative_std=0.5, knots=2, by_layer=False),
     ),
 }
 PRESETS["long"] = replace(
