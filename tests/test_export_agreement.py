@@ -113,6 +113,23 @@ def test_functions_groups_dilation_and_pools(tmp_path):
     assert_same_everywhere(finalized(net, x), x, tmp_path)
 
 
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1)])
+def test_pools_of_accumulators(pool, tmp_path):
+    torch.manual_seed(15)
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), pool, nn.Identity(), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AvgPool2d(2, padding=1) if not isinstance(pool, nn.AdaptiveAvgPool2d) else nn.Dropout(),
+        nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 3),
+    )  # fmt: skip
+    randomize_batch_norms(net, torch.Generator().manual_seed(15))
+    x = torch.randn(60, 1, 8, 8)
+    net = finalized(net, x)
+    # PyTorch's mean of float32 numbers rounds more than once, so that near ties are likelier.
+    align_(net, x[:2])
+    assert_same_everywhere(net, x, tmp_path)
+
+
 def test_no_batch_norm_but_biases(tmp_path):
     torch.manual_seed(7)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 10))

@@ -12,6 +12,8 @@ import learnsched as ls
 from learnsched.export import ExportError, QuantizedInput
 from learnsched.export.trace import trace
 
+pytest.importorskip("onnx")
+
 ALL = (ls.export_onnx, ls.export_qonnx, ls.export_ternary)
 X = torch.linspace(-2, 2, 4 * 64).reshape(4, 1, 8, 8)
 

@@ -23,6 +23,10 @@ from learnsched.export.reference import integers
 from learnsched.export.thresholds import affine, fit_line, search
 from learnsched.export.trace import trace
 
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("qonnx")
+
 # The search.
 
 
