@@ -14,6 +14,7 @@ from learnsched.convert import LayerConfig, quantize_, report
 from learnsched.finalize import calibrate_, finalize_, integer_weights, reestimate_batch_norm_
 from learnsched.kernels import show_config
 from learnsched.levels import LevelSet, binary, power_of_two, signed, ternary, unsigned
+from learnsched.modules import quantize_once
 from learnsched.plotting import plot_comparison, plot_schedule
 from learnsched.pretrained import (
     ArtefactError,
@@ -67,6 +68,7 @@ __all__ = [
     "power_of_two",
     "pretrained_card",
     "quantize_",
+    "quantize_once",
     "reestimate_batch_norm_",
     "report",
     "save_artefact",

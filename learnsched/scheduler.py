@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import json
+=======
+import functools
+>>>>>>> fast
 import math
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -363,12 +367,6 @@ class QuantizationScheduler:
             )
 
     def _telemetry(self, metrics: Sequence[Mapping[str, float]]) -> Telemetry:
-        errors = [
-            0.0
-            if layer.weight is None
-            else float(layer.weight.weight_quantizer.error(layer.weight.weight))
-            for layer in self._layers
-        ]
         losses: list[float] = []
         for numbers in metrics:
             loss = numbers.get("train_loss", math.nan)
@@ -377,7 +375,16 @@ class QuantizationScheduler:
             else:
                 losses += losses[-1:]
         first, before, last = (losses[0], losses[-2:][0], losses[-1]) if losses else (1.0,) * 3
-        return Telemetry(_ratio(last, first), _ratio(last, before), torch.tensor(errors))
+        return _LazyTelemetry(_ratio(last, first), _ratio(last, before), self._weight_errors)
+
+    def _weight_errors(self) -> Tensor:
+        errors = [
+            torch.zeros(())
+            if layer.weight is None
+            else layer.weight.weight_quantizer.error(layer.weight.weight).float().cpu()
+            for layer in self._layers
+        ]
+        return torch.stack(errors)
 
     def _over_ranks(self, numbers: dict[str, float]) -> tuple[dict[str, float], int]:
         """Mean of the metrics, and most of the counted steps, over the ranks of the model."""
@@ -402,9 +409,22 @@ class QuantizationScheduler:
                 layer.weight.weight_quantizer.restore_(layer.weight.weight)
 
 
+<<<<<<< HEAD
 def _check_optimizer(optimizer: object) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
+=======
+class _LazyTelemetry(Telemetry):
+    """Measures the weights when a policy first reads their error, if one ever does."""
+
+    def __init__(self, loss: Tensor, loss_trend: Tensor, measure: Callable[[], Tensor]) -> None:
+        self.__dict__.update(loss=loss, loss_trend=loss_trend, _measure=measure)
+
+    @functools.cached_property
+    def weight_error(self) -> Tensor:  # type: ignore[override]
+        measure: Callable[[], Tensor] = self.__dict__["_measure"]
+        return measure()
+>>>>>>> fast
 
 
 def _numbers(metrics: Mapping[str, float | Tensor] | None) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Quantized weights and activations as modules."""
 
+import contextlib
 import copy
 import pickle
 
@@ -288,3 +289,70 @@ def test_noise_and_memberships_are_buffers_and_start_hard_and_free():
 
 def test_extra_repr_names_levels_and_noise():
     assert "levels=ternary, noise=normal" in repr(quantizer_of(weights(2, 2)))
+
+
+def accumulate(model, batches, once):
+    for parameter in model.parameters():
+        parameter.grad = None
+    with ls.quantize_once(model) if once else contextlib.nullcontext():
+        for x in batches:
+            model(x).square().mean().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def two_layers(dtype=torch.float64):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+    return ls.quantize_(model, ls.ternary(), ls.unsigned(2)).to(dtype)
+
+
+def test_quantize_once_gives_the_gradients_of_every_micro_batch():
+    model = two_layers()
+    for module in model.modules():
+        if isinstance(module, WeightQuantizer):
+            module.forward_std.fill_(0.3)
+    batches = weights(4, 8, 6, dtype=torch.float64)
+    for ours, truth in zip(
+        accumulate(model, batches, True), accumulate(model, batches, False), strict=True
+    ):
+        torch.testing.assert_close(ours, truth)
+
+
+def test_quantize_once_quantizes_each_weight_once(monkeypatch):
+    model, calls = two_layers(), []
+    monkeypatch.setattr(
+        WeightQuantizer, "scale", lambda self, w: calls.append(1) or self.rule(w, self.levels)
+    )
+    accumulate(model, weights(4, 8, 6, dtype=torch.float64), True)
+    assert len(calls) == 2
+    model(weights(8, 6, dtype=torch.float64))
+    assert len(calls) == 4
+
+
+def test_a_weight_that_changes_inside_quantize_once_is_refused_and_the_context_ends():
+    model = two_layers()
+    x = weights(8, 6, dtype=torch.float64)
+
+    def step_inside():
+        with ls.quantize_once(model):
+            model(x)
+            with torch.no_grad():
+                model[0].weight.add_(1)
+            model(x)
+
+    with pytest.raises(RuntimeError, match="the weight of 0 changed inside quantize_once"):
+        step_inside()
+    assert model[0].weight_quantizer.shared is None
+
+
+def test_restoring_frozen_weights_mends_even_what_is_not_a_number():
+    weight = nn.Parameter(weights(4, 5))
+    quantizer = quantizer_of(weight.detach())
+    quantizer.freeze_(weight, 0.5, "settled")
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+    quantizer.restore_(weight)
+    frozen = quantizer.membership > 0
+    assert torch.equal(weight[frozen], before[frozen])
+    assert weight[~frozen].isnan().all()

@@ -680,3 +680,22 @@ def test_history_is_a_schedule():
     assert table.layers == ("0", "3")
     assert table["fraction"].tolist() == [[0.5, 0.5], [0.75, 0.75]]
     assert scheduler.history.settings[0] == table.settings(0)
+
+
+@pytest.mark.parametrize("open_loop", [True, False])
+def test_weights_are_measured_only_for_policies_that_read_their_error(monkeypatch, open_loop):
+    from learnsched.modules import WeightQuantizer
+
+    measured = []
+    error = WeightQuantizer.error
+    monkeypatch.setattr(
+        WeightQuantizer, "error", lambda self, w: measured.append(1) or error(self, w)
+    )
+    for policy in (policies.StraightThrough(), learned(open_loop=open_loop)):
+        measured.clear()
+        scheduler = ls.QuantizationScheduler(network(), policy, epochs=2, steps_per_epoch=5)
+        scheduler.step({"train_loss": 1.0})
+    assert bool(measured) is not open_loop
+    measured.clear()
+    ls.QuantizationScheduler(network(), policies.StraightThrough(), epochs=2)
+    assert not measured

@@ -204,9 +204,10 @@ class LearnedPolicy:
         like = self.network.out.bias
         progress = run.progress(epoch)
         static = _static_features(run, progress, self.domain).to(like)
-        feedback = _feedback_features(telemetry).to(like)
         if self.open_loop:
-            feedback = torch.zeros_like(feedback)
+            feedback = like.new_zeros(_FEEDBACK)
+        else:
+            feedback = _feedback_features(telemetry).to(like)
         shape = state["outputs"].shape[:-1]
         features = torch.cat(
             [
