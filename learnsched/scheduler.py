@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-import json
-=======
 import functools
->>>>>>> fast
+import json
 import math
 import operator
 import warnings
@@ -409,11 +406,11 @@ class QuantizationScheduler:
                 layer.weight.weight_quantizer.restore_(layer.weight.weight)
 
 
-<<<<<<< HEAD
 def _check_optimizer(optimizer: object) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
-=======
+
+
 class _LazyTelemetry(Telemetry):
     """Measures the weights when a policy first reads their error, if one ever does."""
 
@@ -424,7 +421,6 @@ class _LazyTelemetry(Telemetry):
     def weight_error(self) -> Tensor:  # type: ignore[override]
         measure: Callable[[], Tensor] = self.__dict__["_measure"]
         return measure()
->>>>>>> fast
 
 
 def _numbers(metrics: Mapping[str, float | Tensor] | None) -> dict[str, float]:
