@@ -159,7 +159,8 @@ def search(count: int, seed: int) -> dict[str, Any]:
         for index, (points, value) in enumerate(distribution.gather(mine, len(TASKS))):
             group = (turn * len(TASKS) + index) * _SEEDS + torch.arange(len(points)) % _SEEDS
             seen.append((points, value, group))
-        coefficients = fit(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
+        points, values, groups = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        coefficients = fit(points, values, groups)
         best, gain = maximum(coefficients, low, high, seed)
         [curve], [rate] = curves(best.unsqueeze(0))
         rounds.append({"curve": asdict(curve), "learning_rate": rate, "predicted_gain": gain})

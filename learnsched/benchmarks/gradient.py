@@ -29,7 +29,7 @@ from learnsched.files import write_text
 from learnsched.meta.estimators import Unrolled, policy_rollout, run_forward
 from learnsched.meta.evolution import EvolutionStrategies, project, tangent_basis
 from learnsched.meta.tasks import Task
-from learnsched.policies.learned import BaseCurve, LearnedPolicy, MetaNetwork
+from learnsched.policies import BaseCurve, LearnedPolicy, MetaNetwork
 
 _KNOTS = 2
 

@@ -46,11 +46,7 @@ class Inner(Protocol):
 
     def telemetry(self, state: InnerState, losses: list[Tensor]) -> Telemetry: ...
 
-
-class Replicable(Inner, Protocol):
-    """An inner loop that can be trained under many schedules at once."""
-
-    def repeated(self, count: int) -> Replicable:
+    def repeated(self, count: int) -> Inner:
         """``count`` copies of all members, one after the other, of the same weights and data."""
         ...
 

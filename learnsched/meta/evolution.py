@@ -15,7 +15,7 @@ from torch import Tensor
 
 from learnsched.meta.estimators import (
     Estimate,
-    Replicable,
+    Inner,
     Rollout,
     run_forward,
     table_rollout,
@@ -70,7 +70,7 @@ class EvolutionStrategies:
         if not (positive and 0 <= self.ridge < math.inf):
             raise ValueError(f"both std must be positive and ridge at least 0, got {self}")
 
-    def __call__(self, inner: Replicable, rollout: Rollout) -> Estimate:
+    def __call__(self, inner: Inner, rollout: Rollout) -> Estimate:
         with torch.enable_grad():
             _, table, _ = run_forward(inner, rollout)
         centre = table.detach()
@@ -96,7 +96,7 @@ class EvolutionStrategies:
             (losses[0] + losses[1]).mean(0) / 2,
         )
 
-    def _losses(self, inner: Replicable, centre: Tensor, change: Tensor) -> Tensor:
+    def _losses(self, inner: Inner, centre: Tensor, change: Tensor) -> Tensor:
         """Outer losses of the changed schedules, shape ``(pairs, members)``."""
         pairs, members = change.shape[:2]
         tables = centre.transpose(0, 1) + change

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from learnsched.meta.estimators import Estimate, Replicable, Rollout, Unrolled, clipped
+from learnsched.meta.estimators import Estimate, Inner, Rollout, Unrolled, clipped
 from learnsched.meta.evolution import LEARNED_FIELDS, EvolutionStrategies, project, tangent_basis
 
 
@@ -34,7 +34,7 @@ class Hybrid:
     unrolled: Unrolled = field(default_factory=lambda: Unrolled(damping=0.5))
     evolution: EvolutionStrategies = field(default_factory=lambda: EvolutionStrategies(pairs=8))
 
-    def __call__(self, inner: Replicable, rollout: Rollout) -> Estimate:
+    def __call__(self, inner: Inner, rollout: Rollout) -> Estimate:
         ours = self.unrolled(inner, rollout)
         theirs = self.evolution(inner, rollout)
         if ours.gradient.shape[1] < 2:

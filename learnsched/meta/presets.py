@@ -8,7 +8,7 @@ from learnsched.meta.estimators import Estimator, Unrolled
 from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.tasks import Mix, Task
 from learnsched.meta.trainer import TrainerConfig
-from learnsched.policies.learned import BaseCurve, Domain
+from learnsched.policies import BaseCurve, Domain
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ PRESETS: dict[str, Preset] = {
         trainer=TrainerConfig(
             mix=_QUICK_MIX,
             validation=_validation(8, ("mnist1d", "cnn1d", 8, 4, 8, 12, False)),
-            learning_rate=0.02,
+            learning_rate=0.002,
             average=0.8,
             validate_every=4,
         ),
