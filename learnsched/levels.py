@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,10 @@ class LevelSet:
         thresholds: the ``K`` thresholds, strictly increasing; midpoints of the levels if omitted.
         name: how the set is called in reports and artefacts.
 
+    Attributes:
+        gaps: the ``K`` differences ``q_k - q_{k-1}``, all positive.
+        step: the smallest of them, the unit of noise levels in settings.
+
     Raises:
         ValueError: levels or thresholds are too few, not finite, not increasing, or do not match.
 
@@ -38,6 +41,10 @@ class LevelSet:
     values: tuple[float, ...]
     thresholds: tuple[float, ...] = field(default=())
     name: str = "custom"
+    # Plain attributes, not cached properties, whose lock torch.compile cannot trace.
+    gaps: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    step: float = field(init=False, repr=False, compare=False)
+    _sums_exactly: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         values = _increasing(self.values, "values")
@@ -53,17 +60,11 @@ class LevelSet:
                 "leave thresholds out to take the midpoints"
             )
         object.__setattr__(self, "values", values)
+        gaps = tuple(b - a for a, b in zip(values, values[1:], strict=False))
         object.__setattr__(self, "thresholds", thresholds)
-
-    @functools.cached_property
-    def step(self) -> float:
-        """The smallest gap between neighbouring levels, the unit of noise levels in settings."""
-        return min(self.gaps)
-
-    @functools.cached_property
-    def gaps(self) -> tuple[float, ...]:
-        """The ``K`` differences ``q_k - q_{k-1}``, all positive."""
-        return tuple(b - a for a, b in zip(self.values, self.values[1:], strict=False))
+        object.__setattr__(self, "gaps", gaps)
+        object.__setattr__(self, "step", min(gaps))
+        object.__setattr__(self, "_sums_exactly", _sums_exactly(values))
 
     @property
     def bits(self) -> int:
@@ -111,17 +112,6 @@ class LevelSet:
         for threshold, gap in zip(self.thresholds[1:], self.gaps[1:], strict=True):
             result.add_(_at_least(x, threshold), alpha=gap)
         return result.add_(self.values[0]) if self.values[0] else result
-
-    @functools.cached_property
-    def _sums_exactly(self) -> bool:
-        """Whether adding gaps to the lowest level meets every level to the bit in every dtype."""
-        unit = Fraction(1)
-        for value in self.values:
-            unit = Fraction(1, max(unit.denominator, Fraction(value).denominator))
-        span = Fraction(self.values[-1]) - Fraction(self.values[0])
-        most = max(span, *(abs(Fraction(v)) for v in self.values))
-        # bfloat16 has 8 bits, and float16 nothing below 2^-24
-        return most / unit <= 256 and unit.denominator <= 2**14 and most <= 2**15
 
 
 def ternary() -> LevelSet:
@@ -244,3 +234,14 @@ def _check_bits(bits: int, least: int, name: str, most: int = 8) -> None:
         raise ValueError(
             f"{name} takes a whole number of bits from {least} to {most}, got {bits!r}"
         )
+
+
+def _sums_exactly(values: tuple[float, ...]) -> bool:
+    """Whether adding gaps to the lowest level meets every level to the bit in every dtype."""
+    unit = Fraction(1)
+    for value in values:
+        unit = Fraction(1, max(unit.denominator, Fraction(value).denominator))
+    span = Fraction(values[-1]) - Fraction(values[0])
+    most = max(span, *(abs(Fraction(v)) for v in values))
+    # bfloat16 has 8 bits, and float16 nothing below 2^-24
+    return most / unit <= 256 and unit.denominator <= 2**14 and most <= 2**15

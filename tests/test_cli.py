@@ -152,7 +152,7 @@ def mistakes(folder):
         (["list", "nothing"], "no pretrained schedule 'nothing'"),
         (["list", str(spoiled)], "is not a safetensors file"),
         (["plot", "nothing"], "no pretrained schedule 'nothing'"),
-        (["plot", "BaseCurve"], "BaseCurve is not a policy"),
+        (["plot", "MetaNetwork"], "MetaNetwork is not a policy"),
         (["plot", "LearnedPolicy"], "LearnedPolicy is not a policy"),
         (["plot", str(folder / "none.json")], "No such file"),
         (["plot", str(text)], "is not the history of a run"),

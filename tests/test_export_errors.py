@@ -79,7 +79,7 @@ def test_not_finalized(tmp_path):
             (nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()),
             r"1\.0\.1 keeps no running statistics.*track_running_stats=True",
         ),
-        ((nn.BatchNorm2d(4), nn.ReLU(), nn.ConvTranspose2d(4, 4, 3)), r"1\.0\.3: ConvTranspose2d"),
+        ((nn.BatchNorm2d(4), nn.ReLU(), nn.ConvTranspose2d(4, 4, 3)), r"3: QuantizedConvTranspose2d"),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:no batch norm precedes")

@@ -205,7 +205,7 @@ def spoiled_config(data, dice):
         [[]],
     )
     keys = dice.choice((
-        ("hidden",), ("embedding",), ("base",), ("domain",), ("base", "power"),
+        ("hidden",), ("embedding",), ("base",), ("domain",), ("base", "weight_hard_from"),
         ("base", "weight_backward_std"), ("base", "nothing"), ("domain", "depth"),
         ("domain", "../depth"), (),
     ))  # fmt: skip

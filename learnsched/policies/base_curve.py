@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
+# Of what is positive: far beyond any use, near enough that nothing overflows.
+_LARGEST = 1000.0
+
 
 @dataclass(frozen=True)
 class BaseCurve:
@@ -23,9 +26,9 @@ class BaseCurve:
         activation_forward_std: the same for activations.
         weight_hard_from: progress from which weights are hard, in (0, 1], in the middle layer.
         activation_hard_from: the same for activations.
-        power: exponent of both decays, positive.
+        power: exponent of both decays, positive, at most 1000.
         weight_backward_std: std of the weights' backward noise in the first epoch, in level steps,
-            positive, in the middle layer.
+            positive, at most 1000, in the middle layer.
         weight_backward_end: the same in the last epoch.
         activation_backward_std: std of the activations' backward noise in the first epoch.
         activation_backward_end: the same in the last epoch.
@@ -79,10 +82,10 @@ class BaseCurve:
         if not (
             all(0 <= std <= 1 for std in stds)
             and all(0 < end <= 1 for end in ends)
-            and all(0 < number < math.inf for number in positive)
+            and all(0 < number <= _LARGEST for number in positive)
             and 0 <= self.freeze_from < 1
             and -1 <= self.hard_tilt <= 1
-            and all(math.isfinite(tilt) for tilt in tilts)
+            and all(abs(tilt) <= math.log(_LARGEST) for tilt in tilts)
         ):
             raise ValueError(f"a number is out of its range, see BaseCurve, in {self}")
 
