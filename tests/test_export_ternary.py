@@ -259,6 +259,10 @@ def test_an_export_replaces_an_export_and_nothing_else(folder, tmp_path):
         with pytest.raises(FileExistsError, match="new folder"):
             ls.export_ternary(net, x, target)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "!"
+    (folder / "notes.txt").write_text("!")
+    with pytest.raises(FileExistsError, match=r"notes\.txt for one"):
+        ls.export_ternary(net, x, folder)
+    assert (folder / "notes.txt").read_text() == "!"
     ls.export_ternary(net, x, tmp_path / "new" / "inner")
     ls.integer_reference(tmp_path / "new" / "inner")
 

@@ -66,13 +66,16 @@ def check_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; give the name of a new folder")
-    if any(folder.iterdir()):
-        try:
-            read_manifest(folder)
-        except (FolderError, FileNotFoundError):
-            raise FileExistsError(
-                f"{folder} holds something other than an export; give the name of a new folder"
-            ) from None
+    names = {path.name for path in folder.iterdir()}
+    try:
+        known = {MANIFEST, *read_manifest(folder)["files"]} if names else set()
+    except (FolderError, FileNotFoundError):
+        known = set()
+    if names - known:
+        raise FileExistsError(
+            f"{folder} holds something other than an export, {sorted(names - known)[0]} for one; give "
+            "the name of a new folder"
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
