@@ -27,7 +27,7 @@ def test_every_section_gives_positive_numbers_and_can_be_drawn(tmp_path, monkeyp
         "operations": speed.operations(1000, seed=0, rounds=1),
         "steps": speed.steps(seed=0, rounds=1),
         "scheduler": speed.scheduler(seed=0, rounds=1),
-        "scaling": speed.scaling(seed=0, rounds=1),
+        "scaling": speed.scaling(seed=0, rounds=1, sizes=(100, 1000)),
     }
     for row in [*result["operations"], *result["steps"], *result["scaling"], result["scheduler"]]:
         numbers = [v for v in row.values() if not isinstance(v, str)]

@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from learnsched.files import write_text
 Action = Callable[[], object]
 
 _ELEMENTS = 1_000_000
+_SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 
 
 def take_turns(actions: dict[str, Action], rounds: int) -> dict[str, list[float]]:
@@ -254,11 +255,11 @@ def scheduler(seed: int, rounds: int) -> dict[str, float]:
     return shares
 
 
-def scaling(seed: int, rounds: int) -> list[dict[str, Any]]:
+def scaling(seed: int, rounds: int, sizes: Sequence[int] = _SIZES) -> list[dict[str, Any]]:
     """Nanoseconds an element of the normal 2-bit quantizer and of ReLU over the number of elements."""
     rows = []
     quantizer = _quantizer(ls.unsigned(2), "normal", torch.full((), 0.3, device=_device()))
-    for elements in (1_000, 10_000, 100_000, 1_000_000, 10_000_000):
+    for elements in sizes:
         x = torch.randn(elements, generator=torch.Generator().manual_seed(seed)).to(_device())
         actions: dict[str, Action] = {
             "ReLU": partial(torch.relu, x),
