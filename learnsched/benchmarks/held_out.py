@@ -199,13 +199,20 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     for name in names:
         row = [_interval(found[t, name]) if (t, name) in found else "" for t in tasks]
         lines.append(f"| {name} | " + " | ".join(row) + " |")
-    hand_coded = [m.name for m in field.hand_coded() if m.name in names]
-    if "learned" in names and hand_coded:
+    rivals = {
+        "best hand-coded": [m.name for m in field.hand_coded() if m.name in names],
+        "before meta-training": [n for n in names if n == "learned, before meta-training"],
+    }
+    for rival, candidates in rivals.items():
+        if "learned" not in names or not candidates:
+            continue
         row = []
         for task in tasks:
-            best = max((found[task, n] for n in hand_coded), key=np.mean)
-            row.append(_interval(found[task, "learned"] - best, sign="+"))
-        lines.append("| **learned − best hand-coded** | " + " | ".join(row) + " |")
+            rows = [found[task, n] for n in candidates if (task, n) in found]
+            complete = (task, "learned") in found and rows
+            best = max(rows, key=np.mean) if complete else None
+            row.append("" if best is None else _interval(found[task, "learned"] - best, sign="+"))
+        lines.append(f"| **learned − {rival}** | " + " | ".join(row) + " |")
     lines += ["", *(f"- {task}: {cells[task]}" for task in tasks)]
     return "\n".join(lines)
 
