@@ -296,6 +296,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
     left.set_yticks(list(places), [row["operation"] for row in rows], fontsize=8)
     left.invert_yaxis()
     left.set_xscale("log")
+    left.set_xlim(left=1)
+    ticks = [1, 2, 5, 10, 20, 50, 100]
+    left.set_xticks(ticks, [str(tick) for tick in ticks])
+    left.set_xticks([], minor=True)
     left.set_xlabel("time / time of a ReLU of $10^6$ elements")
     left.grid(axis="x", color="0.9")
     left.set_axisbelow(True)
