@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -238,10 +237,9 @@ def _check_bits(bits: int, least: int, name: str, most: int = 8) -> None:
 
 def _sums_exactly(values: tuple[float, ...]) -> bool:
     """Whether adding gaps to the lowest level meets every level to the bit in every dtype."""
-    unit = Fraction(1)
-    for value in values:
-        unit = Fraction(1, max(unit.denominator, Fraction(value).denominator))
-    span = Fraction(values[-1]) - Fraction(values[0])
-    most = max(span, *(abs(Fraction(v)) for v in values))
+    most = max(values[-1] - values[0], *[abs(value) for value in values])
+    denominator = 1
+    while denominator <= 2**14 and any(value * denominator % 1 for value in values):
+        denominator *= 2
     # bfloat16 has 8 bits, and float16 nothing below 2^-24
-    return most / unit <= 256 and unit.denominator <= 2**14 and most <= 2**15
+    return most * denominator <= 256 and denominator <= 2**14 and most <= 2**15
