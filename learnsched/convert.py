@@ -30,7 +30,7 @@ from learnsched.schedule import LayerInfo
 _CLIPPING = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 _SMOOTH = (nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish)
 _ACTIVATIONS = _CLIPPING + _SMOOTH
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _KNOWN = (*QUANTIZED_TYPES, *_ACTIVATIONS)
@@ -265,7 +265,7 @@ def _execution_order(
         # Only a parent can put something in the place of an activation.
         if type(module) in QUANTIZED_TYPES
         or (name and type(module) in _ACTIVATIONS)
-        or isinstance(module, (*_BATCH_NORMS, *_RECURRENT))
+        or isinstance(module, (*BATCH_NORMS, *_RECURRENT))
     }
     if example_input is None:
         return [(name, module) for module, name in wanted.items()], len(wanted)
@@ -304,7 +304,7 @@ def _configure(
     configs: Chosen = {}
     following = base
     for name, module in order:
-        if isinstance(module, _BATCH_NORMS):
+        if isinstance(module, BATCH_NORMS):
             continue
         is_weight = type(module) in QUANTIZED_TYPES
         matches = [pattern for pattern in overrides if fnmatch.fnmatchcase(name, pattern)]
@@ -334,7 +334,7 @@ def _configure(
     if unmatched:
         raise ValueError(
             f"no module matches {sorted(unmatched)}; the modules that can be quantized are "
-            f"{[name for name, m in order if not isinstance(m, _BATCH_NORMS)]}"
+            f"{[name for name, m in order if not isinstance(m, BATCH_NORMS)]}"
         )
     return configs
 
@@ -419,7 +419,7 @@ def _warn(model: nn.Module, order: list[tuple[str, nn.Module]], configs: Chosen)
     normalized = {
         name
         for (_, before), (name, _) in zip(order, order[1:], strict=False)
-        if isinstance(before, _BATCH_NORMS)
+        if isinstance(before, BATCH_NORMS)
     }
     uncalibrated = [
         name

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from learnsched.convert import Layer, quantized_layers
+from learnsched.convert import BATCH_NORMS, Layer, quantized_layers
 from learnsched.modules import NOISE_BUFFERS, ActivationQuantizer, QuantizedLayer
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -267,7 +265,7 @@ class _Fit:
 
 
 def _batch_norms(model: nn.Module) -> list[Any]:
-    norms = [m for m in model.modules() if isinstance(m, _BATCH_NORMS)]
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
     return [m for m in norms if m.track_running_stats]
 
 
@@ -282,7 +280,7 @@ def _batch_statistics(model: nn.Module) -> Iterator[None]:
     flags = {module: module.training for module in model.modules()}
     model.eval()
     for module in model.modules():
-        if isinstance(module, _BATCH_NORMS):
+        if isinstance(module, BATCH_NORMS):
             module.train()
     try:
         yield

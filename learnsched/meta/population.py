@@ -12,11 +12,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from learnsched.convert import quantized_layers
+from learnsched.convert import BATCH_NORMS, quantized_layers
 from learnsched.modules import WeightQuantizer
 from learnsched.schedule import FIELDS, LayerInfo
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 # Buffers that the inner loop carries itself, as part of its state.
 CARRIED = ("membership", "held", "held_scale", "scale_held")
@@ -107,7 +105,7 @@ class Population(nn.Module):
     def track_batch_norm(self, momentum: float | None) -> None:
         """Let training passes move the running statistics of batch norms; None leaves them alone."""
         for module in self.template.modules():
-            if isinstance(module, _BATCH_NORMS):
+            if isinstance(module, BATCH_NORMS):
                 module.track_running_stats = momentum is not None
                 module.momentum = momentum or 0.1
 
