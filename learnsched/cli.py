@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 def _list(options: argparse.Namespace) -> None:
     from learnsched.pretrained import list_pretrained, pretrained_card
     from learnsched.pretrained.card import render_card
+    from learnsched.tables import aligned
 
     names = options.artefacts or list_pretrained()
     cards = {name: pretrained_card(name) for name in names}
@@ -125,7 +126,7 @@ def _list(options: argparse.Namespace) -> None:
             rows.append(
                 (name, made.get("date", "?"), *seen, "?" if loss is None else f"{loss:.3f}")
             )
-        print(_aligned(rows))
+        print(aligned(rows))
 
 
 def _plot(options: argparse.Namespace) -> None:
@@ -228,14 +229,6 @@ def _optional(module: str, extra: str) -> Any:
         if (error.name or "").startswith("learnsched."):
             raise ImportError(f"this version of learnsched has no {module}") from error
         raise ImportError(f"{error.name} is missing; pip install 'learnsched[{extra}]'") from error
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
 
 
 def _count(text: str) -> int:

@@ -25,6 +25,7 @@ from learnsched.modules import (
 )
 from learnsched.scales import LeastSquares, ScaleRule, default_weight_rule, unit_normal_scale
 from learnsched.schedule import LayerInfo
+from learnsched.tables import aligned
 
 # A staircase contains the clipping of these; the others are computed ahead of it.
 _CLIPPING = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
@@ -90,13 +91,7 @@ class Report:
     rows: tuple[tuple[str, str, str, str], ...]
 
     def __repr__(self) -> str:
-        head = ("module", "kind", "levels", "scale")
-        widths = [max(len(row[i]) for row in (head, *self.rows)) for i in range(4)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (head, *self.rows)
-        ]
-        return "\n".join(lines)
+        return aligned([("module", "kind", "levels", "scale"), *self.rows])
 
 
 def quantize_(

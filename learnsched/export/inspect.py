@@ -20,6 +20,7 @@ from learnsched.export import graph as g
 from learnsched.export.emit import need
 from learnsched.export.errors import FolderError
 from learnsched.export.reference import integer_reference
+from learnsched.tables import aligned
 
 _QUANTIZERS = ("QuantizeLinear", "Quant", "BipolarQuant")
 _PRODUCTS = ("Conv", "MatMul")
@@ -117,20 +118,12 @@ class Report:
             )
             for layer in self.layers
         ]
-        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in (head, *rows)
-        ]
         float_bytes = 4 * self.weights
         total = max(self.weight_bytes, 1)
         return "\n".join(
             [
                 f"{self.path}: {self.format}, {self.file_bytes:,} bytes on disk",
-                *lines,
+                aligned([head, *rows], left=2),
                 f"weights: {self.weights:,}, {self.sparsity:.1%} of them zero, in "
                 f"{self.weight_bytes:,} bytes "
                 f"(float32: {float_bytes:,}, {float_bytes / total:.1f} times as much)",
