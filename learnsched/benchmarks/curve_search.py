@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.held_out import train
+from learnsched.benchmarks.methods import Method
 from learnsched.data import DataSet, load
 from learnsched.files import write_text
 from learnsched.meta import distribution
@@ -180,18 +182,15 @@ def verify(found: Sequence[BaseCurve], seeds: int, seed: int) -> list[dict[str, 
     data = load("mnist1d")
     compared = [BaseCurve(), *found]
     rates = (0.02, 0.04)
+    method = Method("curve", BaseCurve.noise, BaseCurve.partition)
+    repeated = [curve for curve in compared for _ in rates]
     mine = {}
     for index in range(distribution.rank(), len(TASKS), distribution.world_size()):
-        members = tuple(rate for _ in compared for rate in rates for _ in range(seeds))
-        fresh = replace(TASKS[index], learning_rates=members, runs=seeds, seed=31_337 + seed)
-        inner = fresh.build(data, membership_width=0.0, eps=1e-8)
-        tables = [plan(curve, inner.run).table.float() for curve in compared]
-        repeated = [table for table in tables for _ in range(len(rates) * seeds)]
-        with torch.no_grad():
-            states, table, _ = run_forward(inner, table_rollout(torch.stack(repeated, dim=1)))
-            x, y = data.validation.x, data.validation.y
-            accuracy = inner.accuracy(states[-1], table[-1], x, y)
-        mean = accuracy.view(len(compared), len(rates), seeds).mean(2).amax(1)
+        fresh = replace(TASKS[index], seed=31_337 + seed)
+        accuracy = train(
+            method, fresh, data, rates * len(compared), repeated, seeds, data.validation
+        )
+        mean = accuracy.mean(1).view(len(compared), len(rates)).amax(1)
         mine[index] = {"task": TASKS[index].name, "accuracy": mean.tolist()}
     return distribution.gather(mine, len(TASKS))
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -140,19 +140,15 @@ def table(rows: Sequence[dict[str, Any]], *, head: bool = True) -> str:
         for found in row["estimators"]:
             ratio = _median(found["norms"]) / max(_median(reference["norms"]), 1e-12)
             lines.append(
-                f"{run} | {found['estimator']} | {_mean(found['cosines']):.2f} "
+                f"{run} | {found['estimator']} | {fmean(found['cosines']):.2f} "
                 f"| {found['cosine_of_mean']:.2f} | {ratio:.2f} | {100 * found['outliers']:.0f} % "
                 f"| {found['seconds']:.0f} |"
             )
         lines.append(
-            f"{run} | (reference, its halves) | {_mean(reference['agreement']):.2f} "
+            f"{run} | (reference, its halves) | {fmean(reference['agreement']):.2f} "
             f"| {reference['agreement_of_mean']:.2f} | | | {reference['seconds']:.0f} |"
         )
     return "\n".join(lines)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def _median(values: Sequence[float]) -> float:

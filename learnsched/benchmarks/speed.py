@@ -4,8 +4,8 @@
 
 Alternatives take turns, round after round; a ratio is the median over rounds of the ratio within a
 round, so that a busy machine slows all of them alike. With one thread on a CPU the time is that of the
-processor, which others cannot lengthen by much. Peers are measured where they are installed:
-Brevitas' and torchao's quantizers are looked for and left out otherwise. Runs on a GPU if there is one.
+processor, which others cannot lengthen by much. Brevitas' quantizers are measured too where they are
+installed. Runs on a GPU if there is one.
 """
 
 from __future__ import annotations
