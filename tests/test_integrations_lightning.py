@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from digits_network import digits_layers
 from torch.nn import functional as F
 
 import learnsched as ls
@@ -25,11 +25,7 @@ DATA = load("digits")
 class Digits(lightning.LightningModule):
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(
-            nn.Flatten(), nn.Linear(64, 24), nn.BatchNorm1d(24), nn.ReLU(),
-            nn.Linear(24, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 10),
-        )  # fmt: skip
+        self.layers = digits_layers()
         ls.quantize_(self, ls.ternary(), ls.unsigned(2))
 
     def forward(self, x):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from digits_network import digits_layers
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,11 +23,7 @@ DATA = load("digits")
 class Digits(nn.Module):
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(
-            nn.Flatten(), nn.Linear(64, 24), nn.BatchNorm1d(24), nn.ReLU(),
-            nn.Linear(24, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 10),
-        )  # fmt: skip
+        self.layers = digits_layers()
         ls.quantize_(self, ls.ternary(), ls.unsigned(2))
 
     def forward(self, x, labels=None):
