@@ -88,7 +88,7 @@ def test_mnist1d(tmp_path):
     [
         (lambda: mlp(784, 128), 0.75),
         (lambda: cnn2d(28, 8), 0.75),
-        (lambda: residual(28, 4), 0.65),
+        (lambda: residual(28, 8), 0.65),
     ],
     ids=["mlp", "cnn2d", "residual"],
 )

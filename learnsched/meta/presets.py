@@ -62,19 +62,19 @@ _QUICK_MIX = Mix(
 
 _STANDARD_MIX = Mix(
     architectures=(
-        ("mnist1d", "cnn1d", (6, 8, 12), (3, 4, 5)),
-        ("mnist1d", "cnn1d", (6, 8, 12), (3, 4, 5)),
-        ("mnist1d", "cnn1d", (6, 8, 12), (3, 4, 5)),
-        ("mnist1d", "mlp", (24, 32, 48), (3, 4)),
-        ("digits", "cnn2d", (6,), (3, 4)),
+        ("mnist1d", "cnn1d", (8, 12, 16), (3, 4, 5, 6)),
+        ("mnist1d", "cnn1d", (8, 12, 16), (3, 4, 5, 6)),
+        ("mnist1d", "cnn1d", (8, 12, 16), (3, 4, 5, 6)),
+        ("digits", "cnn2d", (6, 10), (3, 4)),
+        ("mnist1d", "mlp", (24, 32, 64), (3, 4)),
     ),
-    horizons=(6, 8, 12, 16),
-    total_steps=(60, 200),
+    horizons=(6, 8, 12, 16, 20),
+    total_steps=(80, 600),
     batches=(32,),
-    bits=(("ternary/2-bit", 1.0),),
+    bits=(("ternary/2-bit", 0.76), ("ternary/ternary", 0.12), ("binary/binary", 0.12)),
     learning_rates=(1e-2, 5e-2),
-    fine_tuning=0.3,
-    members=16,
+    fine_tuning=0.35,
+    members=12,
     tasks=2,
 )
 
@@ -122,7 +122,8 @@ PRESETS: dict[str, Preset] = {
                 24,
                 ("mnist1d", "cnn1d", 8, 4, 8, 20, False),
                 ("mnist1d", "cnn1d", 10, 4, 8, 20, True),
-                ("mnist1d", "cnn1d", 12, 4, 12, 25, False),
+                ("mnist1d", "cnn1d", 16, 4, 20, 30, False),
+                ("mnist1d", "cnn1d", 12, 5, 16, 25, True),
                 ("mnist1d", "mlp", 32, 4, 12, 15, False),
             ),
             learning_rate=0.0006,
@@ -130,7 +131,7 @@ PRESETS: dict[str, Preset] = {
             average=0.9,
         ),
         base=_BASE,
-        estimator=EvolutionStrategies(pairs=8, std=0.15, relative_std=0.5, knots=2, by_layer=False),
+        estimator=EvolutionStrategies(pairs=6, std=0.15, relative_std=0.5, knots=3, by_layer=False),
     ),
 }
 PRESETS["long"] = replace(
@@ -139,7 +140,7 @@ PRESETS["long"] = replace(
     trainer=replace(
         PRESETS["standard"].trainer,
         mix=replace(
-            _STANDARD_MIX, total_steps=(60, 1000), horizons=(6, 8, 12, 16, 20, 30), tasks=4
+            _STANDARD_MIX, total_steps=(80, 1200), horizons=(6, 8, 12, 16, 20, 30), tasks=4
         ),
         decay=200.0,
         average=0.97,
