@@ -18,7 +18,7 @@ from learnsched.convert import quantize_, quantized_layers
 from learnsched.data import DataSet
 from learnsched.levels import LevelSet, binary, ternary, unsigned
 from learnsched.meta.inner import Batches, InnerLoop
-from learnsched.meta.networks import cnn1d, cnn2d, mlp
+from learnsched.meta.networks import cnn1d, cnn2d, mlp, residual, vgg
 from learnsched.meta.population import Population
 from learnsched.noise import noise_shape
 
@@ -39,7 +39,8 @@ class Task:
     """Members of one architecture, data set and horizon; they differ in seed and learning rate.
 
     Attributes:
-        family: ``mlp``, ``cnn1d`` or ``cnn2d``.
+        family: ``mlp``, ``cnn1d``, ``cnn2d``, ``residual`` or ``vgg``, see
+            :mod:`learnsched.meta.networks`.
         data: ``mnist1d`` or ``digits`` in meta-training.
         width: units or channels of the hidden layers.
         depth: layers with weights, at least 2.
@@ -147,11 +148,13 @@ class Task:
 
     def _models(self, data: DataSet, runs: int) -> list[nn.Module]:
         """Float networks of the members, initialised from their seeds."""
-        inputs = math.prod(data.shape)
+        inputs, side = math.prod(data.shape), data.shape[-1]
         makers: dict[str, Callable[[], nn.Module]] = {
             "mlp": lambda: mlp(inputs, self.width, self.depth, data.classes),
             "cnn1d": lambda: cnn1d(inputs, self.width, self.depth, data.classes),
-            "cnn2d": lambda: cnn2d(data.shape[-1], self.width, self.depth, data.classes),
+            "cnn2d": lambda: cnn2d(side, self.width, self.depth, data.classes),
+            "residual": lambda: residual(side, self.width, self.depth, data.classes),
+            "vgg": lambda: vgg(side, self.width, self.depth, data.classes),
         }
         if self.family not in makers:
             raise ValueError(f"unknown family {self.family!r}; choose one of {', '.join(makers)}")
