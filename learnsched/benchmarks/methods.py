@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
+from learnsched.convert import LayerConfig
 from learnsched.meta.estimators import Rollout, policy_rollout, table_rollout
 from learnsched.meta.inner import InnerLoop
+from learnsched.meta.tasks import BITS
 from learnsched.policies import (
     AdditiveNoiseAnnealing,
     IncrementalQuantization,
@@ -18,7 +20,7 @@ from learnsched.policies import (
     Relaxed,
     StraightThrough,
 )
-from learnsched.schedule import Policy, plan
+from learnsched.schedule import Policy, RunInfo, plan
 
 
 class Trial(Protocol):
@@ -40,6 +42,13 @@ class Method:
         suggest: from a trial to a policy; None where the policy is learned.
         learned: the learned policy, tuned in nothing.
         hardened: whether accuracy is that of the hard network.
+        mode: the forward value while there is noise, see :func:`learnsched.annealed_quantize`.
+        levels: from the level sets of a cell to the level sets and scale rules of the method; None
+            keeps the cell's, with their customary rules.
+        rate: from a policy and the progress of optimizer steps, in [0, 1), to the factor on the
+            learning rate; None is the cosine.
+        bits: keys of :data:`learnsched.meta.tasks.BITS` that the method applies to.
+        source: paper and equation.
     """
 
     name: str
@@ -48,6 +57,35 @@ class Method:
     suggest: Callable[[Trial], Policy] | None = None
     learned: LearnedPolicy | None = None
     hardened: bool = True
+    mode: str = "expectation"
+    levels: Callable[[LayerConfig], LayerConfig] | None = None
+    rate: Callable[[Any, float], float] | None = None
+    bits: tuple[str, ...] = tuple(BITS)
+    source: str = ""
+
+    def config(self, bits: str) -> LayerConfig:
+        """Level sets and scale rules of the method in a cell of these bits."""
+        config = LayerConfig(*BITS[bits])
+        return config if self.levels is None else self.levels(config)
+
+    def rates(self, policies: Sequence[Policy], run: RunInfo) -> torch.Tensor | None:
+        """Factors on the members' learning rates, step by step; None is the cosine.
+
+        Args:
+            policies: one a member.
+            run: whose horizon and steps an epoch are known.
+
+        Returns:
+            shape ``(horizon * steps, members)``.
+        """
+        if self.rate is None:
+            return None
+        total = run.horizon * (run.steps_per_epoch or 1)
+        columns = {
+            policy: [self.rate(policy, step / total) for step in range(total)]
+            for policy in set(policies)
+        }
+        return torch.tensor([columns[policy] for policy in policies]).T.contiguous()
 
     def rollout(self, inner: InnerLoop, policies: list[Policy]) -> Rollout:
         """The settings of every member, whose policies are given."""
@@ -108,8 +146,8 @@ def relaxed(trial: Trial) -> Policy:
     return Relaxed(trial.suggest_float("std", 0.2, 0.8))
 
 
-def hand_coded() -> list[Method]:
-    """Every method of the field that the comparison tunes."""
+def rivals() -> list[Method]:
+    """The strongest hand-coded methods, one or two of each family: what a quick comparison tunes."""
     return [
         Method("straight-through", "normal", "settled", straight_through),
         Method("ANA, normal", "normal", "settled", annealing("normal")),
@@ -117,6 +155,11 @@ def hand_coded() -> list[Method]:
         Method("INQ, magnitude", "uniform", "magnitude", incremental("magnitude")),
         Method("INQ, settled", "uniform", "settled", incremental("settled")),
     ]
+
+
+def hand_coded(bits: str = "ternary/2-bit") -> list[Method]:
+    """Every method of the field that applies to these bits."""
+    return [method for method in rivals() if bits in method.bits]
 
 
 def upper_bound() -> Method:
