@@ -296,6 +296,7 @@ class InnerLoop:
         """The carried buffers after the settings' fractions, by soft membership."""
         result: list[Tensor] = []
         generator = torch.Generator(settings.device).manual_seed(epoch)
+        redraw = self.partition == "redraw"
         for place, (name, _, quantizer, layer) in enumerate(self.population.weights):
             weight = self._weight(parameters, name)
             membership, held, held_scale, scale_held = carried[4 * place : 4 * place + 4]
@@ -308,10 +309,13 @@ class InnerLoop:
             )  # fmt: skip
             order = priority(x.detach(), quantizer.levels, self.partition, generator)
             width = max(self.membership_width, 1e-9)
+            fraction = settings[:, layer, _FRACTION]
+            if redraw:  # what was frozen goes on from where it was
+                membership = torch.zeros_like(membership)
             new = vmap(lambda o, m, f, w=width: soft_membership(o, m, f, w))(
-                order, membership, settings[:, layer, _FRACTION]
+                order, membership, fraction
             )
-            started = new.detach().flatten(1).amax(1) > 0
+            started = fraction == 1 if redraw else new.detach().flatten(1).amax(1) > 0
             started = started.view(-1, *[1] * (scale.dim() - 1)).to(scale.dtype)
             result += [
                 new,
