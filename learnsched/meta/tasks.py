@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from learnsched.convert import quantize_, quantized_layers
+from learnsched.convert import LayerConfig, quantize_, quantized_layers
 from learnsched.data import DataSet
 from learnsched.levels import LevelSet, binary, ternary, unsigned
 from learnsched.meta.inner import Batches, InnerLoop
@@ -27,10 +27,14 @@ T = TypeVar("T")
 # Of the float networks that fine-tuning starts from: members of one seed share theirs.
 _FLOAT_RATE = 0.02
 
+# Quantiles of what a batch norm puts out, for scale rules of activations.
+_STANDARD_NORMAL = torch.special.ndtri((torch.arange(1024) + 0.5) / 1024)
+
 BITS: dict[str, tuple[LevelSet, LevelSet]] = {
     "ternary/2-bit": (ternary(), unsigned(2)),
     "ternary/ternary": (ternary(), ternary()),
     "binary/binary": (binary(), binary()),
+    "binary/2-bit": (binary(), unsigned(2)),
 }
 
 
@@ -87,6 +91,8 @@ class Task:
         held_out: int = 256,
         eps: float = 1e-6,
         device: str | torch.device = "cpu",
+        config: LayerConfig | None = None,
+        mode: str = "expectation",
     ) -> InnerLoop:
         """The inner loop of this task, at its initial state.
 
@@ -98,6 +104,9 @@ class Task:
             held_out: validation examples of the outer loss, per member.
             eps: Adam's ε.
             device: where to train; random numbers are drawn on the CPU all the same.
+            config: level sets and scale rules, in place of the level sets of ``self.bits`` with
+                their customary rules. A scale rule of activations is given standard normal ones.
+            mode: the forward value, ``expectation``, ``mode`` or ``random``.
         """
         members = len(self.learning_rates)
         runs = self.runs or members
@@ -115,23 +124,33 @@ class Task:
             data.validation.x[picked].to(device),
             data.validation.y[picked].to(device),
         )
-        rates = torch.tensor(self.learning_rates, device=device)
+        maxima = torch.tensor(self.learning_rates, device=device)
         models = self._models(data, runs)
         if self.fine_tuning:
             before = torch.stack([self._order(len(y), g) for g in generators])
             _pretrain(models[:runs], x, y, before.flatten(1, 2))
             for member in range(runs, members):
                 models[member].load_state_dict(models[member % runs].state_dict())
-        weight, activation = BITS[self.bits]
+        config = config or LayerConfig(*BITS[self.bits])
         for model in models:
-            quantize_(model, weight, activation, example_input=x[:1])
+            quantize_(
+                model,
+                config.weight,
+                config.activation,
+                weight_scale=config.weight_scale,
+                activation_scale=config.activation_scale,
+                example_input=x[:1],
+            )
             for layer in quantized_layers(model):
                 for quantizer in layer.quantizers:
                     quantizer.noise = noise_shape(noise)
+                    quantizer.mode = mode
+                for activation in layer.activations if config.activation_scale else ():
+                    activation.scale.copy_(activation.rule(_STANDARD_NORMAL, activation.levels))
         return InnerLoop(
             Population(models).to(device),
             batches,
-            rates,
+            maxima,
             fine_tuning=self.fine_tuning,
             partition=partition,
             membership_width=membership_width,
