@@ -27,6 +27,9 @@ T = TypeVar("T")
 # Of the float networks that fine-tuning starts from: members of one seed share theirs.
 _FLOAT_RATE = 0.02
 
+# Validation examples of a member's outer loss.
+_HELD_OUT = 256
+
 # Quantiles of what a batch norm puts out, for scale rules of activations.
 _STANDARD_NORMAL = torch.special.ndtri((torch.arange(1024) + 0.5) / 1024)
 
@@ -88,7 +91,7 @@ class Task:
         noise: str = "normal",
         partition: str = "settled",
         membership_width: float = 0.05,
-        held_out: int = 256,
+        held_out: int = _HELD_OUT,
         eps: float = 1e-6,
         device: str | torch.device = "cpu",
         config: LayerConfig | None = None,
@@ -127,10 +130,7 @@ class Task:
         maxima = torch.tensor(self.learning_rates, device=device)
         models = self._models(data, runs)
         if self.fine_tuning:
-            before = torch.stack([self._order(len(y), g) for g in generators])
-            _pretrain(models[:runs], x, y, before.flatten(1, 2))
-            for member in range(runs, members):
-                models[member].load_state_dict(models[member % runs].state_dict())
+            self._pretrain_members(models, data, generators)
         config = config or LayerConfig(*BITS[self.bits])
         for model in models:
             quantize_(
@@ -157,6 +157,33 @@ class Task:
             eps=eps,
             seed=self.seed,
         )
+
+    def floats(self, data: DataSet) -> tuple[list[nn.Module], Tensor]:
+        """What :meth:`build` quantizes: the float networks of the members, and the runs' batches.
+
+        Returns:
+            networks, trained already if the task is one of fine-tuning; indices of training examples,
+            shape ``(runs, horizon, steps, batch)``, where member i has those of run ``i % runs``.
+        """
+        runs = self.runs or len(self.learning_rates)
+        generators = [torch.Generator().manual_seed(_mixed(self.seed, run)) for run in range(runs)]
+        order = torch.stack([self._order(len(data.train), g) for g in generators])
+        for generator in generators:  # as build does, so that fine-tuning starts from the same weights
+            torch.randint(len(data.validation), (_HELD_OUT,), generator=generator)
+        models = self._models(data, runs)
+        if self.fine_tuning:
+            self._pretrain_members(models, data, generators)
+        return models, order
+
+    def _pretrain_members(
+        self, models: list[nn.Module], data: DataSet, generators: Sequence[torch.Generator]
+    ) -> None:
+        """Train the float network of each run, and give it to the other members of the run."""
+        runs = len(generators)
+        before = torch.stack([self._order(len(data.train), g) for g in generators])
+        _pretrain(models[:runs], data.train.x, data.train.y, before.flatten(1, 2))
+        for member in range(runs, len(models)):
+            models[member].load_state_dict(models[member % runs].state_dict())
 
     def _order(self, examples: int, generator: torch.Generator) -> Tensor:
         """Indices of shape (horizon, steps, batch), cycling through permutations of the examples."""
