@@ -33,8 +33,9 @@ from learnsched.benchmarks import held_out, plain
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.cells import GRIDS, Cell
 from learnsched.benchmarks.environment import describe
-from learnsched.benchmarks.methods import Method, Trial
+from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.search import Budget, search
+from learnsched.benchmarks.spaces import Trial
 from learnsched.data import DataSet, Split
 from learnsched.files import write_text
 from learnsched.meta.tasks import Task
@@ -105,7 +106,8 @@ def _entry(
 def _digest(method: Method) -> str:
     """A hash of a learned policy: base curve, weights and whether it sees telemetry."""
     policy = method.learned
-    assert policy is not None
+    if policy is None:
+        raise ValueError(f"{method.name} is not a learned method")
     digest = hashlib.sha256(repr((policy.base, policy.open_loop)).encode())
     for name, value in sorted(policy.network.state_dict().items()):
         digest.update(name.encode())

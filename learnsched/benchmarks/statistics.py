@@ -88,7 +88,8 @@ def difference(first: Record, second: Record) -> Array:
             f"{first['method']} and {second['method']} have {len(first['test'])} and "
             f"{len(second['test'])} seeds in {first['cell']}; run both with one grid"
         )
-    return np.asarray(first["test"]) - np.asarray(second["test"])
+    result: Array = np.asarray(first["test"]) - np.asarray(second["test"])
+    return result
 
 
 @dataclass(frozen=True)
