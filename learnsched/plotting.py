@@ -77,12 +77,12 @@ def plot_schedule(
     values = {name: table[..., FIELDS.index(name)] for name in _LABELS}
     # a schedule of zeros still deserves a figure
     shown = {n: v for n, v in values.items() if v.any()} or {"fraction": values["fraction"]}
-    with _paper_style():
+    with paper_style():
         draw = _draw_lines if len(schedule.layers) <= _MOST_LINES else _draw_heat_maps
         figure = draw(shown, schedule.layers)
         if title is not None:
             figure.suptitle(title)
-        _save(figure, path)
+        save(figure, path)
     return figure
 
 
@@ -130,7 +130,7 @@ def plot_comparison(
     if baseline is not None and baseline not in names:
         raise ValueError(f"no results of the baseline {baseline!r}; there are {', '.join(names)}")
     columns = 2 if len(runs) in (2, 4) else min(len(runs), 3)
-    with _paper_style():
+    with paper_style():
         rows = -(-len(runs) // columns)
         figure = _figure(columns, height=0.3 + rows * (0.45 + 0.17 * len(names)))
         for i, (task, methods) in enumerate(runs.items()):
@@ -141,7 +141,7 @@ def plot_comparison(
                 panel.set_yticklabels([])
         note = "" if baseline is None else f" (dashed: {baseline})"
         figure.supxlabel(f"{metric} / %{note}", size="medium")
-        _save(figure, path)
+        save(figure, path)
     return figure
 
 
@@ -163,7 +163,7 @@ def plot_learning_curve(
         raise ValueError("the log is empty; meta-training has taken no outer step yet")
     steps = np.array([entry["step"] for entry in log])
     checks = [entry for entry in log if "validation_loss" in entry]
-    with _paper_style():
+    with paper_style():
         figure = _figure(2, height=2.4)
         losses, norms = figure.subplots(1, 2)
         losses.plot(steps, [e["outer_loss"] for e in log], ".", color="0.6", label="sampled tasks")
@@ -185,7 +185,7 @@ def plot_learning_curve(
         for panel in (losses, norms):
             panel.set_xlabel("outer step")
             panel.legend()
-        _save(figure, path)
+        save(figure, path)
     return figure
 
 
@@ -335,7 +335,18 @@ def _figure(columns: int, height: float) -> Figure:
     return Figure(figsize=(7.0 if columns > 1 else 4.0, height), layout="constrained")
 
 
-def _paper_style() -> AbstractContextManager[None]:
+def paper_style() -> AbstractContextManager[None]:
+    """The look of all figures, within a block.
+
+    Raises:
+        ImportError: matplotlib is missing.
+
+    Example:
+        >>> with paper_style():
+        ...     import matplotlib
+        ...     matplotlib.rcParams["font.size"]
+        9.0
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -365,8 +376,16 @@ def _paper_style() -> AbstractContextManager[None]:
     )
 
 
-def _save(figure: Figure, path: str | os.PathLike[str] | None) -> None:
-    """Write the whole file or nothing."""
+def save(figure: Figure, path: str | os.PathLike[str] | None) -> None:
+    """Write the whole file or nothing; None writes nothing.
+
+    Raises:
+        FileNotFoundError: the folder of ``path`` does not exist.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> save(Figure(), None)
+    """
     if path is None:
         return
     target = Path(path)

@@ -205,6 +205,7 @@ def importances(records: Sequence[Record], seed: int = 0) -> dict[str, float]:
     import optuna
     from optuna.distributions import json_to_distribution
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize")
     for record in records:
         space = {name: json_to_distribution(json.dumps(d)) for name, d in record["space"].items()}
@@ -221,6 +222,6 @@ def importances(records: Sequence[Record], seed: int = 0) -> dict[str, float]:
             )
     if len(study.trials) < 4:
         return {}
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
+    evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=32, seed=seed)
     found = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return dict(sorted(found.items(), key=lambda item: -item[1]))

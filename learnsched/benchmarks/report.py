@@ -1,0 +1,365 @@
+"""Tables and figures of an accuracy benchmark, from its records.
+
+    python -m learnsched.benchmarks.report FOLDER [--into figures]
+
+FOLDER is what ``learnsched.benchmarks.accuracy --out`` wrote, or a file of JSON lines. The report is
+``methods.md``, its figures ``methods_*.png``, and ``methods.jsonl`` has all records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from learnsched.benchmarks import report_figures
+from learnsched.benchmarks.accuracy import (
+    FLOAT,
+    HAND_CODED,
+    LEARNED,
+    PARAMETRIC,
+    RELAXED,
+    START,
+    read,
+)
+from learnsched.benchmarks.statistics import (
+    Comparison,
+    Record,
+    against_best,
+    best,
+    by_cell,
+    compare,
+    difference,
+    gap_closed,
+    importances,
+    interval,
+    mean,
+    overall_gap_closed,
+    share_to_match,
+)
+from learnsched.files import write_text
+
+Cells = Mapping[str, Mapping[str, Record]]
+
+# What the papers claim, each as one method against another.
+CLAIMS = (
+    ("INQ: largest weights first, against a random order", "INQ, magnitude", "INQ, random"),
+    ("INQ: settled weights first, against largest first", "INQ, settled", "INQ, magnitude"),
+    ("INQ: restarted learning rate, against a cosine", "INQ, settled, restarts", "INQ, settled"),
+    ("RPR: re-drawn, against a fixed random order", "RPR", "INQ, random"),
+    ("XNOR-Net: filter scales, against BinaryConnect's constant", "XNOR-Net", "BinaryConnect"),
+    ("TWN: one scale a layer, against one a filter", "TWN", "STE, uniform"),
+    ("ANA: noise that vanishes, against straight-through", "ANA, normal", "straight-through"),
+    ("ANA: normal, against uniform noise", "ANA, normal", "ANA, uniform"),
+    ("ANA: a tuned backward width, against the 2022 grid", "ANA, uniform", "ANA 2022, uniform"),
+    ("STE: a backward width that moves, against a constant", "STE, moving", "straight-through"),
+    ("RQ: expectation, against concrete samples", "RQ", "RQ ST"),
+)  # fmt: skip
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, the first row its head.
+
+    Example:
+        >>> print(markdown([("a", "b"), ("1", "2")]))
+        | a | b |
+        | --- | --- |
+        | 1 | 2 |
+    """
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "| " + " | ".join("---" for _ in rows[0]) + " |")
+    return "\n".join(lines)
+
+
+def names(cells: Cells) -> list[str]:
+    """All methods, those of the best mean margin to the best hand-coded method of a cell first."""
+    roles = {name: r["role"] for rows in cells.values() for name, r in rows.items()}
+    order = (FLOAT, RELAXED, LEARNED, START, PARAMETRIC)
+
+    def key(name: str) -> tuple[int, float]:
+        place = order.index(roles[name]) if roles[name] in order else len(order)
+        return place, -float(np.mean(list(margins(cells, name).values()) or [-np.inf]))
+
+    return sorted(roles, key=key)
+
+
+def margins(cells: Cells, name: str) -> dict[str, float]:
+    """Mean test accuracy less that of the cell's best hand-coded method, which itself has 0."""
+    found = {}
+    for cell, rows in cells.items():
+        rival = best(rows)
+        if name in rows and rival is not None:
+            found[cell] = mean(rows[name]) - mean(rival)
+    return found
+
+
+def accuracy_table(cells: Cells) -> str:
+    """Test accuracy in % of every method in every cell, with intervals; the best hand-coded bold."""
+    rows = [["method", *(str(i + 1) for i in range(len(cells)))]]
+    for name in names(cells):
+        row = [name]
+        for methods in cells.values():
+            text = interval(methods[name]["test"]).text() if name in methods else ""
+            winner = best(methods)
+            bold = winner is not None and winner["method"] == name
+            row.append(f"**{text}**" if bold else text)
+        rows.append(row)
+    legend = [
+        f"{i + 1}. {cell}: {next(iter(rows.values()))['description']}"
+        for i, (cell, rows) in enumerate(cells.items())
+    ]
+    return markdown(rows) + "\n\n" + "\n".join(legend)
+
+
+def method_table(cells: Cells) -> str:
+    """How each method does over all cells: margin to the best hand-coded, rank, cost."""
+    ranks: dict[str, list[int]] = {}
+    for rows in cells.values():
+        ranked = sorted(
+            (r for r in rows.values() if r["role"] == HAND_CODED), key=mean, reverse=True
+        )
+        for place, record in enumerate(ranked):
+            ranks.setdefault(record["method"], []).append(place + 1)
+    table = [
+        ["method", "cells", "margin to the cell's best / points", "mean rank", "firsts", "CPU s"]
+    ]
+    for name in names(cells):
+        records = [rows[name] for rows in cells.values() if name in rows]
+        values = list(margins(cells, name).values())
+        rank = ranks.get(name, [])
+        table.append([
+            name,
+            str(len(records)),
+            interval(values).text("+") if values else "",
+            f"{np.mean(rank):.1f}" if rank else "",
+            str(sum(place == 1 for place in rank)) if rank else "",
+            f"{np.mean([r['cpu_seconds'] for r in records]):.0f}",
+        ])  # fmt: skip
+    return markdown(table)
+
+
+def learned_table(cells: Cells, name: str) -> str:
+    """A learned method against the best hand-coded one, cell by cell."""
+    head = ["cell", "best hand-coded", "its accuracy", name, "margin / points", "relaxed", "float"]
+    table = [[*head, "gap closed", "share of epochs to match"]]
+    for cell, rows in cells.items():
+        rival = best(rows)
+        if name not in rows or rival is None:
+            continue
+        others = [best(rows, role) for role in (RELAXED, FLOAT)]
+        gap, share = gap_closed(rows, name), share_to_match(rows, name)
+        table.append([
+            cell,
+            rival["method"],
+            interval(rival["test"]).text(),
+            interval(rows[name]["test"]).text(),
+            interval(difference(rows[name], rival)).text("+"),
+            *("" if r is None else f"{100 * mean(r):.1f}" for r in others),
+            "" if gap is None else f"{100 * gap:.0f} %",
+            "" if share is None else "not reached" if np.isinf(share) else f"{share:.2g}",
+        ])  # fmt: skip
+    return markdown(table)
+
+
+def verdict(found: Comparison, first: str, second: str) -> str:
+    """A comparison in one sentence."""
+    return (
+        f"{first} against {second}: ahead in {found.wins} of {len(found.margins)} cells "
+        f"(interval above 0 in {found.clear_wins}, below 0 in {found.clear_losses}), "
+        f"mean margin {found.interval.text('+')} points; Wilcoxon's signed-rank test over cells "
+        f"p = {found.p_signed_rank:.3g}, sign test p = {found.p_sign:.3g}."
+    )
+
+
+def claims_table(cells: Cells) -> str:
+    """Each claim of a paper as a margin over the cells that have both methods."""
+    table = [["claim", "cells", "ahead in", "mean margin / points", "p (signed rank)"]]
+    for text, first, second in CLAIMS:
+        pairs = {c: (r[first], r[second]) for c, r in cells.items() if first in r and second in r}
+        if pairs:
+            found = compare(pairs)
+            table.append([
+                text, str(len(pairs)), str(found.wins), found.interval.text("+"),
+                f"{found.p_signed_rank:.3g}",
+            ])  # fmt: skip
+    return markdown(table)
+
+
+def knobs(cells: Cells) -> dict[str, dict[str, float]]:
+    """Functional ANOVA of each method that has parameters of its own."""
+    found = {}
+    for name in names(cells):
+        records = [rows[name] for rows in cells.values() if name in rows]
+        if any(record["parameters"] for record in records):
+            shares = importances(records)
+            if shares:
+                found[name] = shares
+    return found
+
+
+def knobs_table(shares: Mapping[str, Mapping[str, float]]) -> str:
+    """Shares of the variance of validation accuracy, in %."""
+    table = [["method", "share of the variance / %, largest first"]]
+    for name, row in shares.items():
+        table.append([name, ", ".join(f"{k} {100 * v:.0f}" for k, v in row.items())])
+    return markdown(table)
+
+
+def chosen_table(cells: Cells) -> str:
+    """Learning rate and parameters of the best hand-coded method of each cell."""
+    table = [["cell", "method", "learning rate", "parameters"]]
+    for cell, rows in cells.items():
+        winner = best(rows)
+        if winner is not None:
+            table.append([
+                cell, winner["method"], f"{winner['learning_rate']:.3g}",
+                ", ".join(f"{k} {_short(v)}" for k, v in winner["parameters"].items()),
+            ])  # fmt: skip
+    return markdown(table)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def conditions(records: Sequence[Record]) -> str:
+    """Budget, seeds, machine and cost, as a list."""
+    environments = [r["environment"] for r in records]
+
+    def every(key: str) -> str:
+        return ", ".join(sorted({str(e[key]) for e in environments}))
+
+    budgets = {json.dumps(r["budget"], sort_keys=True): r["budget"] for r in records}.values()
+    seeds = sorted({len(r["test"]) for r in records})
+    hours = sum(r["cpu_seconds"] for r in records) / 3600
+    lines = [
+        f"- {len({r['cell'] for r in records})} cells, {len({r['method'] for r in records})} methods, "
+        f"{len(records)} records; {', '.join(map(str, seeds))} seeds each; {hours:.2f} CPU hours",
+        *(
+            f"- {b['rounds'] * b['trials']} trials of each method with {b['trial_runs']} seed(s), in "
+            f"{b['rounds']} rounds; the learning rate is among the parameters; chosen on validation data"
+            for b in budgets
+        ),
+        f"- {every('processor')}; python {every('python')}, torch {every('torch')}; "
+        f"{every('date')}; commit {every('commit')}",
+    ]
+    return "\n".join(lines)
+
+
+def missing(cells: Cells) -> str:
+    """What the cells do not have of the methods of other cells of their bits."""
+    by_bits: dict[str, set[str]] = {}
+    for rows in cells.values():
+        by_bits.setdefault(_bits(rows), set()).update(rows)
+    gaps = {cell: sorted(by_bits[_bits(rows)] - set(rows)) for cell, rows in cells.items()}
+    lines = [f"- {cell}: {', '.join(absent)}" for cell, absent in gaps.items() if absent]
+    return "\n".join(lines) or "Nothing."
+
+
+def _bits(rows: Mapping[str, Record]) -> str:
+    return str(next(iter(rows.values()))["bits"])
+
+
+def page(records: Sequence[Record], shares: Mapping[str, Mapping[str, float]]) -> str:
+    """The whole page in Markdown.
+
+    Args:
+        records: of all cells and methods.
+        shares: what :func:`knobs` gives.
+
+    Raises:
+        ValueError: there are no records.
+    """
+    if not records:
+        raise ValueError("no records; run python -m learnsched.benchmarks.accuracy first")
+    cells = by_cell(records)
+    learned = [
+        n for n in names(cells) if any(r.get(n, {}).get("role") == LEARNED for r in cells.values())
+    ]
+    parts = [
+        "# Methods by hand, and learned", conditions(records),
+        "## Test accuracy", "In %, mean over seeds and bootstrap 95 % interval; the best hand-coded "
+        "method of a cell in bold, chosen on test data, which favours it.", accuracy_table(cells),
+    ]  # fmt: skip
+    for name in learned:
+        parts += [
+            f"## {name.capitalize()} against the best hand-coded method",
+            learned_table(cells, name),
+        ]
+        found = against_best(cells, name)
+        if found is not None:
+            parts.append(verdict(found, name, "the best hand-coded method"))
+        gap = overall_gap_closed(cells, name)
+        if gap is not None:
+            parts.append(f"Gap closed over all cells, as the ratio of sums: {100 * gap:.0f} %.")
+        for role in (START, PARAMETRIC):
+            pairs = {
+                cell: (rows[name], rival)
+                for cell, rows in cells.items()
+                if name in rows and (rival := best(rows, role)) is not None
+            }
+            if pairs:
+                rival_name = next(iter(pairs.values()))[1]["method"]
+                parts.append(verdict(compare(pairs), name, rival_name))
+        parts.append("![margins](methods_margins.png)")
+        if any(rows.get(name, {}).get("shorter") for rows in cells.values()):
+            parts.append("![epochs](methods_epochs.png)")
+    parts += [
+        "## Methods over all cells", "Margins are to the best hand-coded method of each cell, so a "
+        "hand-coded method has 0 at most; rank among the hand-coded methods.",
+        method_table(cells), "![ranking](methods_ranking.png)",
+        "## Claims", claims_table(cells),
+    ]  # fmt: skip
+    if shares:
+        parts += [
+            "## Which parameter matters",
+            "Functional ANOVA of the searches of all cells, each cell's accuracies standardised.",
+            knobs_table(shares), "![parameters](methods_parameters.png)",
+        ]  # fmt: skip
+    parts += ["## What was chosen", chosen_table(cells), "## Missing", missing(cells)]
+    return "\n\n".join(parts) + "\n"
+
+
+def write(records: Sequence[Record], into: Path) -> None:
+    """Write the page, its figures and the records."""
+    cells = by_cell(records)
+    shares = knobs(cells)
+    text = page(records, shares)
+    into.mkdir(parents=True, exist_ok=True)
+    report_figures.margins(cells, into / "methods_margins.png")
+    order = [n for n in names(cells) if any(n in r for r in cells.values())]
+    report_figures.ranking({n: margins(cells, n) for n in order}, into / "methods_ranking.png")
+    report_figures.epochs(cells, into / "methods_epochs.png")
+    if shares:
+        report_figures.parameters(shares, into / "methods_parameters.png")
+    write_text(into / "methods.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    write_text(into / "methods.md", text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="of the benchmark, or a file of JSON lines")
+    parser.add_argument("--into", type=Path, help="folder of the report; FOLDER/report if omitted")
+    options = parser.parse_args(arguments)
+    into = (
+        options.into
+        or (options.folder if options.folder.is_dir() else options.folder.parent) / "report"
+    )
+    records = read(options.folder)
+    if not records:
+        raise SystemExit(
+            f"no records in {options.folder}; run learnsched.benchmarks.accuracy first"
+        )
+    write(records, into)
+    print(f"{len(records)} records: {into / 'methods.md'}")
+
+
+if __name__ == "__main__":
+    main()

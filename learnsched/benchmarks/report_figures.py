@@ -1,0 +1,157 @@
+"""Figures of an accuracy benchmark: margins, ranking, epochs and parameters."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from learnsched.benchmarks.accuracy import FLOAT, LEARNED, PARAMETRIC, RELAXED, START
+from learnsched.benchmarks.statistics import Record, best, difference, interval
+from learnsched.plotting import paper_style, save
+
+Cells = Mapping[str, Mapping[str, Record]]
+
+# Marker, face and size of each role; told apart by shape and filling, not by colour.
+_STYLES: dict[str, dict[str, Any]] = {
+    LEARNED: {"marker": "o", "color": "black", "markersize": 5},
+    START: {"marker": "o", "color": "black", "markerfacecolor": "white", "markersize": 5},
+    PARAMETRIC: {"marker": "s", "color": "black", "markerfacecolor": "white"},
+    RELAXED: {"marker": "^", "color": "0.5", "markerfacecolor": "white"},
+    FLOAT: {"marker": "x", "color": "0.5"},
+}
+
+
+def margins(cells: Cells, path: Path) -> None:
+    """Each role's margin to the best hand-coded method, cell by cell, with intervals over seeds."""
+    from matplotlib.figure import Figure
+
+    with paper_style():
+        figure = Figure(figsize=(7.0, 1.0 + 0.32 * len(cells)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axvline(0, color="black", linewidth=0.6)
+        labels = []
+        for place, (cell, rows) in enumerate(cells.items()):
+            rival = best(rows)
+            if rival is None:
+                continue
+            labels.append((place, f"{cell}\n{rival['method']}"))
+            for index, (role, style) in enumerate(_STYLES.items()):
+                record = best(rows, role)
+                if record is None:
+                    continue
+                found = interval(100 * difference(record, rival))
+                y = place + 0.14 * (index - 2)
+                axes.plot([found.low, found.high], [y, y], color=style["color"], linewidth=0.8)
+                label = role if place == 0 else "_"
+                axes.plot([found.mean], [y], linestyle="none", label=label, **style)
+        axes.set_yticks([p for p, _ in labels], [t for _, t in labels])
+        axes.invert_yaxis()
+        axes.set_xlabel("test accuracy less that of the cell's best hand-coded method / points")
+        figure.legend(*_unique(axes), loc="outside upper center", ncols=len(_STYLES))
+        save(figure, path)
+
+
+def ranking(values: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Margins of each method, a dot a cell and a bar at their mean.
+
+    Args:
+        values: from methods, in the order to draw, to the margin in each cell.
+        path: file to write.
+    """
+    from matplotlib.figure import Figure
+
+    with paper_style():
+        figure = Figure(figsize=(7.0, 0.7 + 0.18 * len(values)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axvline(0, color="black", linewidth=0.6)
+        for place, row in enumerate(values.values()):
+            points = [100 * value for value in row.values()]
+            if points:
+                axes.plot(points, [place] * len(points), "o", color="0.55", markersize=2.5)
+                mean = float(np.mean(points))
+                axes.plot([mean, mean], [place - 0.35, place + 0.35], color="black", linewidth=2)
+        axes.set_yticks(range(len(values)), list(values))
+        axes.invert_yaxis()
+        axes.set_xscale("symlog", linthresh=2.0)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(
+            "test accuracy less that of the cell's best hand-coded method / points\n"
+            "(dot: a cell, bar: mean; logarithmic beyond ±2)"
+        )
+        save(figure, path)
+
+
+def epochs(cells: Cells, path: Path) -> None:
+    """Learned schedules on shorter runs, against the best hand-coded method on the whole horizon."""
+    from matplotlib.figure import Figure
+
+    lines = {}
+    for cell, rows in cells.items():
+        rival, learned = best(rows), best(rows, LEARNED)
+        if rival is not None and learned is not None and learned["shorter"]:
+            curve = {float(s): v for s, v in learned["shorter"].items()} | {1.0: learned["test"]}
+            lines[cell] = {s: interval(100 * (np.asarray(v) - np.mean(rival["test"])))
+                           for s, v in sorted(curve.items())}  # fmt: skip
+    if not lines:
+        return
+    with paper_style():
+        columns = min(4, len(lines))
+        rows_count = math.ceil(len(lines) / columns)
+        figure = Figure(figsize=(7.0, 0.5 + 1.35 * rows_count), layout="constrained")
+        grid = figure.subplots(rows_count, columns, sharex=True, squeeze=False)
+        for axes in grid.flat[len(lines) :]:
+            axes.set_axis_off()
+        for axes, (cell, curve) in zip(grid.flat, lines.items(), strict=False):
+            shares = list(curve)
+            axes.axhline(0, color="black", linewidth=0.6, linestyle="--")
+            axes.plot(shares, [i.mean for i in curve.values()], "o-", color="black")
+            for share, found in curve.items():
+                axes.plot([share, share], [found.low, found.high], color="black", linewidth=0.8)
+            axes.set_title(textwrap.fill(cell, 24), loc="left")
+            axes.set_xticks([0.25, 0.5, 0.75, 1.0], ["¼", "½", "¾", "1"])
+        figure.supxlabel(
+            "epochs of the learned schedule / epochs of the hand-coded one", size="medium"
+        )
+        figure.supylabel("learned − best hand-coded / points", size="medium")
+        save(figure, path)
+
+
+def parameters(shares: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Share of each parameter in the variance of validation accuracy, a row a method."""
+    from matplotlib.figure import Figure
+
+    totals: dict[str, float] = {}
+    for row in shares.values():
+        for name, share in row.items():
+            totals[name] = totals.get(name, 0.0) + share
+    order = sorted(totals, key=lambda name: -totals[name])
+    table = np.full((len(shares), len(order)), np.nan)
+    for i, row in enumerate(shares.values()):
+        for name, share in row.items():
+            table[i, order.index(name)] = 100 * share
+    with paper_style():
+        size = (2.4 + 0.33 * len(order), 1.6 + 0.2 * len(shares))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        image = axes.imshow(table, cmap="Greys", vmin=0, vmax=100, aspect="auto")
+        for (i, j), value in np.ndenumerate(table):
+            if not np.isnan(value):
+                ink = "white" if value > 55 else "black"
+                axes.text(j, i, f"{value:.0f}", ha="center", va="center", color=ink, size=7)
+        axes.set_yticks(range(len(shares)), list(shares))
+        readable = [name.replace("_", " ") for name in order]
+        axes.set_xticks(range(len(order)), readable, rotation=60, ha="right")
+        figure.colorbar(image, ax=axes, label="share of the variance / %", shrink=0.8)
+        save(figure, path)
+
+
+def _unique(axes: Any) -> tuple[list[Any], list[str]]:
+    """Handles and labels of a legend, each label once."""
+    handles, labels = axes.get_legend_handles_labels()
+    found = dict(zip(labels, handles, strict=True))
+    return list(found.values()), list(found)
