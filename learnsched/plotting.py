@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from learnsched.files import replacing
+from learnsched.figure_style import DASHES, MARKERS, paper_style, save_figure
+from learnsched.intervals import bootstrap_interval
 from learnsched.schedule import FIELDS, Schedule
 
 if TYPE_CHECKING:
@@ -35,8 +34,6 @@ _LABELS = {
     "fraction": ("INQ fraction", "share of weights"),
 }
 _MOST_LINES = 8
-_MARKERS = "os^Dv><P"
-_DASHES = ("-", "--", "-.", ":")
 
 
 def plot_schedule(
@@ -77,12 +74,12 @@ def plot_schedule(
     values = {name: table[..., FIELDS.index(name)] for name in _LABELS}
     # a schedule of zeros still deserves a figure
     shown = {n: v for n, v in values.items() if v.any()} or {"fraction": values["fraction"]}
-    with _paper_style():
+    with paper_style():
         draw = _draw_lines if len(schedule.layers) <= _MOST_LINES else _draw_heat_maps
         figure = draw(shown, schedule.layers)
         if title is not None:
             figure.suptitle(title)
-        _save(figure, path)
+        save_figure(figure, path)
     return figure
 
 
@@ -130,7 +127,7 @@ def plot_comparison(
     if baseline is not None and baseline not in names:
         raise ValueError(f"no results of the baseline {baseline!r}; there are {', '.join(names)}")
     columns = 2 if len(runs) in (2, 4) else min(len(runs), 3)
-    with _paper_style():
+    with paper_style():
         rows = -(-len(runs) // columns)
         figure = _figure(columns, height=0.3 + rows * (0.45 + 0.17 * len(names)))
         for i, (task, methods) in enumerate(runs.items()):
@@ -141,7 +138,7 @@ def plot_comparison(
                 panel.set_yticklabels([])
         note = "" if baseline is None else f" (dashed: {baseline})"
         figure.supxlabel(f"{metric} / %{note}", size="medium")
-        _save(figure, path)
+        save_figure(figure, path)
     return figure
 
 
@@ -163,7 +160,7 @@ def plot_learning_curve(
         raise ValueError("the log is empty; meta-training has taken no outer step yet")
     steps = np.array([entry["step"] for entry in log])
     checks = [entry for entry in log if "validation_loss" in entry]
-    with _paper_style():
+    with paper_style():
         figure = _figure(2, height=2.4)
         losses, norms = figure.subplots(1, 2)
         losses.plot(steps, [e["outer_loss"] for e in log], ".", color="0.6", label="sampled tasks")
@@ -185,7 +182,7 @@ def plot_learning_curve(
         for panel in (losses, norms):
             panel.set_xlabel("outer step")
             panel.legend()
-        _save(figure, path)
+        save_figure(figure, path)
     return figure
 
 
@@ -210,19 +207,15 @@ def _draw_methods(
     baseline: str | None,
 ) -> None:
     from matplotlib.ticker import MaxNLocator
-    from scipy.stats import bootstrap
 
     for row, name in enumerate(names):
         if name not in methods:
             continue
         runs = methods[name]
         if len(runs) > 1:
-            interval = bootstrap(
-                (runs,), np.mean, method="percentile", rng=np.random.default_rng(0)
-            ).confidence_interval
-            panel.plot(interval, (row, row), color="black")
+            panel.plot(bootstrap_interval(runs), (row, row), color="black")
         fill = ("white", "black", "0.6")[row % 3]
-        marker = _MARKERS[row % len(_MARKERS)]
+        marker = MARKERS[row % len(MARKERS)]
         panel.plot(runs.mean(), row, marker, color="black", markerfacecolor=fill)
         panel.annotate(
             f"{runs.mean():.1f}",
@@ -254,8 +247,8 @@ def _draw_lines(values: Mapping[str, np.ndarray[Any, Any]], layers: Sequence[str
             panel.plot(
                 value[:, i],
                 color=str(0.6 * i / len(layers)),
-                linestyle=_DASHES[i % len(_DASHES)],
-                marker=_MARKERS[i],
+                linestyle=DASHES[i % len(DASHES)],
+                marker=MARKERS[i],
                 markerfacecolor="white",
                 # staggered, so that layers with the same curve still show
                 markevery=(i * every // len(layers) % horizon, every),
@@ -333,44 +326,3 @@ def _figure(columns: int, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(7.0 if columns > 1 else 4.0, height), layout="constrained")
-
-
-def _paper_style() -> AbstractContextManager[None]:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("figures need matplotlib; pip install 'learnsched[plot]'") from error
-    return matplotlib.rc_context(
-        {
-            "font.family": ["STIXGeneral", "DejaVu Sans"],
-            "font.size": 9,
-            "axes.titlesize": 9,
-            "figure.titlesize": 10,
-            "xtick.labelsize": 8,
-            "ytick.labelsize": 8,
-            "legend.fontsize": 8,
-            "legend.frameon": False,
-            "legend.handlelength": 3.5,
-            "axes.linewidth": 0.6,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "lines.linewidth": 1.0,
-            "lines.markersize": 4,
-            "lines.markeredgewidth": 0.8,
-            "figure.dpi": 150,
-            "savefig.dpi": 150,
-            # names of layers and methods are no formulas
-            "text.parse_math": False,
-        }
-    )
-
-
-def _save(figure: Figure, path: str | os.PathLike[str] | None) -> None:
-    """Write the whole file or nothing."""
-    if path is None:
-        return
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"the folder {target.parent} does not exist; make it first")
-    with replacing(target) as partial:
-        figure.savefig(partial, format=target.suffix[1:] or "png")

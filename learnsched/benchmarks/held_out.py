@@ -27,6 +27,7 @@ from learnsched.benchmarks.environment import describe
 from learnsched.benchmarks.methods import Method
 from learnsched.data import DataSet, load
 from learnsched.files import write_text
+from learnsched.intervals import bootstrap_interval
 from learnsched.meta import distribution
 from learnsched.meta.estimators import run_forward
 from learnsched.meta.tasks import Task
@@ -234,13 +235,10 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]
 
 
 def _interval(values: np.ndarray, sign: str = "") -> str:
-    from scipy.stats import bootstrap
-
     mean = 100 * values.mean()
-    if len(values) < 2 or np.ptp(values) == 0:
+    low, high = bootstrap_interval(100 * values)
+    if low == high:
         return f"{mean:{sign}.1f}"
-    result = bootstrap((100 * values,), np.mean, rng=np.random.default_rng(0), method="percentile")
-    low, high = result.confidence_interval
     return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
