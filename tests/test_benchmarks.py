@@ -16,7 +16,7 @@ def run(name, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gradient", "unroll", "curve_search", "transfer"])
+@pytest.mark.parametrize("name", ["gradient", "unroll", "curve_search", "transfer", "ablation"])
 def test_a_quick_run_writes_its_rows(name, tmp_path):
     path = tmp_path / "rows.json"
     printed = run(name, "--quick", "--json", str(path))
