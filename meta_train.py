@@ -130,7 +130,7 @@ def _report(policy: LearnedPolicy, card: dict[str, Any], options: argparse.Names
     methods = [
         field.learned(policy),
         field.start_of(policy),
-        *field.hand_coded(),
+        *field.rivals(),
         field.upper_bound(),
     ]
     records = held_out.compare(methods, tasks, held_out.QUICK if quick else held_out.Budget())

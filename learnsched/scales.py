@@ -155,6 +155,23 @@ class Fixed:
         return x.new_full((), self.value)
 
 
+@dataclass(frozen=True)
+class FanIn:
+    """``1 / sqrt(inputs of an output channel)``: of the shape alone, as large as initial weights are.
+
+    BinaryConnect's scale but for a constant; its weights are ±1 before batch norm makes up for it.
+
+    Example:
+        >>> from learnsched import binary
+        >>> FanIn()(torch.zeros(2, 4), binary()).item()
+        0.5
+    """
+
+    def __call__(self, x: Tensor, levels: LevelSet) -> Tensor:
+        inputs = max(1, math.prod(x.shape[1:]))
+        return x.new_full((1,) * x.dim(), 1 / math.sqrt(inputs))
+
+
 def default_weight_rule(levels: LevelSet) -> ScaleRule:
     """The customary rule of a level set: power of two, absolute mean, or least squares."""
     if levels.name.startswith("power_of_two"):

@@ -26,7 +26,7 @@ class Setting:
         activation_forward_std: the same for activations.
         activation_backward_std: the same for activations.
         fraction: share of the weights that INQ has frozen, in [0, 1].
-        weight_forward_mean: shift of the noise in the value of the weights.
+        weight_forward_mean: shift of the noise of the weights, in the gradient as in the value.
         activation_forward_mean: the same for activations.
 
     Raises:
@@ -217,6 +217,9 @@ class Policy(Protocol):
         noise: shape of the noise that the settings' std belongs to.
         partition: order in which INQ takes weights.
         metrics: names of the metrics that ``QuantizationScheduler.step`` must be given.
+
+    A policy may have a ``mode`` too, the forward value while there is noise, which is
+    ``"expectation"`` otherwise; see :func:`learnsched.annealed_quantize`.
     """
 
     @property

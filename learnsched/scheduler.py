@@ -17,6 +17,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from learnsched.annealed import MODES
 from learnsched.convert import quantized_layers
 from learnsched.files import write_text
 from learnsched.incremental import PARTITIONS
@@ -160,6 +161,9 @@ class QuantizationScheduler:
                 f"the policy's partition is {policy.partition!r}; it must be one of "
                 f"{', '.join(PARTITIONS)}"
             )
+        mode = getattr(policy, "mode", "expectation")
+        if mode not in MODES:
+            raise ValueError(f"the policy's mode is {mode!r}; it must be one of {', '.join(MODES)}")
         self._layers = quantized_layers(model)
         parallel = isinstance(model, DistributedDataParallel)
         self._process_group: Any = model.process_group if parallel else None
@@ -177,6 +181,7 @@ class QuantizationScheduler:
         for layer in self._layers:
             for quantizer in layer.quantizers:
                 quantizer.noise = noise
+                quantizer.mode = mode
         self._counter = None
         if optimizer is not None:
             self.watch(optimizer)
@@ -347,10 +352,12 @@ class QuantizationScheduler:
                 quantizer.forward_std.fill_(s.weight_forward_std)
                 quantizer.backward_std.fill_(s.weight_backward_std)
                 quantizer.forward_mean.fill_(s.weight_forward_mean)
+                quantizer.backward_mean.fill_(s.weight_forward_mean)
             for activation in layer.activations:
                 activation.forward_std.fill_(s.activation_forward_std)
                 activation.backward_std.fill_(s.activation_backward_std)
                 activation.forward_mean.fill_(s.activation_forward_mean)
+                activation.backward_mean.fill_(s.activation_forward_mean)
 
     def _freeze(self, settings: Sequence[Setting]) -> None:
         for index, (layer, setting) in enumerate(zip(self._layers, settings, strict=True)):

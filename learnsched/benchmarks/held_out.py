@@ -114,11 +114,20 @@ def train(
 ) -> torch.Tensor:
     """Accuracy on a split of every rate and policy, shape ``(len(rates), runs)``."""
     members = tuple(rate for rate in rates for _ in range(runs))
-    inner = replace(task, learning_rates=members, runs=runs).build(
-        data, noise=method.noise, partition=method.partition, membership_width=0.0, eps=1e-8
-    )
     repeated = [policy for policy in policies if policy is not None for _ in range(runs)]
-    with torch.no_grad():
+    inner = replace(task, learning_rates=members, runs=runs).build(
+        data,
+        noise=method.noise,
+        partition=method.partition,
+        membership_width=0.0,
+        eps=1e-8,
+        config=method.config(task.bits),
+        mode=method.mode,
+    )
+    inner.rates = method.rates(repeated, inner.run)
+    # Sampled forward values draw from the global generator.
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(task.seed)
         states, table, _ = run_forward(
             inner, method.rollout(inner, repeated), hardened=method.hardened
         )
@@ -259,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     distribution.start()
     torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
     names = options.tasks or list(QUICK_TASKS if options.quick else HELD_OUT)
-    methods = [*field.hand_coded(), field.upper_bound()]
+    methods = [*field.rivals(), field.upper_bound()]
     if not options.hand_coded:
         policy = load_pretrained(options.artefact)
         methods = [field.learned(policy), field.start_of(policy), *methods]

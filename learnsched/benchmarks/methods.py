@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from learnsched.benchmarks import spaces
+from learnsched.benchmarks.spaces import Trial
+from learnsched.convert import LayerConfig
+from learnsched.levels import LevelSet, power_of_two, ternary, unsigned
 from learnsched.meta.estimators import Rollout, policy_rollout, table_rollout
 from learnsched.meta.inner import InnerLoop
+from learnsched.meta.tasks import BITS
 from learnsched.policies import (
-    AdditiveNoiseAnnealing,
+    BaseCurve,
     IncrementalQuantization,
     LearnedPolicy,
     MetaNetwork,
     Relaxed,
-    StraightThrough,
 )
-from learnsched.schedule import Policy, plan
+from learnsched.policies.annealing_grid import PUBLISHED_STD
+from learnsched.policies.incremental import IDENTITY_STD
+from learnsched.scales import AbsoluteMean, FanIn, Fixed, Maximum, PowerOfTwo
+from learnsched.schedule import Policy, RunInfo, plan
 
+TERNARY = ("ternary/2-bit", "ternary/ternary")
+BINARY = ("binary/binary", "binary/2-bit")
 
-class Trial(Protocol):
-    """What a method asks for its parameters, as optuna.Trial."""
+# TWN's thresholds are ±0.7 times the mean magnitude Δ/0.7 (equation 6), its levels ± the mean of what
+# lies beyond; here by the ratio that the two have for normal weights.
+_DELTA = 0.7 * math.sqrt(2 / math.pi)
+TWN_LEVEL = math.exp(-_DELTA * _DELTA / 2) / (math.erfc(_DELTA / math.sqrt(2)) / 2) / 2
+TWN_LEVELS = LevelSet((-TWN_LEVEL, 0.0, TWN_LEVEL), (-0.7, 0.7), name="twn")
 
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
-
-    def suggest_categorical(self, name: str, choices: list[Any]) -> Any: ...
+_STE = "Bengio et al. 2013 (arXiv:1308.3432)"
+_ANA = "Spallanzani et al. 2022 (arXiv:2203.11323), section 4"
+_INQ = "Zhou et al. 2017 (arXiv:1702.03044)"
+_RQ = "Louizos et al. 2019 (arXiv:1810.01875)"
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,13 @@ class Method:
         suggest: from a trial to a policy; None where the policy is learned.
         learned: the learned policy, tuned in nothing.
         hardened: whether accuracy is that of the hard network.
+        mode: the forward value while there is noise, see :func:`learnsched.annealed_quantize`.
+        levels: from the level sets of a cell to the level sets and scale rules of the method; None
+            keeps the cell's, with their customary rules.
+        rate: from a policy and the progress of optimizer steps, in [0, 1), to the factor on the
+            learning rate; None is the cosine.
+        bits: keys of :data:`learnsched.meta.tasks.BITS` that the method applies to.
+        source: paper and equation.
     """
 
     name: str
@@ -48,6 +69,35 @@ class Method:
     suggest: Callable[[Trial], Policy] | None = None
     learned: LearnedPolicy | None = None
     hardened: bool = True
+    mode: str = "expectation"
+    levels: Callable[[LayerConfig], LayerConfig] | None = None
+    rate: Callable[[Any, float], float] | None = None
+    bits: tuple[str, ...] = tuple(BITS)
+    source: str = ""
+
+    def config(self, bits: str) -> LayerConfig:
+        """Level sets and scale rules of the method in a cell of these bits."""
+        config = LayerConfig(*BITS[bits])
+        return config if self.levels is None else self.levels(config)
+
+    def rates(self, policies: Sequence[Policy], run: RunInfo) -> torch.Tensor | None:
+        """Factors on the members' learning rates, step by step; None is the cosine.
+
+        Args:
+            policies: one a member.
+            run: whose horizon and steps an epoch are known.
+
+        Returns:
+            shape ``(horizon * steps, members)``.
+        """
+        if self.rate is None:
+            return None
+        total = run.horizon * (run.steps_per_epoch or 1)
+        columns = {
+            policy: [self.rate(policy, step / total) for step in range(total)]
+            for policy in set(policies)
+        }
+        return torch.tensor([columns[policy] for policy in policies]).T.contiguous()
 
     def rollout(self, inner: InnerLoop, policies: list[Policy]) -> Rollout:
         """The settings of every member, whose policies are given."""
@@ -60,68 +110,162 @@ class Method:
         return table_rollout(torch.stack([plans[policy] for policy in policies], dim=1))
 
 
-def straight_through(trial: Trial) -> Policy:
-    """Two widths of backward noise."""
-    return StraightThrough(
-        trial.suggest_float("weight_backward_std", 0.2, 3.0, log=True),
-        trial.suggest_float("activation_backward_std", 0.2, 3.0, log=True),
-    )
-
-
-def annealing(noise: str) -> Callable[[Trial], Policy]:
-    """Initial std, end, power, synchronisation of layers, and two widths of backward noise."""
-
-    def suggest(trial: Trial) -> Policy:
-        return AdditiveNoiseAnnealing(
-            std=trial.suggest_float("std", 0.1, 0.6),
-            end=trial.suggest_float("end", 0.3, 1.0),
-            power=trial.suggest_float("power", 0.5, 2.0),
-            interval=trial.suggest_categorical("interval", ["overlapped", "same_start"]),
-            backward_std=trial.suggest_float("backward_std", 0.2, 3.0, log=True),
-            activation_backward_std=trial.suggest_float(
-                "activation_backward_std", 0.2, 3.0, log=True
-            ),
-            noise=noise,
-        )
-
-    return suggest
-
-
-def incremental(partition: str) -> Callable[[Trial], Policy]:
-    """The paper's fractions for 2 bits, when they start, and the activations' noise."""
-
-    def suggest(trial: Trial) -> Policy:
-        return IncrementalQuantization(
-            2,
-            partition=partition,
-            start=trial.suggest_float("start", 0.0, 0.9),
-            activation_backward_std=trial.suggest_float(
-                "activation_backward_std", 0.2, 3.0, log=True
-            ),
-        )
-
-    return suggest
-
-
-def relaxed(trial: Trial) -> Policy:
-    """The width of the noise."""
-    return Relaxed(trial.suggest_float("std", 0.2, 0.8))
-
-
-def hand_coded() -> list[Method]:
-    """Every method of the field that the comparison tunes."""
+def rivals() -> list[Method]:
+    """The strongest hand-coded methods, one or two of each family: what a quick comparison tunes."""
     return [
-        Method("straight-through", "normal", "settled", straight_through),
-        Method("ANA, normal", "normal", "settled", annealing("normal")),
-        Method("ANA, uniform", "uniform", "settled", annealing("uniform")),
-        Method("INQ, magnitude", "uniform", "magnitude", incremental("magnitude")),
-        Method("INQ, settled", "uniform", "settled", incremental("settled")),
+        Method("straight-through", "normal", "settled", spaces.straight_through, source=_STE),
+        Method("ANA, normal", "normal", "settled", spaces.annealing("normal"), source=_ANA),
+        Method("ANA, uniform", "uniform", "settled", spaces.annealing("uniform"), source=_ANA),
+        Method(
+            "INQ, magnitude", "uniform", "magnitude", spaces.incremental("magnitude"), source=_INQ
+        ),
+        Method("INQ, settled", "uniform", "settled", spaces.incremental("settled"), source=_INQ),
     ]
+
+
+def hand_coded(bits: str = "ternary/2-bit") -> list[Method]:
+    """Every method of the field that applies to these bits.
+
+    BinaryConnect, TWN, BWN and INQ leave activations real in their papers; here they have the cell's,
+    which makes BinaryConnect the BinaryNet of Hubara et al. 2016 where those are binary. With binary
+    weights, whose customary scale is the filter's mean magnitude, BWN and XNOR-Net are what the uniform
+    straight-through estimator is with ternary ones.
+
+    Args:
+        bits: a key of :data:`learnsched.meta.tasks.BITS`.
+
+    Raises:
+        ValueError: there are no such bits.
+
+    Example:
+        >>> [method.name for method in hand_coded("binary/binary") if "Net" in method.name]
+        ['XNOR-Net']
+    """
+    if bits not in BITS:
+        raise ValueError(f"unknown bits {bits!r}; choose one of {', '.join(BITS)}")
+    return [method for method in (*rivals(), *_others()) if bits in method.bits]
+
+
+def _others() -> list[Method]:
+    uniform, settled = "uniform", "settled"
+    inq = ("2 bits", "3 bits", "4 bits", "5 bits")
+    return [
+        Method("STE, moving", "normal", settled, spaces.straight_through_moving, source=_STE),
+        Method(
+            "STE, uniform", uniform, settled, spaces.straight_through_uniform, bits=TERNARY,
+            source=_STE,
+        ),
+        Method(
+            "BinaryConnect", uniform, settled, spaces.straight_through_uniform,
+            levels=lambda c: replace(c, weight_scale=FanIn()), bits=BINARY,
+            source="Courbariaux et al. 2015 (arXiv:1511.00363), equation 1",
+        ),
+        Method(
+            "BinaryConnect, stochastic", uniform, settled, spaces.binary_connect, mode="random",
+            levels=lambda c: replace(c, weight_scale=FanIn()), bits=BINARY,
+            source="Courbariaux et al. 2015 (arXiv:1511.00363), equations 2 and 3",
+        ),
+        Method(
+            "TWN", uniform, settled, spaces.straight_through_uniform,
+            levels=lambda c: replace(c, weight=TWN_LEVELS, weight_scale=AbsoluteMean("tensor")),
+            bits=TERNARY, source="Li et al. 2016 (arXiv:1605.04711), equations 3 to 6",
+        ),
+        Method(
+            "BWN", uniform, settled, spaces.straight_through_uniform,
+            levels=lambda c: replace(c, weight_scale=AbsoluteMean("channel")),
+            bits=("binary/2-bit",), source="Rastegari et al. 2016 (arXiv:1603.05279), equation 6",
+        ),
+        Method(
+            "XNOR-Net", uniform, settled, spaces.straight_through_uniform,
+            levels=lambda c: replace(c, weight_scale=AbsoluteMean("channel")),
+            bits=("binary/binary",),
+            source="Rastegari et al. 2016 (arXiv:1603.05279), equation 6, without the inputs' scales",
+        ),
+        Method(
+            "INQ", uniform, "magnitude", spaces.incremental("magnitude"),
+            levels=lambda c: replace(c, weight=power_of_two(2), weight_scale=PowerOfTwo()),
+            rate=IncrementalQuantization.restarted, bits=TERNARY, source=f"{_INQ}, equations 1 to 4",
+        ),
+        Method(
+            "INQ, random", uniform, "random", spaces.incremental("random"), source=_INQ,
+        ),
+        Method(
+            "INQ, magnitude, any fractions", uniform, "magnitude",
+            spaces.incremental_of("magnitude", inq), source=_INQ,
+        ),
+        Method(
+            "INQ, settled, any fractions", uniform, settled, spaces.incremental_of("settled", inq),
+            source=_INQ,
+        ),
+        Method(
+            "INQ, settled, restarts", uniform, settled, spaces.incremental("settled"),
+            rate=IncrementalQuantization.restarted, source=_INQ,
+        ),
+        Method(
+            "RPR", uniform, "redraw", spaces.incremental_of("redraw", ("rpr", *inq)),
+            source="Cavigelli and Benini 2020 (arXiv:2001.01091)",
+        ),
+        Method(
+            "ANA 2019", uniform, settled, spaces.annealing_2019,
+            source="Spallanzani et al. 2019 (arXiv:1905.10452)",
+        ),
+        *(
+            Method(f"ANA, {noise}", noise, settled, spaces.annealing(noise), source=_ANA)
+            for noise in ("triangular", "logistic")
+        ),
+        *(
+            Method(
+                f"ANA 2022, {noise}", noise, settled, spaces.annealing_2022(noise, "expectation"),
+                source=_ANA,
+            )
+            for noise in PUBLISHED_STD
+        ),
+        *(
+            Method(
+                f"ANA 2022, {mode}", uniform, settled, spaces.annealing_2022(uniform, mode), mode=mode,
+                source=_ANA,
+            )
+            for mode in ("mode", "random")
+        ),
+        Method(
+            "RQ", "logistic", settled, spaces.relaxed_quantization("expectation"),
+            source=f"{_RQ}, section 2.1",
+        ),
+        Method(
+            "RQ ST", "logistic", settled, spaces.relaxed_quantization("random"), mode="random",
+            source=f"{_RQ}, section 2.1",
+        ),
+        Method(
+            "PARQ", uniform, settled, spaces.piecewise_affine,
+            source="Jin et al. 2025 (arXiv:2503.15748)",
+        ),
+    ]  # fmt: skip
+
+
+def parametric() -> Method:
+    """A search over all the numbers of the closed form: how far parameters without learning go."""
+    return Method("parametric curve", BaseCurve.noise, BaseCurve.partition, spaces.base_curve)
 
 
 def upper_bound() -> Method:
     """The relaxed network: the practical upper bound, not hard."""
-    return Method("relaxed (never hard)", "normal", "settled", relaxed, hardened=False)
+    return Method("relaxed (never hard)", "normal", "settled", spaces.relaxed, hardened=False)
+
+
+def float_network() -> Method:
+    """The network without quantization, as a point of the same space: the upper reference.
+
+    Under uniform noise one step wide, weights inside the range of their levels pass unchanged, and a
+    level set of 0 and 1 is a ReLU that ends at its scale, which is far out here.
+    """
+    return Method(
+        "float",
+        "uniform",
+        "settled",
+        lambda trial: Relaxed(IDENTITY_STD, "uniform"),
+        hardened=False,
+        levels=lambda c: LayerConfig(ternary(), unsigned(1), Maximum("tensor"), Fixed(64.0)),
+    )
 
 
 def learned(policy: LearnedPolicy) -> Method:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 from learnsched.data import cifar10, digits, fashion_mnist, mnist1d
-from learnsched.data.splits import DataSet, Split, standardised, stratified
+from learnsched.data.splits import DataSet, Split, reduced, standardised, stratified
 
-__all__ = ["DATA_SETS", "DataSet", "Split", "load", "standardised", "stratified"]
+__all__ = ["DATA_SETS", "DataSet", "Split", "load", "reduced", "standardised", "stratified"]
 
 _WITH_PACKAGE = {"mnist1d": mnist1d.load, "digits": digits.load}
 _FROM_FOLDER = {"fashion_mnist": fashion_mnist.load, "cifar10": cifar10.load}

@@ -139,6 +139,35 @@ def stratified(y: Tensor, sizes: Sequence[int], seed: int) -> tuple[Tensor, ...]
     return torch.split_with_sizes(order[: sum(sizes)], list(sizes))
 
 
+def reduced(data: DataSet, train: int, validation: int, test: int) -> DataSet:
+    """A smaller data set: stratified choices of each split, the same at each call.
+
+    Args:
+        data: to choose from; its values are not changed.
+        train: samples of the train split; all of them if there are not as many, as for the others.
+        validation: samples of the validation split.
+        test: samples of the test split.
+
+    Raises:
+        ValueError: a size is below 1.
+
+    Example:
+        >>> from learnsched.data import load
+        >>> small = reduced(load("digits"), 100, 50, 1000)
+        >>> len(small.train), len(small.validation), len(small.test)
+        (100, 50, 500)
+    """
+    if min(train, validation, test) < 1:
+        raise ValueError(f"sizes must be at least 1, got {train}, {validation} and {test}")
+    parts = []
+    for split, size in ((data.train, train), (data.validation, validation), (data.test, test)):
+        if size < len(split):
+            [chosen] = stratified(split.y, (size,), seed=size)
+            split = Split(split.x[chosen], split.y[chosen])
+        parts.append(split)
+    return DataSet(data.name, parts[0], parts[1], parts[2], data.classes)
+
+
 def standardised(name: str, train: Split, validation: Split, test: Split, classes: int) -> DataSet:
     """The data set with mean 0 and standard deviation 1 in each channel of the train split.
 

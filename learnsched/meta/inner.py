@@ -83,6 +83,8 @@ class InnerLoop:
         eps: Adam's ε. Larger than torch's default: it bounds the derivative of an update.
         weight_decay: Adam's.
         seed: of what an estimator draws.
+        rates: factor on the learning rate in place of the cosine, shape ``(horizon * steps,
+            members)``.
     """
 
     def __init__(
@@ -97,8 +99,10 @@ class InnerLoop:
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         seed: int = 0,
+        rates: Tensor | None = None,
     ) -> None:
         self.seed = seed
+        self.rates = rates
         self.population = population
         self.batches = batches
         self.learning_rate = learning_rate
@@ -125,6 +129,7 @@ class InnerLoop:
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             seed=self.seed,
+            rates=None if self.rates is None else self.rates.repeat(1, count),
         )
 
     def initial(self) -> InnerState:
@@ -266,7 +271,8 @@ class InnerLoop:
 
     def _rate(self, step: int, parameters: list[Tensor]) -> list[Tensor]:
         total = self.batches.order.shape[0] * self.batches.order.shape[1]
-        rate = self.learning_rate * (0.5 * (1 + math.cos(math.pi * step / total)))
+        cosine = 0.5 * (1 + math.cos(math.pi * step / total))
+        rate = self.learning_rate * (cosine if self.rates is None else self.rates[step])
         return [rate.view(-1, *[1] * (p.dim() - 1)) for p in parameters]
 
     def _carried_buffers(self, carried: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -290,6 +296,7 @@ class InnerLoop:
         """The carried buffers after the settings' fractions, by soft membership."""
         result: list[Tensor] = []
         generator = torch.Generator(settings.device).manual_seed(epoch)
+        redraw = self.partition == "redraw"
         for place, (name, _, quantizer, layer) in enumerate(self.population.weights):
             weight = self._weight(parameters, name)
             membership, held, held_scale, scale_held = carried[4 * place : 4 * place + 4]
@@ -302,10 +309,13 @@ class InnerLoop:
             )  # fmt: skip
             order = priority(x.detach(), quantizer.levels, self.partition, generator)
             width = max(self.membership_width, 1e-9)
+            fraction = settings[:, layer, _FRACTION]
+            if redraw:  # what was frozen goes on from where it was
+                membership = torch.zeros_like(membership)
             new = vmap(lambda o, m, f, w=width: soft_membership(o, m, f, w))(
-                order, membership, settings[:, layer, _FRACTION]
+                order, membership, fraction
             )
-            started = new.detach().flatten(1).amax(1) > 0
+            started = fraction == 1 if redraw else new.detach().flatten(1).amax(1) > 0
             started = started.view(-1, *[1] * (scale.dim() - 1)).to(scale.dtype)
             result += [
                 new,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def mlp(inputs: int, width: int, depth: int, classes: int) -> nn.Module:
@@ -47,3 +47,84 @@ def cnn2d(side: int, width: int, depth: int, classes: int) -> nn.Module:
     for index in range(depth - 1):
         remaining = (remaining + 1) // 2 if index < 2 else remaining
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * remaining**2, classes))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions around which the input is added, before the last ReLU.
+
+    Args:
+        width: channels.
+
+    Example:
+        >>> import torch
+        >>> tuple(ResidualBlock(4)(torch.zeros(2, 4, 7, 7)).shape)
+        (2, 4, 7, 7)
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(width, width, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as ``x``, ``(batch, width, height, width)``."""
+        result: Tensor = self.relu(x + self.branch(x))
+        return result
+
+
+def residual(side: int, width: int, depth: int, classes: int) -> nn.Module:
+    """Two convolutions with stride 2, ``(depth - 3) / 2`` residual blocks, and a linear layer.
+
+    Raises:
+        ValueError: ``depth`` is even or below 5, which no whole number of blocks has.
+    """
+    blocks, rest = divmod(depth - 3, 2)
+    if rest or blocks < 1:
+        raise ValueError(f"a residual network has 5, 7, 9, ... weight layers, got depth {depth}")
+    layers: list[nn.Module] = []
+    for channels in (1, width):
+        layers += [
+            nn.Conv2d(channels, width, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
+        side = (side + 1) // 2
+    layers += [ResidualBlock(width) for _ in range(blocks)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * side**2, classes))
+
+
+def vgg(side: int, width: int, depth: int, classes: int) -> nn.Module:
+    """Convolutions in pairs, each pair pooled and twice as wide as the one before, then two linear.
+
+    Args:
+        side: of the square images.
+        width: channels of the first pair.
+        depth: weight layers: two or more pairs of convolutions and the two linear layers.
+        classes: of the data.
+
+    Raises:
+        ValueError: ``depth`` is odd or below 6.
+    """
+    if depth % 2 or depth < 6:
+        raise ValueError(f"a VGG-like network has 6, 8, 10, ... weight layers, got depth {depth}")
+    layers: list[nn.Module] = []
+    channels = 1
+    for pair in range(depth // 2 - 1):
+        for _ in range(2):
+            layers += [
+                nn.Conv2d(channels, width << pair, 3, 1, 1, bias=False),
+                nn.BatchNorm2d(width << pair),
+                nn.ReLU(),
+            ]
+            channels = width << pair
+        layers.append(nn.MaxPool2d(2))
+        side //= 2
+    hidden = 2 * channels
+    layers += [nn.Flatten(), nn.Linear(channels * side**2, hidden, bias=False)]
+    return nn.Sequential(*layers, nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, classes))

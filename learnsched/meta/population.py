@@ -19,6 +19,14 @@ from learnsched.schedule import FIELDS, LayerInfo
 # Buffers that the inner loop carries itself, as part of its state.
 CARRIED = ("membership", "held", "held_scale", "scale_held")
 
+# From noise buffers to what of a setting they hold: the mean shifts forward and backward noise.
+_MADE_OF = {
+    "forward_std": "forward_std",
+    "backward_std": "backward_std",
+    "forward_mean": "forward_mean",
+    "backward_mean": "forward_mean",
+}
+
 
 class Population(nn.Module):
     """Quantized networks of one architecture, stacked along a new first dimension.
@@ -131,9 +139,9 @@ def _noise_buffers(model: nn.Module) -> dict[str, tuple[int, int]]:
         if layer.weight is not None:
             quantizers.append(("weight", layer.weight.weight_quantizer))
         for kind, quantizer in quantizers:
-            for field in ("forward_std", "backward_std", "forward_mean"):
+            for buffer, field in _MADE_OF.items():
                 column = FIELDS.index(f"{kind}_{field}")
-                result[f"{names[quantizer]}.{field}"] = (index, column)
+                result[f"{names[quantizer]}.{buffer}"] = (index, column)
     return result
 
 

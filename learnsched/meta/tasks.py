@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from learnsched.convert import quantize_, quantized_layers
+from learnsched.convert import LayerConfig, quantize_, quantized_layers
 from learnsched.data import DataSet
 from learnsched.levels import LevelSet, binary, ternary, unsigned
 from learnsched.meta.inner import Batches, InnerLoop
-from learnsched.meta.networks import cnn1d, cnn2d, mlp
+from learnsched.meta.networks import cnn1d, cnn2d, mlp, residual, vgg
 from learnsched.meta.population import Population
 from learnsched.noise import noise_shape
 
@@ -27,10 +27,17 @@ T = TypeVar("T")
 # Of the float networks that fine-tuning starts from: members of one seed share theirs.
 _FLOAT_RATE = 0.02
 
+# Validation examples of a member's outer loss.
+_HELD_OUT = 256
+
+# Quantiles of what a batch norm puts out, for scale rules of activations.
+_STANDARD_NORMAL = torch.special.ndtri((torch.arange(1024) + 0.5) / 1024)
+
 BITS: dict[str, tuple[LevelSet, LevelSet]] = {
     "ternary/2-bit": (ternary(), unsigned(2)),
     "ternary/ternary": (ternary(), ternary()),
     "binary/binary": (binary(), binary()),
+    "binary/2-bit": (binary(), unsigned(2)),
 }
 
 
@@ -39,7 +46,8 @@ class Task:
     """Members of one architecture, data set and horizon; they differ in seed and learning rate.
 
     Attributes:
-        family: ``mlp``, ``cnn1d`` or ``cnn2d``.
+        family: ``mlp``, ``cnn1d``, ``cnn2d``, ``residual`` or ``vgg``, see
+            :mod:`learnsched.meta.networks`.
         data: ``mnist1d`` or ``digits`` in meta-training.
         width: units or channels of the hidden layers.
         depth: layers with weights, at least 2.
@@ -83,9 +91,11 @@ class Task:
         noise: str = "normal",
         partition: str = "settled",
         membership_width: float = 0.05,
-        held_out: int = 256,
+        held_out: int = _HELD_OUT,
         eps: float = 1e-6,
         device: str | torch.device = "cpu",
+        config: LayerConfig | None = None,
+        mode: str = "expectation",
     ) -> InnerLoop:
         """The inner loop of this task, at its initial state.
 
@@ -97,6 +107,9 @@ class Task:
             held_out: validation examples of the outer loss, per member.
             eps: Adam's ε.
             device: where to train; random numbers are drawn on the CPU all the same.
+            config: level sets and scale rules, in place of the level sets of ``self.bits`` with
+                their customary rules. A scale rule of activations is given standard normal ones.
+            mode: the forward value, ``expectation``, ``mode`` or ``random``.
         """
         members = len(self.learning_rates)
         runs = self.runs or members
@@ -114,29 +127,63 @@ class Task:
             data.validation.x[picked].to(device),
             data.validation.y[picked].to(device),
         )
-        rates = torch.tensor(self.learning_rates, device=device)
+        maxima = torch.tensor(self.learning_rates, device=device)
         models = self._models(data, runs)
         if self.fine_tuning:
-            before = torch.stack([self._order(len(y), g) for g in generators])
-            _pretrain(models[:runs], x, y, before.flatten(1, 2))
-            for member in range(runs, members):
-                models[member].load_state_dict(models[member % runs].state_dict())
-        weight, activation = BITS[self.bits]
+            self._pretrain_members(models, data, generators)
+        config = config or LayerConfig(*BITS[self.bits])
         for model in models:
-            quantize_(model, weight, activation, example_input=x[:1])
+            quantize_(
+                model,
+                config.weight,
+                config.activation,
+                weight_scale=config.weight_scale,
+                activation_scale=config.activation_scale,
+                example_input=x[:1],
+            )
             for layer in quantized_layers(model):
                 for quantizer in layer.quantizers:
                     quantizer.noise = noise_shape(noise)
+                    quantizer.mode = mode
+                for activation in layer.activations if config.activation_scale else ():
+                    activation.scale.copy_(activation.rule(_STANDARD_NORMAL, activation.levels))
         return InnerLoop(
             Population(models).to(device),
             batches,
-            rates,
+            maxima,
             fine_tuning=self.fine_tuning,
             partition=partition,
             membership_width=membership_width,
             eps=eps,
             seed=self.seed,
         )
+
+    def floats(self, data: DataSet) -> tuple[list[nn.Module], Tensor]:
+        """What :meth:`build` quantizes: the float networks of the members, and the runs' batches.
+
+        Returns:
+            networks, trained already if the task is one of fine-tuning; indices of training examples,
+            shape ``(runs, horizon, steps, batch)``, where member i has those of run ``i % runs``.
+        """
+        runs = self.runs or len(self.learning_rates)
+        generators = [torch.Generator().manual_seed(_mixed(self.seed, run)) for run in range(runs)]
+        order = torch.stack([self._order(len(data.train), g) for g in generators])
+        for generator in generators:  # as build does, so that fine-tuning starts from the same weights
+            torch.randint(len(data.validation), (_HELD_OUT,), generator=generator)
+        models = self._models(data, runs)
+        if self.fine_tuning:
+            self._pretrain_members(models, data, generators)
+        return models, order
+
+    def _pretrain_members(
+        self, models: list[nn.Module], data: DataSet, generators: Sequence[torch.Generator]
+    ) -> None:
+        """Train the float network of each run, and give it to the other members of the run."""
+        runs = len(generators)
+        before = torch.stack([self._order(len(data.train), g) for g in generators])
+        _pretrain(models[:runs], data.train.x, data.train.y, before.flatten(1, 2))
+        for member in range(runs, len(models)):
+            models[member].load_state_dict(models[member % runs].state_dict())
 
     def _order(self, examples: int, generator: torch.Generator) -> Tensor:
         """Indices of shape (horizon, steps, batch), cycling through permutations of the examples."""
@@ -147,11 +194,13 @@ class Task:
 
     def _models(self, data: DataSet, runs: int) -> list[nn.Module]:
         """Float networks of the members, initialised from their seeds."""
-        inputs = math.prod(data.shape)
+        inputs, side = math.prod(data.shape), data.shape[-1]
         makers: dict[str, Callable[[], nn.Module]] = {
             "mlp": lambda: mlp(inputs, self.width, self.depth, data.classes),
             "cnn1d": lambda: cnn1d(inputs, self.width, self.depth, data.classes),
-            "cnn2d": lambda: cnn2d(data.shape[-1], self.width, self.depth, data.classes),
+            "cnn2d": lambda: cnn2d(side, self.width, self.depth, data.classes),
+            "residual": lambda: residual(side, self.width, self.depth, data.classes),
+            "vgg": lambda: vgg(side, self.width, self.depth, data.classes),
         }
         if self.family not in makers:
             raise ValueError(f"unknown family {self.family!r}; choose one of {', '.join(makers)}")

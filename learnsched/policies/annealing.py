@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from learnsched.annealed import MODES
 from learnsched.noise import noise_shape
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
 Interval = Literal["same_start", "same_end", "partition", "overlapped"]
 INTERVALS = ("same_start", "same_end", "partition", "overlapped")
+Annealed = Literal["forward", "both", "neither"]
+ANNEALED = ("forward", "both", "neither")
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,14 @@ class AdditiveNoiseAnnealing:
         interval: how the layers' decays are synchronised.
         power: exponent of the decay, positive.
         progressive: multiply the power by ``L - ℓ``, so that layers near the input sharpen faster.
-        mean: initial shift of the forward noise in level steps; decays with half the power.
-        backward_std: constant std of the backward noise in level steps; the initial forward std if
-            None.
+        mean: initial shift of the noise in level steps; decays with half the power.
+        backward_std: std of the backward noise in level steps, initially if it decays; the initial
+            forward std if None.
         activation_backward_std: the same for activations; ``backward_std`` if None.
         noise: shape of the noise.
+        mode: the forward value while there is noise, see :func:`learnsched.annealed_quantize`.
+        annealed: whose std decays: that of the ``forward`` noise, of ``both``, or of ``neither``,
+            when only the terminal condition hardens the network.
 
     Raises:
         ValueError: an argument is out of range.
@@ -59,9 +65,16 @@ class AdditiveNoiseAnnealing:
     noise: str = "normal"
     partition: str = "settled"
     metrics: tuple[str, ...] = ()
+    mode: str = "expectation"
+    annealed: Annealed = "forward"
 
     def __post_init__(self) -> None:
         noise_shape(self.noise)
+        for name, options in (("mode", MODES), ("annealed", ANNEALED)):
+            if getattr(self, name) not in options:
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(options)}"
+                )
         if self.interval not in INTERVALS:
             raise ValueError(
                 f"unknown interval {self.interval!r}; choose one of {', '.join(INTERVALS)}"
@@ -87,14 +100,18 @@ class AdditiveNoiseAnnealing:
         start, stop = start * self.end, stop * self.end
         left = min(max((stop - progress) / (stop - start), 0.0), 1.0)
         power = self.power * (count - layer if self.progressive else 1)
-        std, mean = self.std * left**power, self.mean * left ** (power / 2)
+        decay = left**power
+        std = self.std if self.annealed == "neither" else self.std * decay
+        mean = self.mean * left ** (power / 2)
         backward = self.std if self.backward_std is None else self.backward_std
         of_activation = self.activation_backward_std
+        of_activation = backward if of_activation is None else of_activation
+        kept = decay if self.annealed == "both" else 1.0
         return Setting(
             weight_forward_std=std,
-            weight_backward_std=backward,
+            weight_backward_std=backward * kept,
             activation_forward_std=std,
-            activation_backward_std=backward if of_activation is None else of_activation,
+            activation_backward_std=of_activation * kept,
             weight_forward_mean=mean,
             activation_forward_mean=mean,
         )

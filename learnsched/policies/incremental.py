@@ -87,6 +87,26 @@ class IncrementalQuantization:
             return PUBLISHED_FRACTIONS[self.fractions]
         return self.fractions
 
+    def restarted(self, progress: float) -> float:
+        """Factor on the learning rate that starts anew with each fraction, as in the paper.
+
+        Before the first fraction, and after each, it is a cosine from 1 to 0.
+
+        Args:
+            progress: of the optimizer steps, in [0, 1).
+
+        Example:
+            >>> policy = IncrementalQuantization(5)
+            >>> [round(policy.restarted(u), 2) for u in (0.0, 0.125, 0.25, 0.375)]
+            [1.0, 0.5, 1.0, 0.5]
+        """
+        if progress < self.start:
+            passed = progress / self.start
+        else:
+            phase = (progress - self.start) / (1 - self.start) * len(self.cumulative)
+            passed = (phase + 1e-9) % 1
+        return 0.5 * (1 + math.cos(math.pi * passed))
+
     def begin(self, run: RunInfo) -> None:
         """No state."""
 

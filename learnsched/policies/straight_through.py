@@ -1,4 +1,4 @@
-"""The straight-through estimator: hard from the first epoch, with a backward noise of fixed width."""
+"""The straight-through estimator: hard from the first epoch, with gradients under backward noise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from learnsched.schedule import RunInfo, Setting, Telemetry
 
 @dataclass(frozen=True)
 class StraightThrough:
-    """Hard values, gradients as if under noise of constant std (Bengio et al. 2013; TWN; BNN).
+    """Hard values, gradients as if under noise, whose std may move geometrically over the run.
 
     With uniform noise of std ``1 / sqrt(3)`` the gradient of a sign is the clipped identity of
     Hubara et al. 2016 (equation 4).
@@ -20,15 +20,28 @@ class StraightThrough:
         weight_backward_std: in level steps, at least 0.
         activation_backward_std: in level steps, at least 0; as for the weights if None.
         noise: shape of the backward noise.
+        weight_backward_end: std in the last epoch, positive, reached geometrically in progress; the
+            std stands still if None.
+        activation_backward_end: the same for activations.
+        weight_sample_std: std of the noise under which a level is drawn for each weight in each
+            step, as in stochastic BinaryConnect; 0 takes the nearest level.
 
     Raises:
-        ValueError: a std is negative or not finite, or the noise is unknown.
+        ValueError: a std is negative or not finite, one of a pair of start and end is 0, or the noise
+            is unknown.
+
+    Source:
+        Bengio et al. 2013 (arXiv:1308.3432); with other level sets and scales BinaryConnect
+        (arXiv:1511.00363), TWN (arXiv:1605.04711) and XNOR-Net (arXiv:1603.05279).
 
     Example:
         >>> from learnsched.schedule import LayerInfo, plan
         >>> run = RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=2)
         >>> plan(StraightThrough(0.5), run)["weight_backward_std"].flatten().tolist()
         [0.5, 0.5]
+        >>> falling = StraightThrough(2.0, weight_backward_end=0.5)
+        >>> plan(falling, run)["weight_backward_std"].flatten().tolist()
+        [2.0, 0.5]
     """
 
     weight_backward_std: float = 0.7
@@ -36,10 +49,35 @@ class StraightThrough:
     noise: str = "normal"
     partition: str = "settled"
     metrics: tuple[str, ...] = ()
+    weight_backward_end: float | None = None
+    activation_backward_end: float | None = None
+    weight_sample_std: float = 0.0
 
     def __post_init__(self) -> None:
         noise_shape(self.noise)
-        self._setting()  # checks the levels of noise
+        for progress in (0.0, 1.0):
+            self._setting(progress)  # checks the levels of noise
+        for start, end in (self._weight, self._activation):
+            if end is not None and not (start > 0 and end > 0):
+                raise ValueError(
+                    f"a backward std that moves geometrically is positive, got {start} to {end}"
+                )
+
+    @property
+    def mode(self) -> str:
+        """The forward value, see :func:`learnsched.annealed_quantize`."""
+        return "random" if self.weight_sample_std else "expectation"
+
+    @property
+    def _weight(self) -> tuple[float, float | None]:
+        return self.weight_backward_std, self.weight_backward_end
+
+    @property
+    def _activation(self) -> tuple[float, float | None]:
+        if self.activation_backward_std is None and self.activation_backward_end is None:
+            return self._weight
+        start = self.activation_backward_std
+        return self.weight_backward_std if start is None else start, self.activation_backward_end
 
     def begin(self, run: RunInfo) -> None:
         """No state."""
@@ -47,12 +85,19 @@ class StraightThrough:
     def settings(
         self, run: RunInfo, epoch: int, telemetry: Telemetry, state: None
     ) -> tuple[Sequence[Setting], None]:
-        """The same setting for every layer and epoch."""
-        return [self._setting()] * len(run.layers), None
+        """The setting of the formula at the epoch's progress, the same for every layer."""
+        return [self._setting(run.progress(epoch))] * len(run.layers), None
 
-    def _setting(self) -> Setting:
-        backward = self.activation_backward_std
+    def _setting(self, progress: float) -> Setting:
         return Setting(
-            weight_backward_std=self.weight_backward_std,
-            activation_backward_std=self.weight_backward_std if backward is None else backward,
+            weight_forward_std=self.weight_sample_std,
+            weight_backward_std=_between(*self._weight, progress),
+            activation_backward_std=_between(*self._activation, progress),
         )
+
+
+def _between(start: float, end: float | None, progress: float) -> float:
+    """From start to end, by equal factors over equal shares of the run."""
+    if end is None or start <= 0 or progress == 0:
+        return start
+    return end if progress == 1 or end <= 0 else start ** (1 - progress) * end**progress

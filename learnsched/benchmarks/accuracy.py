@@ -1,0 +1,352 @@
+"""Test accuracy of every method in every cell of a grid, each with the same search budget.
+
+    python -m learnsched.benchmarks.accuracy --grid small --out FOLDER [--cells NAME …]
+        [--methods WORD …] [--artefact default] [--shard 1/2] [--seed N]
+
+In each cell a method's learning rate and own parameters are searched by Optuna on validation data; a
+learned policy has its learning rate searched with the same number of trials. The chosen ones train
+fresh seeds, the same for all methods, whose test accuracies are written to FOLDER/records, a file a
+cell and method. Start the program again to go on with what is missing; start it twice, or on two
+machines that share the folder, to have the work shared. Then
+
+    python -m learnsched.benchmarks.report FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from learnsched.benchmarks import held_out, plain
+from learnsched.benchmarks import methods as field
+from learnsched.benchmarks.cells import GRIDS, Cell
+from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.methods import Method, Trial
+from learnsched.benchmarks.search import Budget, search
+from learnsched.data import DataSet, Split
+from learnsched.files import write_text
+from learnsched.meta.tasks import Task
+from learnsched.policies import LearnedPolicy
+
+# (task, data, learning rates, policies, seeds of each, split) to accuracies (rates, seeds).
+Train = Callable[[Task, DataSet, Sequence[float], Sequence[Any], int, Split], torch.Tensor]
+
+# Horizons, as shares of the cell's, at which learned schedules run too: what they need to match.
+SHORTER = (0.25, 0.5, 0.75)
+
+LEARNED, START, HAND_CODED, RELAXED, FLOAT, PEER = (
+    "learned", "start", "hand-coded", "relaxed", "float", "peer",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method as the benchmark runs it.
+
+    Attributes:
+        name: as in tables.
+        role: what it is to the comparison: learned, start (of the learned one, before
+            meta-training), hand-coded, relaxed, float or peer.
+        train: from tasks and policies to accuracies.
+        suggest: from a trial to a policy; None if only the learning rate is searched.
+        source: paper and equation.
+        version: of what the name does not tell; a record of another version is made again.
+        shorter: shares of the horizon at which the final seeds run too.
+    """
+
+    name: str
+    role: str
+    train: Train
+    suggest: Callable[[Trial], Any] | None = None
+    source: str = ""
+    version: str = ""
+    shorter: tuple[float, ...] = ()
+
+
+def entries(bits: str, policy: LearnedPolicy | None, name: str = "learned") -> list[Entry]:
+    """All methods that apply to cells of these bits.
+
+    Args:
+        bits: a key of :data:`learnsched.meta.tasks.BITS`.
+        policy: the learned policy; None leaves it and its start out.
+        name: of the learned policy.
+    """
+    found = [_entry(method, HAND_CODED) for method in field.hand_coded(bits)]
+    found.append(_entry(field.upper_bound(), RELAXED))
+    found.append(Entry("float", FLOAT, functools.partial(plain.train, plain.adam)))
+    if policy is not None:
+        start, learned = field.start_of(policy), replace(field.learned(policy), name=name)
+        found.append(_entry(start, START, version=_digest(start)))
+        found.append(_entry(learned, LEARNED, version=_digest(learned), shorter=SHORTER))
+    return found
+
+
+def _entry(
+    method: Method, role: str, *, version: str = "", shorter: tuple[float, ...] = ()
+) -> Entry:
+    train = cast(Train, functools.partial(held_out.train, method))
+    return Entry(method.name, role, train, method.suggest, method.source, version, shorter)
+
+
+def _digest(method: Method) -> str:
+    """A hash of a learned policy: base curve, weights and whether it sees telemetry."""
+    policy = method.learned
+    assert policy is not None
+    digest = hashlib.sha256(repr((policy.base, policy.open_loop)).encode())
+    for name, value in sorted(policy.network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def slug(text: str) -> str:
+    """A name as part of a path.
+
+    Example:
+        >>> slug("ANA, normal (2019)")
+        'ana-normal-2019'
+    """
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def record_path(folder: Path, cell: Cell, entry: Entry) -> Path:
+    """Where the record of a cell and method lies."""
+    return folder / "records" / slug(cell.name) / f"{slug(entry.name)}.json"
+
+
+def is_done(folder: Path, cell: Cell, entry: Entry) -> bool:
+    """Whether the record of a cell and method is there, of this version of the method."""
+    path = record_path(folder, cell, entry)
+    return path.exists() and json.loads(path.read_text())["version"] == entry.version
+
+
+def measure(
+    cell: Cell, entry: Entry, data: DataSet, budget: Budget, seed: int, journal: Path | None = None
+) -> dict[str, Any]:
+    """The record of one method in one cell: search on validation data, then fresh seeds on test.
+
+    Args:
+        cell: what is trained.
+        entry: the method.
+        data: of the cell.
+        budget: of the search and the final runs.
+        seed: of the search.
+        journal: of the search, to go on from.
+    """
+    wall, cpu = time.perf_counter(), time.process_time()
+
+    def evaluate(rates: list[float], policies: list[Any]) -> list[float]:
+        accuracy = entry.train(
+            cell.task, data, rates, policies, budget.trial_runs, data.validation
+        )
+        return cast(list[float], accuracy.mean(1).tolist())
+
+    found = search(entry.suggest, evaluate, budget, seed, journal)
+
+    def final(share: float) -> list[float]:
+        horizon = max(2, round(share * cell.task.horizon))
+        task = replace(cell.task, seed=cell.task.seed + 1, horizon=horizon)
+        rates, policies = [found.learning_rate], [found.policy]
+        test = entry.train(task, data, rates, policies, budget.runs, data.test)
+        return cast(list[float], test.flatten().tolist())
+
+    test = final(1.0)
+    main_cpu = time.process_time() - cpu
+    return {
+        "cell": cell.name,
+        "description": cell.task.name,
+        "data": cell.task.data,
+        "bits": cell.task.bits,
+        "horizon": cell.task.horizon,
+        "fine_tuning": cell.task.fine_tuning,
+        "method": entry.name,
+        "role": entry.role,
+        "source": entry.source,
+        "version": entry.version,
+        "learning_rate": found.learning_rate,
+        "parameters": found.parameters,
+        "validation": found.validation,
+        "test": test,
+        "shorter": {str(share): final(share) for share in entry.shorter},
+        "trials": found.trials,
+        "budget": asdict(budget),
+        "seed": seed,
+        "examples": [len(data.train), len(data.validation), len(data.test)],
+        "seconds": time.perf_counter() - wall,
+        "cpu_seconds": main_cpu,
+        "environment": _environment(),
+    }
+
+
+@functools.cache
+def _environment() -> dict[str, str | int]:
+    """As the program's code was when it started."""
+    return describe()
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Whether this process alone may do the work that a file stands for, within the block.
+
+    The claim is a lock of the operating system, so it ends with the process however that ends.
+
+    Example:
+        >>> path = Path(tempfile.mkdtemp()) / "job"
+        >>> with claim(path) as mine, claim(path) as too:
+        ...     print(mine, too)
+        True False
+    """
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def run(
+    jobs: Sequence[tuple[Cell, Entry]],
+    budget: Budget,
+    folder: Path,
+    *,
+    seed: int = 0,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """Make the records that are missing and that no other process is making.
+
+    Args:
+        jobs: cells and methods.
+        budget: the same for every method.
+        folder: of records, journals and claims.
+        seed: of the search.
+        progress: called with each record as it is made.
+    """
+    data: dict[str, DataSet] = {}
+    for cell, entry in jobs:
+        if is_done(folder, cell, entry):
+            continue
+        name = f"{slug(cell.name)}--{slug(entry.name)}"
+        with claim(folder / "claims" / name) as mine:
+            # Another process may have made it since the first look.
+            if not mine or is_done(folder, cell, entry):
+                continue
+            if cell.name not in data:
+                data = {cell.name: cell.data()}
+            journal = folder / "searches" / f"{name}{entry.version and '-' + entry.version}.log"
+            record = measure(cell, entry, data[cell.name], budget, seed, journal)
+            path = record_path(folder, cell, entry)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(record) + "\n")
+        if progress is not None:
+            progress(record)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All records of a folder, or of a file of JSON lines, by cell and method."""
+    if folder.is_file():
+        records = [json.loads(line) for line in folder.read_text().splitlines() if line]
+    else:
+        records = [json.loads(path.read_text()) for path in (folder / "records").glob("*/*.json")]
+    order = [cell.name for cell in GRIDS["full"].cells]
+    place = {name: index for index, name in enumerate(order)}
+    return sorted(records, key=lambda r: (place.get(r["cell"], len(order)), r["cell"], r["method"]))
+
+
+def matching(found: Sequence[Entry], words: Sequence[str] | None) -> list[Entry]:
+    """Entries whose role is one of the words, or whose name contains one; all without words."""
+    if not words:
+        return list(found)
+    lower = [word.lower() for word in words]
+    return [e for e in found if e.role in lower or any(w in e.name.lower() for w in lower)]
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, count = (int(part) for part in text.split("/"))
+    if not 1 <= index <= count:
+        raise ValueError(text)
+    return index, count
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that this program and that of peers share."""
+    result = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--grid", choices=list(GRIDS), default="small")
+    result.add_argument("--quick", action="store_true", help="the same as --grid quick")
+    result.add_argument("--out", type=Path, help="folder of the results; a temporary one if omitted")
+    result.add_argument("--cells", nargs="*", metavar="NAME", help="all of the grid if omitted")
+    result.add_argument(
+        "--methods", nargs="*", metavar="WORD", help="roles, or parts of names; all if omitted"
+    )
+    result.add_argument("--shard", type=_shard, default=(1, 1), help="i/n: the i-th of n parts")
+    result.add_argument("--seed", type=int, default=0, help="of the search")
+    result.add_argument("--json", type=Path, help="write all records of the folder here, too")
+    return result
+
+
+def execute(options: argparse.Namespace, choose: Callable[[str], list[Entry]]) -> None:
+    """Run what the options of :func:`parser` ask for.
+
+    Args:
+        options: parsed.
+        choose: from bits to the methods that apply.
+    """
+    torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
+    grid = GRIDS["quick" if options.quick else options.grid]
+    jobs = [
+        (cell, entry)
+        for cell in grid.chosen(options.cells)
+        for entry in matching(choose(cell.task.bits), options.methods)
+    ]
+    if not jobs:
+        raise SystemExit(f"no method's role or name matches {' '.join(options.methods)}")
+    index, count = options.shard
+    folder = options.out or Path(tempfile.mkdtemp(prefix="accuracy-"))
+    print(f"{len(jobs[index - 1 :: count])} cells × methods, records in {folder}", flush=True)
+
+    def show(record: dict[str, Any]) -> None:
+        mean = sum(record["test"]) / len(record["test"])
+        print(
+            f"{record['cell']:24} {record['method']:32} {100 * mean:5.1f} % "
+            f"{record['seconds']:5.0f} s",
+            flush=True,
+        )
+
+    run(jobs[index - 1 :: count], grid.budget, folder, seed=options.seed, progress=show)
+    if options.json:
+        content = {"environment": _environment(), "seed": options.seed, "records": read(folder)}
+        write_text(options.json, json.dumps(content, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    from learnsched.pretrained import load_pretrained
+
+    options_parser = parser(__doc__)
+    options_parser.add_argument("--artefact", default="default", help="a learned schedule, or none")
+    options = options_parser.parse_args(arguments)
+    policy = None if options.artefact == "none" else load_pretrained(options.artefact)
+    plain_name = options.artefact == "default"
+    name = "learned" if plain_name else f"learned ({Path(options.artefact).stem})"
+    execute(options, lambda bits: entries(bits, policy, name))
+
+
+if __name__ == "__main__":
+    main()

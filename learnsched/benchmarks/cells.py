@@ -1,0 +1,124 @@
+"""The cells of the accuracy benchmark: data × network × horizon × bits × regime.
+
+No width or depth here is among those of meta-training (:mod:`learnsched.meta.presets`), and
+Fashion-MNIST is not seen there at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from learnsched.benchmarks.search import Budget
+from learnsched.data import DataSet, load, reduced
+from learnsched.meta.tasks import Task
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task of the comparison, with how much of its data is used.
+
+    Attributes:
+        name: short and unique, for tables and file names.
+        task: network, horizon, bits and regime.
+        train: training examples at most.
+        validation: validation examples at most: for the search.
+        test: test examples at most: for the final runs.
+    """
+
+    name: str
+    task: Task
+    train: int = 4000
+    validation: int = 1000
+    test: int = 2000
+
+    def data(self) -> DataSet:
+        """The part of the data set that the cell uses, the same at each call."""
+        return reduced(load(self.task.data), self.train, self.validation, self.test)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cells and what every method gets in each of them."""
+
+    cells: tuple[Cell, ...]
+    budget: Budget
+
+    def chosen(self, names: list[str] | None) -> tuple[Cell, ...]:
+        """The cells of these names, all if None or empty.
+
+        Raises:
+            ValueError: there is no cell of a name.
+        """
+        known = [cell.name for cell in self.cells]
+        for name in names or ():
+            if name not in known:
+                raise ValueError(f"no cell {name!r}; the grid has {', '.join(known)}")
+        return tuple(cell for cell in self.cells if not names or cell.name in names)
+
+
+def _task(
+    data: str,
+    family: str,
+    width: int,
+    depth: int,
+    horizon: int,
+    steps: int,
+    bits: str = "ternary/2-bit",
+    *,
+    fine_tuned: bool = False,
+    batch: int = 32,
+) -> Task:
+    return Task(
+        family, data, width, depth, horizon, steps, batch, bits, (0.01,), fine_tuned, 88_000
+    )
+
+
+_SMALL = (
+    Cell("signal-cnn-wide-long", _task("mnist1d", "cnn1d", 24, 5, 20, 40)),
+    Cell("signal-cnn-deep", _task("mnist1d", "cnn1d", 10, 8, 16, 30)),
+    Cell("signal-cnn-fine-tuned", _task("mnist1d", "cnn1d", 20, 5, 10, 30, fine_tuned=True)),
+    Cell("signal-cnn-binary", _task("mnist1d", "cnn1d", 20, 5, 15, 30, "binary/binary")),
+    Cell("signal-cnn-ternary", _task("mnist1d", "cnn1d", 20, 5, 15, 30, "ternary/ternary")),
+    Cell("signal-mlp", _task("mnist1d", "mlp", 96, 5, 15, 30)),
+    Cell("digits-cnn", _task("digits", "cnn2d", 12, 5, 10, 30)),
+    Cell("fashion-cnn", _task("fashion_mnist", "cnn2d", 8, 5, 9, 40)),
+    Cell("fashion-mlp", _task("fashion_mnist", "mlp", 48, 5, 9, 50)),
+    Cell("fashion-residual", _task("fashion_mnist", "residual", 8, 7, 9, 30)),
+    Cell("fashion-cnn-fine-tuned", _task("fashion_mnist", "cnn2d", 8, 5, 7, 40, fine_tuned=True)),
+    Cell("fashion-cnn-binary", _task("fashion_mnist", "cnn2d", 8, 5, 9, 40, "binary/binary")),
+)
+
+_MORE = (
+    Cell("signal-cnn-60-epochs", _task("mnist1d", "cnn1d", 24, 7, 60, 40)),
+    Cell("fashion-vgg", _task("fashion_mnist", "vgg", 6, 8, 15, 100), 12_000, 5000, 10_000),
+    Cell(
+        "fashion-cnn-long",
+        _task("fashion_mnist", "cnn2d", 24, 7, 30, 187, batch=64),
+        12_000,
+        5000,
+        10_000,
+    ),
+    Cell(
+        "fashion-residual-wide",
+        _task("fashion_mnist", "residual", 24, 9, 20, 187, batch=64),
+        12_000,
+        5000,
+        10_000,
+    ),
+    Cell(
+        "fashion-mlp-ternary",
+        _task("fashion_mnist", "mlp", 128, 5, 20, 187, "ternary/ternary", batch=64),
+        12_000,
+        5000,
+        10_000,
+    ),
+)
+
+GRIDS: dict[str, Grid] = {
+    "quick": Grid(
+        (Cell("quick", _task("digits", "mlp", 20, 3, 5, 6), 500, 200, 200),),
+        Budget(rounds=1, trials=2, trial_runs=1, runs=2),
+    ),
+    "small": Grid(_SMALL, Budget(rounds=2, trials=8, trial_runs=1, runs=6)),
+    "full": Grid((*_SMALL, *_MORE), Budget(rounds=4, trials=8, trial_runs=2, runs=8)),
+}

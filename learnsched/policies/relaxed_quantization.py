@@ -1,0 +1,81 @@
+"""Relaxed quantization: logistic noise, forward and backward alike, that narrows over the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from learnsched.annealed import MODES
+from learnsched.noise import noise_shape
+from learnsched.schedule import RunInfo, Setting, Telemetry
+
+# Logistic noise of scale 1/3 step.
+_THIRD = math.pi / (3 * math.sqrt(3))
+
+
+@dataclass(frozen=True)
+class RelaxedQuantization:
+    """RQ: the std of the noise falls geometrically; then the network is hard.
+
+    The gradient is that of the expectation, under the same noise as the value. With
+    ``mode="random"`` the value is a sample of the levels' categorical distribution: RQ ST. With
+    ``mode="expectation"`` it is that distribution's mean, the mean of RQ's concrete samples up to
+    their temperature.
+
+    Left out of the paper: the std is scheduled, not learned (learned ones narrow as the network
+    converges), the grid follows the scale rule of the layer, and no concrete sample is drawn.
+
+    Args:
+        std: of the noise at the start, in level steps, positive.
+        std_end: of the noise when the network hardens, positive.
+        end: progress from which the network is hard, in (0, 1]; the backward noise stays as it is.
+        mode: the forward value, ``expectation`` or ``random`` (RQ ST), or ``mode``.
+        noise: shape of the noise.
+
+    Raises:
+        ValueError: an argument is out of range, or the noise or mode is unknown.
+
+    Source:
+        Louizos et al. 2019 (arXiv:1810.01875), algorithm 1 and section 2.1.
+
+    Example:
+        >>> from learnsched.schedule import LayerInfo, plan
+        >>> run = RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=5)
+        >>> policy = RelaxedQuantization(0.8, 0.2, end=0.75)
+        >>> [round(std, 2) for std in plan(policy, run)["weight_forward_std"].flatten().tolist()]
+        [0.8, 0.5, 0.32, 0.0, 0.0]
+    """
+
+    std: float = _THIRD
+    std_end: float = _THIRD / 3
+    end: float = 1.0
+    mode: str = "expectation"
+    noise: str = "logistic"
+    partition: str = "settled"
+    metrics: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        noise_shape(self.noise)
+        if self.mode not in MODES:
+            raise ValueError(f"unknown mode {self.mode!r}; choose one of {', '.join(MODES)}")
+        for name in ("std", "std_end"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if not 0 < self.end <= 1:
+            raise ValueError(f"end is a share of the run in (0, 1], got {self.end}")
+
+    def begin(self, run: RunInfo) -> None:
+        """No state."""
+
+    def settings(
+        self, run: RunInfo, epoch: int, telemetry: Telemetry, state: None
+    ) -> tuple[Sequence[Setting], None]:
+        """The settings of the formula at the epoch's progress, the same for all layers."""
+        return [self._setting(run.progress(epoch))] * len(run.layers), None
+
+    def _setting(self, progress: float) -> Setting:
+        elapsed = min(progress / self.end, 1.0)
+        backward = self.std ** (1 - elapsed) * self.std_end**elapsed
+        forward = backward if elapsed < 1 else 0.0
+        return Setting(forward, backward, forward, backward)
