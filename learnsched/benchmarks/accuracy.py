@@ -46,8 +46,8 @@ Train = Callable[[Task, DataSet, Sequence[float], Sequence[Any], int, Split], to
 # Horizons, as shares of the cell's, at which learned schedules run too: what they need to match.
 SHORTER = (0.25, 0.5, 0.75)
 
-LEARNED, START, HAND_CODED, RELAXED, FLOAT, PEER = (
-    "learned", "start", "hand-coded", "relaxed", "float", "peer",
+LEARNED, START, HAND_CODED, PARAMETRIC, RELAXED, FLOAT, PEER = (
+    "learned", "start", "hand-coded", "parametric", "relaxed", "float", "peer",
 )  # fmt: skip
 
 
@@ -58,7 +58,8 @@ class Entry:
     Attributes:
         name: as in tables.
         role: what it is to the comparison: learned, start (of the learned one, before
-            meta-training), hand-coded, relaxed, float or peer.
+            meta-training), hand-coded, parametric (a search over the learned one's closed form),
+            relaxed, float or peer.
         train: from tasks and policies to accuracies.
         suggest: from a trial to a policy; None if only the learning rate is searched.
         source: paper and equation.
@@ -84,6 +85,7 @@ def entries(bits: str, policy: LearnedPolicy | None, name: str = "learned") -> l
         name: of the learned policy.
     """
     found = [_entry(method, HAND_CODED) for method in field.hand_coded(bits)]
+    found.append(_entry(field.parametric(), PARAMETRIC))
     found.append(_entry(field.upper_bound(), RELAXED))
     found.append(Entry("float", FLOAT, functools.partial(plain.train, plain.adam)))
     if policy is not None:
@@ -148,9 +150,7 @@ def measure(
     wall, cpu = time.perf_counter(), time.process_time()
 
     def evaluate(rates: list[float], policies: list[Any]) -> list[float]:
-        accuracy = entry.train(
-            cell.task, data, rates, policies, budget.trial_runs, data.validation
-        )
+        accuracy = entry.train(cell.task, data, rates, policies, budget.trial_runs, data.validation)
         return cast(list[float], accuracy.mean(1).tolist())
 
     found = search(entry.suggest, evaluate, budget, seed, journal)
@@ -181,6 +181,7 @@ def measure(
         "test": test,
         "shorter": {str(share): final(share) for share in entry.shorter},
         "trials": found.trials,
+        "space": found.space,
         "budget": asdict(budget),
         "seed": seed,
         "examples": [len(data.train), len(data.validation), len(data.test)],
@@ -269,11 +270,19 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def matching(found: Sequence[Entry], words: Sequence[str] | None) -> list[Entry]:
-    """Entries whose role is one of the words, or whose name contains one; all without words."""
+    """Entries that words stand for, all without words.
+
+    Args:
+        found: to choose from.
+        words: a role, a name, or a part of names where no name is the word itself; in any case.
+    """
     if not words:
         return list(found)
-    lower = [word.lower() for word in words]
-    return [e for e in found if e.role in lower or any(w in e.name.lower() for w in lower)]
+    chosen: set[str] = set()
+    for word in map(str.lower, words):
+        exact = {e.name for e in found if word in (e.name.lower(), e.role)}
+        chosen |= exact or {e.name for e in found if word in e.name.lower()}
+    return [entry for entry in found if entry.name in chosen]
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -290,7 +299,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     result.add_argument("--grid", choices=list(GRIDS), default="small")
     result.add_argument("--quick", action="store_true", help="the same as --grid quick")
-    result.add_argument("--out", type=Path, help="folder of the results; a temporary one if omitted")
+    result.add_argument(
+        "--out", type=Path, help="folder of the results; a temporary one if omitted"
+    )
     result.add_argument("--cells", nargs="*", metavar="NAME", help="all of the grid if omitted")
     result.add_argument(
         "--methods", nargs="*", metavar="WORD", help="roles, or parts of names; all if omitted"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ class Found:
         validation: mean validation accuracy of the best trial, in [0, 1].
         parameters: of the best trial, by name, without the learning rate.
         trials: parameters of every trial with the learning rate, and its ``validation``.
+        space: range of each parameter, as Optuna writes distributions in JSON.
     """
 
     learning_rate: float
@@ -44,6 +46,7 @@ class Found:
     validation: float
     parameters: dict[str, Any] = field(default_factory=dict)
     trials: list[dict[str, Any]] = field(default_factory=list)
+    space: dict[str, Any] = field(default_factory=dict)
 
 
 def search(
@@ -103,19 +106,20 @@ def search(
 
 
 def _best(study: Any, suggest: Callable[[Any], Any] | None) -> Found:
+    from optuna.distributions import distribution_to_json
     from optuna.trial import FixedTrial, TrialState
 
     best = study.best_trial
     parameters = dict(best.params)
+    complete = study.get_trials(states=(TrialState.COMPLETE,))
+    ranges = {name: d for trial in complete for name, d in trial.distributions.items()}
     return Found(
         learning_rate=parameters.pop("learning_rate"),
         policy=suggest(FixedTrial(best.params)) if suggest else None,
         validation=best.value,
         parameters=parameters,
-        trials=[
-            {**t.params, "validation": t.value}
-            for t in study.get_trials(states=(TrialState.COMPLETE,))
-        ],
+        trials=[{**t.params, "validation": t.value} for t in complete],
+        space={name: json.loads(distribution_to_json(d)) for name, d in ranges.items()},
     )
 
 

@@ -168,7 +168,9 @@ class Task:
         runs = self.runs or len(self.learning_rates)
         generators = [torch.Generator().manual_seed(_mixed(self.seed, run)) for run in range(runs)]
         order = torch.stack([self._order(len(data.train), g) for g in generators])
-        for generator in generators:  # as build does, so that fine-tuning starts from the same weights
+        for (
+            generator
+        ) in generators:  # as build does, so that fine-tuning starts from the same weights
             torch.randint(len(data.validation), (_HELD_OUT,), generator=generator)
         models = self._models(data, runs)
         if self.fine_tuning:

@@ -1,0 +1,225 @@
+"""What the records of the accuracy benchmark say: intervals, wins, gaps and importances."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from learnsched.benchmarks.accuracy import HAND_CODED, LEARNED, RELAXED
+
+Record = Mapping[str, Any]
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+# Where the relaxed network is less than this ahead, the share of the gap means nothing.
+SMALLEST_GAP = 0.005
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its bootstrap 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def text(self, sign: str = "") -> str:
+        """In points, as in tables."""
+        low, high = 100 * self.low, 100 * self.high
+        return f"{100 * self.mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def interval(values: Sequence[float] | Array) -> Interval:
+    """Mean of values and its bootstrap 95 % interval, by percentiles.
+
+    Raises:
+        ValueError: there are no values.
+
+    Example:
+        >>> interval([0.5, 0.5])
+        Interval(mean=0.5, low=0.5, high=0.5)
+    """
+    from scipy.stats import bootstrap
+
+    array = np.asarray(values, dtype=np.float64)
+    if not array.size:
+        raise ValueError("an interval needs at least one value")
+    mean = float(array.mean())
+    if array.size < 2 or np.ptp(array) == 0:
+        return Interval(mean, mean, mean)
+    found = bootstrap((array,), np.mean, rng=np.random.default_rng(0), method="percentile")
+    low, high = found.confidence_interval
+    return Interval(mean, float(low), float(high))
+
+
+def by_cell(records: Sequence[Record]) -> dict[str, dict[str, Record]]:
+    """Records by cell and method, in the order in which cells first appear."""
+    result: dict[str, dict[str, Record]] = {}
+    for record in records:
+        result.setdefault(record["cell"], {})[record["method"]] = record
+    return result
+
+
+def mean(record: Record) -> float:
+    """Mean test accuracy over the seeds."""
+    return float(np.mean(record["test"]))
+
+
+def best(rows: Mapping[str, Record], role: str = HAND_CODED) -> Record | None:
+    """The record of a role with the best mean test accuracy; None if there is none.
+
+    Chosen on test data, which favours the hand-coded methods: their best is the luckiest of many.
+    """
+    found = [r for r in rows.values() if r["role"] == role]
+    return max(found, key=mean) if found else None
+
+
+def difference(first: Record, second: Record) -> Array:
+    """Test accuracies of the first minus those of the second, seed by seed.
+
+    Raises:
+        ValueError: the records have different numbers of seeds.
+    """
+    if len(first["test"]) != len(second["test"]):
+        raise ValueError(
+            f"{first['method']} and {second['method']} have {len(first['test'])} and "
+            f"{len(second['test'])} seeds in {first['cell']}; run both with one grid"
+        )
+    return np.asarray(first["test"]) - np.asarray(second["test"])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One method against another over the cells that have both.
+
+    Attributes:
+        margins: mean difference of each cell, by its name.
+        wins: cells with a positive mean difference.
+        clear_wins: cells whose interval lies above 0.
+        clear_losses: cells whose interval lies below 0.
+        p_signed_rank: Wilcoxon's signed-rank test of the margins, two-sided; 1 for a single cell.
+        p_sign: sign test of the wins, two-sided.
+        interval: of the mean margin over cells.
+    """
+
+    margins: dict[str, float]
+    wins: int
+    clear_wins: int
+    clear_losses: int
+    p_signed_rank: float
+    p_sign: float
+    interval: Interval
+
+
+def compare(pairs: Mapping[str, tuple[Record, Record]]) -> Comparison:
+    """The first of each pair against the second, by the name of the cell.
+
+    Raises:
+        ValueError: there are no pairs, or the seeds of a pair differ.
+    """
+    from scipy.stats import binomtest, wilcoxon
+
+    if not pairs:
+        raise ValueError("a comparison needs at least one cell that has both methods")
+    differences = {cell: difference(*pair) for cell, pair in pairs.items()}
+    intervals = {cell: interval(d) for cell, d in differences.items()}
+    margins = {cell: i.mean for cell, i in intervals.items()}
+    values = np.asarray(list(margins.values()))
+    wins, losses = int((values > 0).sum()), int((values < 0).sum())
+    decided = wins + losses
+    return Comparison(
+        margins=margins,
+        wins=wins,
+        clear_wins=sum(i.low > 0 for i in intervals.values()),
+        clear_losses=sum(i.high < 0 for i in intervals.values()),
+        p_signed_rank=float(wilcoxon(values).pvalue) if decided > 1 else 1.0,
+        p_sign=float(binomtest(wins, decided).pvalue) if decided else 1.0,
+        interval=interval(values),
+    )
+
+
+def against_best(cells: Mapping[str, Mapping[str, Record]], method: str) -> Comparison | None:
+    """A method against the best hand-coded one of each cell; None if no cell has both."""
+    pairs = {}
+    for cell, rows in cells.items():
+        rival = best({name: r for name, r in rows.items() if name != method})
+        if method in rows and rival is not None:
+            pairs[cell] = (rows[method], rival)
+    return compare(pairs) if pairs else None
+
+
+def gap_closed(rows: Mapping[str, Record], method: str = LEARNED) -> float | None:
+    """(method − best hand-coded) / (relaxed − best hand-coded); None without a gap to close."""
+    rival, relaxed = best(rows), best(rows, RELAXED)
+    if method not in rows or rival is None or relaxed is None:
+        return None
+    gap = mean(relaxed) - mean(rival)
+    return (mean(rows[method]) - mean(rival)) / gap if gap >= SMALLEST_GAP else None
+
+
+def overall_gap_closed(
+    cells: Mapping[str, Mapping[str, Record]], method: str = LEARNED
+) -> float | None:
+    """The ratio of the sums over all cells that have the three methods: no cell's gap is too small."""
+    closed, gap = 0.0, 0.0
+    for rows in cells.values():
+        rival, relaxed = best(rows), best(rows, RELAXED)
+        if method in rows and rival is not None and relaxed is not None:
+            closed += mean(rows[method]) - mean(rival)
+            gap += mean(relaxed) - mean(rival)
+    return closed / gap if gap > 0 else None
+
+
+def share_to_match(rows: Mapping[str, Record], method: str = LEARNED) -> float | None:
+    """The smallest measured share of the horizon at which a method reaches the best hand-coded one.
+
+    Returns:
+        1 if only the whole horizon does, infinity if that does not either, None if not measured.
+    """
+    rival = best(rows)
+    if method not in rows or rival is None or not rows[method].get("shorter"):
+        return None
+    measured = {float(share): values for share, values in rows[method]["shorter"].items()}
+    measured[1.0] = rows[method]["test"]
+    reached = [share for share, values in measured.items() if np.mean(values) >= mean(rival)]
+    return min(reached, default=np.inf)
+
+
+def importances(records: Sequence[Record], seed: int = 0) -> dict[str, float]:
+    """Functional ANOVA of a method's searches: the share of each parameter in the variance.
+
+    Trials of all cells are taken together, each cell's validation accuracies shifted and scaled to
+    mean 0 and deviation 1 first, so that cells do not explain the variance.
+
+    Args:
+        records: of one method.
+        seed: of the regression forest.
+
+    Returns:
+        shares that sum to 1, largest first; empty if there is nothing to explain.
+    """
+    import optuna
+    from optuna.distributions import json_to_distribution
+
+    study = optuna.create_study(direction="maximize")
+    for record in records:
+        space = {name: json_to_distribution(json.dumps(d)) for name, d in record["space"].items()}
+        values = np.asarray([trial["validation"] for trial in record["trials"]])
+        if values.size < 2 or values.std() == 0:
+            continue
+        for trial, value in zip(
+            record["trials"], (values - values.mean()) / values.std(), strict=True
+        ):
+            params = {name: trial[name] for name in space if name in trial}
+            ranges = {name: space[name] for name in params}
+            study.add_trial(
+                optuna.trial.create_trial(params=params, distributions=ranges, value=float(value))
+            )
+    if len(study.trials) < 4:
+        return {}
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
+    found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
