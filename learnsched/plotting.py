@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from learnsched.files import replacing
+from learnsched.figure_style import DASHES, MARKERS, paper_style, save_figure
+from learnsched.intervals import bootstrap_interval
 from learnsched.schedule import FIELDS, Schedule
 
 if TYPE_CHECKING:
@@ -35,8 +34,6 @@ _LABELS = {
     "fraction": ("INQ fraction", "share of weights"),
 }
 _MOST_LINES = 8
-_MARKERS = "os^Dv><P"
-_DASHES = ("-", "--", "-.", ":")
 
 
 def plot_schedule(
@@ -82,7 +79,7 @@ def plot_schedule(
         figure = draw(shown, schedule.layers)
         if title is not None:
             figure.suptitle(title)
-        save(figure, path)
+        save_figure(figure, path)
     return figure
 
 
@@ -141,7 +138,7 @@ def plot_comparison(
                 panel.set_yticklabels([])
         note = "" if baseline is None else f" (dashed: {baseline})"
         figure.supxlabel(f"{metric} / %{note}", size="medium")
-        save(figure, path)
+        save_figure(figure, path)
     return figure
 
 
@@ -185,7 +182,7 @@ def plot_learning_curve(
         for panel in (losses, norms):
             panel.set_xlabel("outer step")
             panel.legend()
-        save(figure, path)
+        save_figure(figure, path)
     return figure
 
 
@@ -210,19 +207,15 @@ def _draw_methods(
     baseline: str | None,
 ) -> None:
     from matplotlib.ticker import MaxNLocator
-    from scipy.stats import bootstrap
 
     for row, name in enumerate(names):
         if name not in methods:
             continue
         runs = methods[name]
         if len(runs) > 1:
-            interval = bootstrap(
-                (runs,), np.mean, method="percentile", rng=np.random.default_rng(0)
-            ).confidence_interval
-            panel.plot(interval, (row, row), color="black")
+            panel.plot(bootstrap_interval(runs), (row, row), color="black")
         fill = ("white", "black", "0.6")[row % 3]
-        marker = _MARKERS[row % len(_MARKERS)]
+        marker = MARKERS[row % len(MARKERS)]
         panel.plot(runs.mean(), row, marker, color="black", markerfacecolor=fill)
         panel.annotate(
             f"{runs.mean():.1f}",
@@ -254,8 +247,8 @@ def _draw_lines(values: Mapping[str, np.ndarray[Any, Any]], layers: Sequence[str
             panel.plot(
                 value[:, i],
                 color=str(0.6 * i / len(layers)),
-                linestyle=_DASHES[i % len(_DASHES)],
-                marker=_MARKERS[i],
+                linestyle=DASHES[i % len(DASHES)],
+                marker=MARKERS[i],
                 markerfacecolor="white",
                 # staggered, so that layers with the same curve still show
                 markevery=(i * every // len(layers) % horizon, every),
@@ -333,63 +326,3 @@ def _figure(columns: int, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(7.0 if columns > 1 else 4.0, height), layout="constrained")
-
-
-def paper_style() -> AbstractContextManager[None]:
-    """The look of all figures, within a block.
-
-    Raises:
-        ImportError: matplotlib is missing.
-
-    Example:
-        >>> with paper_style():
-        ...     import matplotlib
-        ...     matplotlib.rcParams["font.size"]
-        9.0
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("figures need matplotlib; pip install 'learnsched[plot]'") from error
-    return matplotlib.rc_context(
-        {
-            "font.family": ["STIXGeneral", "DejaVu Sans"],
-            "font.size": 9,
-            "axes.titlesize": 9,
-            "figure.titlesize": 10,
-            "xtick.labelsize": 8,
-            "ytick.labelsize": 8,
-            "legend.fontsize": 8,
-            "legend.frameon": False,
-            "legend.handlelength": 3.5,
-            "axes.linewidth": 0.6,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "lines.linewidth": 1.0,
-            "lines.markersize": 4,
-            "lines.markeredgewidth": 0.8,
-            "figure.dpi": 150,
-            "savefig.dpi": 150,
-            # names of layers and methods are no formulas
-            "text.parse_math": False,
-        }
-    )
-
-
-def save(figure: Figure, path: str | os.PathLike[str] | None) -> None:
-    """Write the whole file or nothing; None writes nothing.
-
-    Raises:
-        FileNotFoundError: the folder of ``path`` does not exist.
-
-    Example:
-        >>> from matplotlib.figure import Figure
-        >>> save(Figure(), None)
-    """
-    if path is None:
-        return
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"the folder {target.parent} does not exist; make it first")
-    with replacing(target) as partial:
-        figure.savefig(partial, format=target.suffix[1:] or "png")

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from learnsched.benchmarks.held_out import QUICK_TASKS, Budget, compare, summary, table
+from learnsched.benchmarks.held_out import QUICK_TASKS, compare, summary, table
 from learnsched.benchmarks.methods import hand_coded
+from learnsched.benchmarks.search import Budget
 
 
 def run(name, *arguments):
@@ -16,12 +17,12 @@ def run(name, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gradient", "unroll", "curve_search"])
+@pytest.mark.parametrize("name", ["gradient", "unroll", "curve_search", "transfer", "ablation"])
 def test_a_quick_run_writes_its_rows(name, tmp_path):
     path = tmp_path / "rows.json"
     printed = run(name, "--quick", "--json", str(path))
     stored = json.loads(path.read_text())
-    rows = stored.get("rows") or stored["verified"]
+    rows = stored.get("rows") or stored.get("records") or stored["verified"]
     assert rows
     assert stored["environment"]["torch"]
     assert len(printed.splitlines()) >= len(rows)

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +24,14 @@ import torch
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.environment import describe
 from learnsched.benchmarks.methods import Method
+from learnsched.benchmarks.search import Budget, Found, search
 from learnsched.data import DataSet, load
 from learnsched.files import write_text
+from learnsched.intervals import bootstrap_interval
 from learnsched.meta import distribution
 from learnsched.meta.estimators import run_forward
 from learnsched.meta.tasks import Task
 from learnsched.schedule import Policy
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much every method gets.
-
-    Attributes:
-        rounds: rounds of the search; the sampler learns between them.
-        trials: trials of a round.
-        trial_runs: seeds of a trial.
-        runs: fresh seeds of the final comparison.
-    """
-
-    rounds: int = 2
-    trials: int = 8
-    trial_runs: int = 2
-    runs: int = 24
-
 
 QUICK = Budget(rounds=1, trials=6, trial_runs=2, runs=8)
 
@@ -75,31 +58,14 @@ HELD_OUT: dict[str, Task] = {
 QUICK_TASKS = {"other seeds": HELD_OUT["other seeds"]}
 
 
-def search(
-    method: Method, task: Task, data: DataSet, budget: Budget, seed: int
-) -> tuple[float, Policy | None, float]:
-    """The learning rate and policy of best mean validation accuracy.
+def tune(method: Method, task: Task, data: DataSet, budget: Budget, seed: int) -> Found:
+    """The learning rate and policy of best mean validation accuracy."""
 
-    Returns:
-        learning rate, policy (None for a learned one), validation accuracy.
-    """
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=budget.trials)
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-    best: tuple[float, float, Policy | None] = (-math.inf, 0.01, None)
-    for _ in range(budget.rounds):
-        trials = [study.ask() for _ in range(budget.trials)]
-        rates = [t.suggest_float("learning_rate", 2e-3, 5e-2, log=True) for t in trials]
-        policies = [method.suggest(t) if method.suggest else None for t in trials]
+    def evaluate(rates: list[float], policies: list[Policy | None]) -> list[float]:
         accuracy = train(method, task, data, rates, policies, budget.trial_runs, data.validation)
-        for trial, rate, policy, value in zip(
-            trials, rates, policies, accuracy.mean(1).tolist(), strict=True
-        ):
-            study.tell(trial, value)
-            best = max(best, (value, rate, policy), key=lambda b: b[0])
-    return best[1], best[2], best[0]
+        return list(map(float, accuracy.mean(1)))
+
+    return search(method.suggest, evaluate, budget, seed)
 
 
 def train(
@@ -182,7 +148,8 @@ def _record(
     name: str, task: Task, method: Method, data: DataSet, budget: Budget, seed: int
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    rate, policy, validation = search(method, task, data, budget, seed)
+    found = tune(method, task, data, budget, seed)
+    rate, policy = found.learning_rate, found.policy
     final = replace(task, seed=task.seed + 1)
     test = train(method, final, data, [rate], [policy], budget.runs, data.test)
     return {
@@ -191,7 +158,7 @@ def _record(
         "method": method.name,
         "learning_rate": rate,
         "policy": None if policy is None else asdict(policy),  # type: ignore[call-overload]
-        "validation": validation,
+        "validation": found.validation,
         "test": test.flatten().tolist(),
         "seconds": time.perf_counter() - start,
         "commit": describe()["commit"],
@@ -243,13 +210,10 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]
 
 
 def _interval(values: np.ndarray, sign: str = "") -> str:
-    from scipy.stats import bootstrap
-
     mean = 100 * values.mean()
-    if len(values) < 2 or np.ptp(values) == 0:
+    low, high = bootstrap_interval(100 * values)
+    if low == high:
         return f"{mean:{sign}.1f}"
-    result = bootstrap((100 * values,), np.mean, rng=np.random.default_rng(0), method="percentile")
-    low, high = result.confidence_interval
     return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from learnsched.benchmarks.accuracy import FLOAT, LEARNED, PARAMETRIC, RELAXED, START
 from learnsched.benchmarks.statistics import Record, best, difference, interval
-from learnsched.plotting import paper_style, save
+from learnsched.figure_style import paper_style, save_figure
 
 Cells = Mapping[str, Mapping[str, Record]]
 
@@ -31,29 +31,29 @@ def margins(cells: Cells, path: Path) -> None:
     from matplotlib.figure import Figure
 
     with paper_style():
-        figure = Figure(figsize=(7.0, 1.0 + 0.32 * len(cells)), layout="constrained")
+        figure = Figure(figsize=(7.0, 1.0 + 0.4 * len(cells)), layout="constrained")
         axes = figure.add_subplot()
         axes.axvline(0, color="black", linewidth=0.6)
         labels = []
+        present = [role for role in _STYLES if any(best(rows, role) for rows in cells.values())]
         for place, (cell, rows) in enumerate(cells.items()):
             rival = best(rows)
             if rival is None:
                 continue
-            labels.append((place, f"{cell}\n{rival['method']}"))
-            for index, (role, style) in enumerate(_STYLES.items()):
-                record = best(rows, role)
+            labels.append((place, f"{cell}\n({rival['method']})"))
+            for index, role in enumerate(present):
+                record, style = best(rows, role), _STYLES[role]
                 if record is None:
                     continue
                 found = interval(100 * difference(record, rival))
-                y = place + 0.14 * (index - 2)
+                y = place + 0.14 * (index - (len(present) - 1) / 2)
                 axes.plot([found.low, found.high], [y, y], color=style["color"], linewidth=0.8)
-                label = role if place == 0 else "_"
-                axes.plot([found.mean], [y], linestyle="none", label=label, **style)
-        axes.set_yticks([p for p, _ in labels], [t for _, t in labels])
+                axes.plot([found.mean], [y], linestyle="none", label=role, **style)
+        axes.set_yticks([p for p, _ in labels], [t for _, t in labels], linespacing=1.1)
         axes.invert_yaxis()
         axes.set_xlabel("test accuracy less that of the cell's best hand-coded method / points")
-        figure.legend(*_unique(axes), loc="outside upper center", ncols=len(_STYLES))
-        save(figure, path)
+        figure.legend(*_unique(axes), loc="outside upper center", ncols=len(present))
+        save_figure(figure, path)
 
 
 def ranking(values: Mapping[str, Mapping[str, float]], path: Path) -> None:
@@ -64,6 +64,7 @@ def ranking(values: Mapping[str, Mapping[str, float]], path: Path) -> None:
         path: file to write.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import SymmetricalLogLocator
 
     with paper_style():
         figure = Figure(figsize=(7.0, 0.7 + 0.18 * len(values)), layout="constrained")
@@ -77,13 +78,14 @@ def ranking(values: Mapping[str, Mapping[str, float]], path: Path) -> None:
                 axes.plot([mean, mean], [place - 0.35, place + 0.35], color="black", linewidth=2)
         axes.set_yticks(range(len(values)), list(values))
         axes.invert_yaxis()
-        axes.set_xscale("symlog", linthresh=2.0)
+        axes.set_xscale("symlog", linthresh=1.0, linscale=0.4)
+        axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(
             "test accuracy less that of the cell's best hand-coded method / points\n"
-            "(dot: a cell, bar: mean; logarithmic beyond ±2)"
+            "(dot: a cell, bar: mean; logarithmic beyond ±1)"
         )
-        save(figure, path)
+        save_figure(figure, path)
 
 
 def epochs(cells: Cells, path: Path) -> None:
@@ -118,7 +120,7 @@ def epochs(cells: Cells, path: Path) -> None:
             "epochs of the learned schedule / epochs of the hand-coded one", size="medium"
         )
         figure.supylabel("learned − best hand-coded / points", size="medium")
-        save(figure, path)
+        save_figure(figure, path)
 
 
 def parameters(shares: Mapping[str, Mapping[str, float]], path: Path) -> None:
@@ -147,7 +149,7 @@ def parameters(shares: Mapping[str, Mapping[str, float]], path: Path) -> None:
         readable = [name.replace("_", " ") for name in order]
         axes.set_xticks(range(len(order)), readable, rotation=60, ha="right")
         figure.colorbar(image, ax=axes, label="share of the variance / %", shrink=0.8)
-        save(figure, path)
+        save_figure(figure, path)
 
 
 def _unique(axes: Any) -> tuple[list[Any], list[str]]:

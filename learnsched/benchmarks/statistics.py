@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from learnsched.benchmarks.accuracy import HAND_CODED, LEARNED, RELAXED
+from learnsched.intervals import bootstrap_interval
 
 Record = Mapping[str, Any]
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -42,17 +43,10 @@ def interval(values: Sequence[float] | Array) -> Interval:
         >>> interval([0.5, 0.5])
         Interval(mean=0.5, low=0.5, high=0.5)
     """
-    from scipy.stats import bootstrap
-
     array = np.asarray(values, dtype=np.float64)
     if not array.size:
         raise ValueError("an interval needs at least one value")
-    mean = float(array.mean())
-    if array.size < 2 or np.ptp(array) == 0:
-        return Interval(mean, mean, mean)
-    found = bootstrap((array,), np.mean, rng=np.random.default_rng(0), method="percentile")
-    low, high = found.confidence_interval
-    return Interval(mean, float(low), float(high))
+    return Interval(float(array.mean()), *bootstrap_interval(array))
 
 
 def by_cell(records: Sequence[Record]) -> dict[str, dict[str, Record]]:

@@ -1,0 +1,167 @@
+"""What each part of a learned schedule is worth: the same schedule with one part taken out.
+
+    torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.ablation [--artefact default]
+                                                        [--quick] [--json PATH]
+
+Nothing is trained again: this tells what the schedule uses, not what one without the part could
+learn. The learning rate of every variant is searched on validation data, with the same rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from learnsched.benchmarks import methods as field
+from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.held_out import HELD_OUT
+from learnsched.benchmarks.methods import Method
+from learnsched.benchmarks.search import Budget
+from learnsched.benchmarks.transfer import transfer
+from learnsched.files import write_text
+from learnsched.intervals import bootstrap_interval
+from learnsched.meta import distribution
+from learnsched.meta.estimators import Rollout, table_rollout
+from learnsched.meta.inner import InnerLoop
+from learnsched.policies import LearnedPolicy
+from learnsched.schedule import FIELDS, Policy, plan
+
+_BACKWARD = [i for i, name in enumerate(FIELDS) if name.endswith("backward_std")]
+_FORWARD = [i for i, name in enumerate(FIELDS) if name.endswith("forward_std")]
+_FRACTION = [FIELDS.index("fraction")]
+
+TASKS = ("other seeds", "fine-tuned", "other width", "twice the horizon")
+_SHOWN = Budget(rounds=1, trials=8, trial_runs=2, runs=24)
+_QUICK = Budget(rounds=1, trials=2, trial_runs=1, runs=2)
+
+
+@dataclass(frozen=True)
+class Ablated(Method):
+    """A learned method whose settings, shape ``(members, layers, len(FIELDS))``, are changed."""
+
+    change: Callable[[Tensor], Tensor] = torch.clone
+
+    def rollout(self, inner: InnerLoop, policies: list[Policy]) -> Rollout:
+        whole = super().rollout(inner, policies)
+        return lambda epoch, telemetry: self.change(whole(epoch, telemetry))
+
+
+@dataclass(frozen=True)
+class Blind(Method):
+    """A learned method that is shown no telemetry: its plan, made before training."""
+
+    def rollout(self, inner: InnerLoop, policies: list[Policy]) -> Rollout:
+        return table_rollout(_planned(self, inner))
+
+
+@dataclass(frozen=True)
+class Unscheduled(Method):
+    """A learned method whose backward noise stays, in each layer, at its plan's geometric mean."""
+
+    def rollout(self, inner: InnerLoop, policies: list[Policy]) -> Rollout:
+        whole = super().rollout(inner, policies)
+        mean = _planned(self, inner)[..., _BACKWARD].log().mean(0).exp()
+
+        def rollout(epoch: int, telemetry: Any) -> Tensor:
+            settings = whole(epoch, telemetry).clone()
+            settings[..., _BACKWARD] = mean
+            return settings
+
+        return rollout
+
+
+def _planned(method: Method, inner: InnerLoop) -> Tensor:
+    """Settings of all members with telemetry at rest, horizon first."""
+    if method.learned is None:
+        raise TypeError(f"{method.name} has no learned policy to plan with")
+    table = plan(method.learned, inner.run).table.float()
+    return table.unsqueeze(1).expand(-1, inner.population.members, -1, -1)
+
+
+def variants(policy: LearnedPolicy) -> list[Method]:
+    """The whole schedule first, then without each part."""
+
+    def without(columns: list[int]) -> Callable[[Tensor], Tensor]:
+        keep = torch.ones(len(FIELDS))
+        keep[columns] = 0
+        return lambda settings: settings * keep.to(settings)
+
+    def alike(settings: Tensor) -> Tensor:
+        return settings.mean(-2, keepdim=True).expand_as(settings)
+
+    whole = field.learned(policy)
+    shared: dict[str, Any] = {"noise": whole.noise, "partition": whole.partition, "learned": policy}
+    return [
+        whole,
+        Ablated("without early freezing", **shared, change=without(_FRACTION)),
+        Ablated("without forward noise", **shared, change=without(_FORWARD)),
+        Unscheduled("with constant backward noise", **shared),
+        Blind("without telemetry", **shared),
+        Ablated("all layers alike", **shared, change=alike),
+    ]
+
+
+def table(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
+    """Markdown: accuracy of the whole in %, then what each variant loses, paired over seeds."""
+    found = {(r["cell"], r["method"]): 100 * np.asarray(r["test"]) for r in records}
+    names = list(dict.fromkeys(r["method"] for r in records))
+    lines = ["| variant | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
+    for name in names:
+        row = []
+        for task in tasks:
+            whole = found[HELD_OUT[task].name, names[0]]
+            here = found[HELD_OUT[task].name, name]
+            if name == names[0]:
+                row.append(f"{whole.mean():.1f}")
+                continue
+            low, high = bootstrap_interval(here - whole)
+            row.append(f"{(here - whole).mean():+.1f} [{low:+.1f}, {high:+.1f}]")
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    from learnsched.pretrained import load_pretrained
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
+    parser.add_argument("--quick", action="store_true", help="one task, few trials and seeds")
+    parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
+    options = parser.parse_args(arguments)
+    distribution.start()
+    torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
+    tasks = TASKS[:1] if options.quick else TASKS
+    done: list[dict[str, Any]] = []
+    if options.json and options.json.exists():
+        done = json.loads(options.json.read_text())["records"]
+
+    def keep(records: list[dict[str, Any]]) -> None:
+        if options.json and distribution.rank() == 0:
+            content = {"environment": describe(), "records": records}
+            write_text(options.json, json.dumps(content, indent=1) + "\n")
+
+    records = transfer(
+        [(method, None) for method in variants(load_pretrained(options.artefact))],
+        {"task": {name: HELD_OUT[name] for name in tasks}},
+        _QUICK if options.quick else _SHOWN,
+        done=done,
+        progress=keep,
+    )
+    if distribution.rank() == 0:
+        print(table(records, tasks))
+    distribution.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""How far schedules carry: one property of the task changed at a time.
+
+    torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.transfer [--artefact default]
+                                 [--axes NAME ...] [--quick] [--seed N] [--json PATH] [--plot PATH]
+
+Hand-coded methods are tuned on the central task and carried over unchanged, as the learned schedule
+is; the learning rate alone is searched anew everywhere, with the same rates for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from learnsched.benchmarks import methods as field
+from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.held_out import train, tune
+from learnsched.benchmarks.methods import Method
+from learnsched.benchmarks.search import Budget
+from learnsched.data import load
+from learnsched.figure_style import DASHES, MARKERS, paper_style, save_figure
+from learnsched.files import write_text
+from learnsched.intervals import bootstrap_interval
+from learnsched.meta import distribution
+from learnsched.meta.tasks import Task
+from learnsched.policies import LearnedPolicy
+from learnsched.schedule import Policy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CENTRE = Task("cnn1d", "mnist1d", 12, 4, 12, 20, 64, "ternary/2-bit", (0.01,), False, 177_000)
+
+# What changes along an axis, its unit, and the tasks at its values.
+AXES: dict[str, tuple[str, dict[str, Task]]] = {
+    "depth": ("layers", {str(n): replace(CENTRE, depth=n) for n in (3, 4, 6, 8, 12)}),
+    "width": ("channels", {str(n): replace(CENTRE, width=n) for n in (6, 12, 24, 48)}),
+    "horizon": (
+        "epochs of 20 steps",
+        {str(n): replace(CENTRE, horizon=n) for n in (6, 12, 24, 72)},
+    ),
+    "steps per epoch": (
+        "steps, 12 epochs",
+        {str(n): replace(CENTRE, steps=n) for n in (10, 20, 50, 200)},
+    ),
+    "batch": ("examples a step", {str(n): replace(CENTRE, batch=n) for n in (16, 32, 64, 128)}),
+    "bits": (
+        "weights/activations",
+        {b: replace(CENTRE, bits=b) for b in ("ternary/2-bit", "ternary/ternary", "binary/binary")},
+    ),
+    "data": (
+        "data set and network",
+        {
+            "MNIST-1D, CNN": CENTRE,
+            "digits, CNN": replace(CENTRE, family="cnn2d", data="digits"),
+            "MNIST-1D, MLP": replace(CENTRE, family="mlp", width=48),
+            "MNIST-1D, fine-tuned": replace(CENTRE, fine_tuning=True),
+        },
+    ),
+}
+
+_SHOWN = Budget(rounds=2, trials=8, trial_runs=2, runs=12)
+_QUICK = Budget(rounds=1, trials=2, trial_runs=1, runs=2)
+
+
+def compared(
+    learned: LearnedPolicy, budget: Budget, seed: int
+) -> list[tuple[Method, Policy | None]]:
+    """The learned schedule, its start, and two hand-coded methods as tuned on the central task."""
+    data = load(CENTRE.data)
+    rows: list[tuple[Method, Policy | None]] = [
+        (field.learned(learned), None),
+        (field.start_of(learned), None),
+    ]
+    for method in field.hand_coded():
+        if method.name in ("straight-through", "ANA, normal"):
+            rows.append((method, tune(method, CENTRE, data, budget, seed).policy))
+    return rows
+
+
+def measure(task: Task, method: Method, policy: Policy | None, budget: Budget) -> dict[str, Any]:
+    """Validation accuracy of every learning rate, and test accuracy of fresh seeds at the best."""
+    data = load(task.data)
+    count = budget.trials
+    rates = [2e-3 * 25 ** (i / max(1, count - 1)) for i in range(count)]
+    validation = train(
+        method, task, data, rates, [policy] * count, budget.trial_runs, data.validation
+    ).mean(1)
+    rate = rates[int(validation.argmax())]
+    final = replace(task, seed=task.seed + 1)
+    test = train(method, final, data, [rate], [policy], budget.runs, data.test)
+    return {
+        "method": method.name,
+        "cell": task.name,
+        "rates": rates,
+        "validation": validation.tolist(),
+        "learning_rate": rate,
+        "test": test.flatten().tolist(),
+    }
+
+
+def transfer(
+    rows: Sequence[tuple[Method, Policy | None]],
+    axes: Mapping[str, Mapping[str, Task]],
+    budget: Budget,
+    *,
+    done: Sequence[Mapping[str, Any]] = (),
+    progress: Callable[[list[dict[str, Any]]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """One record for each axis, value and method; ranks of torchrun share the work.
+
+    Args:
+        rows: methods with the policy that is carried over.
+        axes: tasks by axis and value.
+        budget: trials, seeds of a trial and seeds of the comparison.
+        done: records of an interrupted run, which are not made again.
+        progress: called with all records after every round.
+    """
+    records = [dict(record) for record in done]
+    finished = {(r["cell"], r["method"]) for r in records}
+    todo: dict[tuple[str, str], tuple[Task, Method, Policy | None]] = {
+        (task.name, method.name): (task, method, policy)
+        for values in axes.values()
+        for task in values.values()
+        for method, policy in rows
+        if (task.name, method.name) not in finished
+    }
+    jobs = list(todo.values())
+    rank, world = distribution.rank(), distribution.world_size()
+    for first in range(0, len(jobs), world):
+        batch = jobs[first : first + world]
+        mine = {}
+        if rank < len(batch):
+            task, method, policy = batch[rank]
+            mine[rank] = measure(task, method, policy, budget)
+        records += distribution.gather(mine, len(batch))
+        if progress is not None:
+            progress(records)
+    return records
+
+
+def table(records: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> str:
+    """Markdown: test accuracy in % of every method along every axis."""
+    found = {(r["cell"], r["method"]): r["test"] for r in records}
+    names = list(dict.fromkeys(r["method"] for r in records))
+    lines = ["| axis | value | " + " | ".join(names) + " |", "| --- |" * 2 + " --- |" * len(names)]
+    lines[1] = "| --- | --- |" + " --- |" * len(names)
+    for axis in axes:
+        for value, task in AXES[axis][1].items():
+            means = [found.get((task.name, name)) for name in names]
+            if not any(means):
+                continue
+            cells = ["" if m is None else f"{100 * float(np.mean(m)):.1f}" for m in means]
+            lines.append(f"| {axis} | {value} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(
+    records: Sequence[Mapping[str, Any]],
+    axes: Sequence[str],
+    path: str | os.PathLike[str],
+) -> Figure:
+    """A panel for each axis: test accuracy with bootstrap 95 % intervals, a line for each method."""
+    from matplotlib.figure import Figure
+
+    found = {(r["cell"], r["method"]): np.asarray(r["test"]) for r in records}
+    names = list(dict.fromkeys(r["method"] for r in records))
+    columns = min(4, max(2, len(axes)))
+    rows = math.ceil(len(axes) / columns)
+    with paper_style():
+        figure = Figure(figsize=(2.6 * columns, 2.3 * rows + 0.4), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).flatten()
+        for panel, axis in zip(panels, axes, strict=False):
+            unit, tasks = AXES[axis]
+            for number, name in enumerate(names):
+                here = [
+                    (place, 100 * found[task.name, name])
+                    for place, task in enumerate(tasks.values())
+                    if (task.name, name) in found
+                ]
+                if not here:
+                    continue
+                means = np.array([values.mean() for _, values in here])
+                ends = np.array([bootstrap_interval(values) for _, values in here])
+                panel.errorbar(
+                    [place + 0.06 * (number - 1.5) for place, _ in here],
+                    means,
+                    yerr=np.abs(ends.T - means),
+                    color=str(0.16 * number),
+                    linestyle=DASHES[number],
+                    marker=MARKERS[number],
+                    label=name,
+                )
+            panel.set_xticks(range(len(tasks)), list(tasks))
+            if max(len(value) for value in tasks) > 6:
+                panel.tick_params(axis="x", labelrotation=25)
+            panel.set_xlabel(f"{axis} ({unit})")
+        for panel in panels[len(axes) :]:
+            panel.set_axis_off()
+        for row in range(rows):
+            panels[row * columns].set_ylabel("test accuracy (%)")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(len(names), 2 * columns - 2)
+        )
+        save_figure(figure, path)
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    from learnsched.pretrained import load_pretrained
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
+    parser.add_argument("--axes", nargs="*", choices=list(AXES), help="all of them if omitted")
+    parser.add_argument("--quick", action="store_true", help="one axis, few trials and seeds")
+    parser.add_argument("--seed", type=int, default=0, help="of the search on the central task")
+    parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
+    parser.add_argument("--plot", type=Path, help="draw the figure here")
+    options = parser.parse_args(arguments)
+    distribution.start()
+    torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
+    axes = options.axes or (["depth"] if options.quick else list(AXES))
+    budget = _QUICK if options.quick else _SHOWN
+    done: list[dict[str, Any]] = []
+    if options.json and options.json.exists():
+        done = json.loads(options.json.read_text())["records"]
+
+    def keep(records: list[dict[str, Any]]) -> None:
+        if distribution.rank() == 0:
+            last = records[-1]
+            print(f"{last['cell']}: {last['method']} {100 * np.mean(last['test']):.1f}", flush=True)
+            if options.json:
+                content = {"environment": describe(), "seed": options.seed, "records": records}
+                write_text(options.json, json.dumps(content, indent=1) + "\n")
+
+    rows = compared(load_pretrained(options.artefact), budget, options.seed)
+    tasks = {axis: AXES[axis][1] for axis in axes}
+    if options.quick:
+        tasks = {axis: dict(list(values.items())[:2]) for axis, values in tasks.items()}
+    records = transfer(rows, tasks, budget, done=done, progress=keep)
+    if distribution.rank() == 0:
+        print(table(records, axes))
+        if options.plot:
+            plot(records, axes, options.plot)
+    distribution.stop()
+
+
+if __name__ == "__main__":
+    main()
