@@ -1,0 +1,173 @@
+"""The report's numbers, against ones computed by hand from a small file of records."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from learnsched.benchmarks import report
+from learnsched.benchmarks.accuracy import read
+from learnsched.benchmarks.statistics import (
+    against_best,
+    best,
+    by_cell,
+    compare,
+    gap_closed,
+    importances,
+    interval,
+    overall_gap_closed,
+    share_to_match,
+)
+
+# Cell -> method -> (role, test accuracies); the numbers are round so that the truth is obvious.
+TESTS = {
+    "one": {
+        "STE": ("hand-coded", [0.70, 0.72]),
+        "ANA": ("hand-coded", [0.74, 0.76]),
+        "learned": ("learned", [0.78, 0.80]),
+        "relaxed": ("relaxed", [0.84, 0.86]),
+        "float": ("float", [0.90, 0.90]),
+    },
+    "two": {
+        "STE": ("hand-coded", [0.60, 0.62]),
+        "ANA": ("hand-coded", [0.50, 0.52]),
+        "learned": ("learned", [0.60, 0.60]),
+        "relaxed": ("relaxed", [0.61, 0.61]),
+        "float": ("float", [0.80, 0.80]),
+    },
+    "three": {
+        "STE": ("hand-coded", [0.30, 0.32]),
+        "learned": ("learned", [0.40, 0.44]),
+        "relaxed": ("relaxed", [0.50, 0.52]),
+    },
+}
+SHORTER = {
+    "one": {"0.25": [0.70, 0.70], "0.5": [0.75, 0.75]},
+    "two": {"0.5": [0.5, 0.5]},
+    "three": {},
+}
+
+
+def record(cell, method):
+    role, test = TESTS[cell][method]
+    trials = [
+        {"learning_rate": 0.01 * (1 + i), "std": 0.1 * (i % 4), "validation": 0.2 * (i % 4)}
+        for i in range(16)
+    ]
+    real = {"step": None, "low": 0.0, "high": 0.5, "log": False}
+    space = {n: {"name": "FloatDistribution", "attributes": real} for n in ("learning_rate", "std")}
+    return {
+        "cell": cell,
+        "description": f"network of {cell}",
+        "bits": "ternary/2-bit",
+        "method": method,
+        "role": role,
+        "version": "",
+        "learning_rate": 0.01,
+        "parameters": {"std": 0.3} if role == "hand-coded" else {},
+        "validation": 0.5,
+        "test": test,
+        "shorter": SHORTER[cell] if role == "learned" else {},
+        "trials": trials,
+        "space": space,
+        "budget": {"rounds": 2, "trials": 8, "trial_runs": 1, "runs": 2},
+        "cpu_seconds": 36.0,
+        "environment": {k: k for k in ("processor", "python", "torch", "date", "commit")},
+    }
+
+
+@pytest.fixture
+def records():
+    return [record(cell, method) for cell, methods in TESTS.items() for method in methods]
+
+
+@pytest.fixture
+def cells(records):
+    return by_cell(records)
+
+
+def test_the_best_hand_coded_is_chosen_cell_by_cell(cells):
+    assert [best(rows)["method"] for rows in cells.values()] == ["ANA", "STE", "STE"]
+    assert best({}) is None
+
+
+def test_margins_wins_and_tests(cells):
+    found = against_best(cells, "learned")
+    assert found.margins == pytest.approx({"one": 0.04, "two": -0.01, "three": 0.11})
+    assert (found.wins, found.clear_wins, found.clear_losses) == (2, 2, 0)
+    # signed ranks of (4, -1, 11): the negative has rank 1; of 8 sign patterns 4 are as extreme
+    assert found.p_signed_rank == pytest.approx(4 / 8)
+    assert found.p_sign == pytest.approx(1.0)
+    assert found.interval.mean == pytest.approx(0.14 / 3)
+
+
+def test_a_hand_coded_method_is_compared_with_the_best_of_the_others(cells):
+    found = against_best(cells, "ANA")
+    assert found.margins == pytest.approx({"one": 0.04, "two": -0.10})
+
+
+def test_gap_closed(cells):
+    assert gap_closed(cells["one"]) == pytest.approx(0.04 / 0.10)
+    assert gap_closed(cells["two"]) is None  # the relaxed network is not ahead
+    assert gap_closed(cells["three"]) == pytest.approx(0.11 / 0.20)
+    assert overall_gap_closed(cells) == pytest.approx((0.04 - 0.01 + 0.11) / (0.10 + 0.0 + 0.20))
+
+
+def test_epochs_to_match(cells):
+    assert share_to_match(cells["one"]) == 0.5
+    assert share_to_match(cells["two"]) == np.inf
+    assert share_to_match(cells["three"]) is None
+
+
+def test_intervals_cover_the_mean_of_a_known_distribution():
+    rng = np.random.default_rng(1)
+    found = [interval(rng.normal(0.5, 0.1, 30)) for _ in range(100)]
+    assert 86 <= sum(i.low <= 0.5 <= i.high for i in found) <= 100
+    # in large samples, the normal interval
+    values = rng.normal(0.5, 0.1, 2000)
+    half = stats.norm.ppf(0.975) * values.std(ddof=1) / np.sqrt(len(values))
+    wide = interval(values)
+    assert wide.high - wide.mean == pytest.approx(half, rel=0.1)
+    with pytest.raises(ValueError, match="at least one value"):
+        interval([])
+
+
+def test_importance_goes_to_the_parameter_that_decides(records):
+    shares = importances([r for r in records if r["method"] == "STE"])
+    assert list(shares)[0] == "std"
+    assert shares["std"] > 0.8
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_seeds_must_pair(cells):
+    rows = cells["one"]
+    short = {**rows["STE"], "test": [0.7]}
+    with pytest.raises(ValueError, match="learned and STE have 2 and 1 seeds in one"):
+        compare({"one": (rows["learned"], short)})
+    with pytest.raises(ValueError, match="at least one cell"):
+        compare({})
+
+
+def test_the_report_of_a_file(records, tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    report.main([str(path), "--into", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "methods.md").read_text()
+    assert "3 cells, 5 methods, 13 records; 2 seeds each; 0.13 CPU hours" in text
+    assert "ahead in 2 of 3 cells (interval above 0 in 2, below 0 in 0)" in text
+    assert "mean margin +4.7" in text
+    assert "ratio of sums: 47 %" in text
+    assert "- three: ANA, float" in text  # what is missing
+    row = next(line for line in text.splitlines() if line.startswith("| one | ANA"))
+    assert "| 75.0 [74.0, 76.0] | 79.0 [78.0, 80.0] | +4.0 [+4.0, +4.0] | 85.0 | 90.0 | 40 % | 0.5 |" in row
+    for figure in ("margins", "ranking", "epochs", "parameters"):
+        assert (tmp_path / "out" / f"methods_{figure}.png").stat().st_size > 1000
+    assert read(tmp_path / "out" / "methods.jsonl") == read(path)
+
+
+def test_without_records_it_says_so(tmp_path):
+    with pytest.raises(SystemExit, match="no records"):
+        report.main([str(tmp_path)])
+    with pytest.raises(ValueError, match="no records"):
+        report.page([], {})
