@@ -33,8 +33,9 @@ from learnsched.benchmarks import held_out, plain
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.cells import GRIDS, Cell
 from learnsched.benchmarks.environment import describe
-from learnsched.benchmarks.methods import Method, Trial
+from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.search import Budget, search
+from learnsched.benchmarks.spaces import Trial
 from learnsched.data import DataSet, Split
 from learnsched.files import write_text
 from learnsched.meta.tasks import Task
