@@ -219,7 +219,8 @@ class Policy(Protocol):
         metrics: names of the metrics that ``QuantizationScheduler.step`` must be given.
 
     A policy may have a ``mode`` too, the forward value while there is noise, which is
-    ``"expectation"`` otherwise; see :func:`learnsched.annealed_quantize`.
+    ``"expectation"`` otherwise; see :func:`learnsched.annealed_quantize`. With ``"random"``, samples
+    come from the global generator, as those of dropout do.
     """
 
     @property

@@ -140,6 +140,27 @@ NUMBERS = (-0.1, math.nan, math.inf)
         *((lambda x=x: policies.IncrementalQuantization(2, activation_backward_std=x), "std")
           for x in NUMBERS),
         (lambda: policies.IncrementalQuantization(2, noise="pink"), "unknown noise"),
+        (lambda: policies.AdditiveNoiseAnnealing(mode="median"), "expectation, mode, random"),
+        (lambda: policies.AdditiveNoiseAnnealing(annealed="backward"), "forward, both, neither"),
+        *((lambda x=x: policies.StraightThrough(weight_backward_end=x), "finite|positive|at least")
+          for x in (0.0, *NUMBERS)),
+        *((lambda x=x: policies.StraightThrough(activation_backward_end=x), "finite|positive|at least")
+          for x in (0.0, *NUMBERS)),
+        (lambda: policies.StraightThrough(0.0, weight_backward_end=1.0), "geometrically is positive"),
+        *((lambda x=x: policies.StraightThrough(weight_sample_std=x), "std") for x in NUMBERS),
+        *((lambda x=x: policies.RelaxedQuantization(x), "std must be positive")
+          for x in (0.0, *NUMBERS)),
+        *((lambda x=x: policies.RelaxedQuantization(0.5, x), "std_end must be positive")
+          for x in (0.0, *NUMBERS)),
+        *((lambda x=x: policies.RelaxedQuantization(end=x), r"\(0, 1\]") for x in (0.0, *NUMBERS)),
+        (lambda: policies.RelaxedQuantization(mode="median"), "unknown mode"),
+        (lambda: policies.RelaxedQuantization(noise="pink"), "unknown noise"),
+        *((lambda x=x: policies.PiecewiseAffine(start=x), "0 <= start") for x in (1.0, *NUMBERS)),
+        *((lambda x=x: policies.PiecewiseAffine(end=x), "start < end") for x in (0.0, 1.1, *NUMBERS)),
+        *((lambda x=x: policies.PiecewiseAffine(steepness=x), "steepness") for x in (0.0, *NUMBERS)),
+        *((lambda x=x: policies.PiecewiseAffine(weight_backward_std=x), "std") for x in NUMBERS),
+        (lambda: policies.annealing_grid("pink"), "unknown noise"),
+        (lambda: policies.annealing_grid(end=0.0), r"\(0, 1\]"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_refused_at_once(make, message):
@@ -262,3 +283,221 @@ def test_relaxed_is_constant_until_the_terminal_condition():
     found = plan(policies.Relaxed(0.3), run_of(2, 4), hardened=False)
     assert set(found.table.unique().tolist()) == {0.0, 0.3}
     assert found.settings(3)[0] == Setting(0.3, 0.3, 0.3, 0.3)
+
+
+def share(low=0.0, high=1.0, **options):
+    return st.floats(low, high, **options)
+
+
+STD = st.floats(0.01, 4)
+NOISE = st.sampled_from(sorted(NOISES))
+MODE = st.sampled_from(["expectation", "mode", "random"])
+MADE = {
+    "AdditiveNoiseAnnealing": st.builds(
+        policies.AdditiveNoiseAnnealing, std=STD, end=share(0.01), interval=st.sampled_from(
+            sorted(INTERVALS)), power=st.floats(0.1, 5), progressive=st.booleans(),
+        mean=st.floats(-1, 1), backward_std=st.none() | STD, noise=NOISE, mode=MODE,
+        annealed=st.sampled_from(["forward", "both", "neither"]),
+    ),
+    "BaseCurve": st.builds(policies.BaseCurve, power=st.floats(0.1, 5), freeze_from=share(0, 0.9)),
+    "IncrementalQuantization": st.builds(
+        policies.IncrementalQuantization, st.sampled_from([2, 3, 4, 5, (0.1, 1.0)]),
+        start=share(0, 0.99),
+    ),
+    "LearnedPolicy": st.builds(
+        policies.LearnedPolicy, st.builds(policies.MetaNetwork, st.just(4), st.just(4))),
+    "PiecewiseAffine": st.builds(
+        policies.PiecewiseAffine, share(0, 0.5), share(0.51), steepness=st.floats(0.1, 90)),
+    "Relaxed": st.builds(policies.Relaxed, STD),
+    "RelaxedQuantization": st.builds(
+        policies.RelaxedQuantization, STD, STD, end=share(0.01), mode=MODE, noise=NOISE),
+    "StraightThrough": st.builds(
+        policies.StraightThrough, STD, st.none() | STD, weight_backward_end=st.none() | STD,
+        activation_backward_end=st.none() | STD, weight_sample_std=share(),
+    ),
+}  # fmt: skip
+
+
+def test_every_policy_of_the_registry_is_tested():
+    kinds = {n for n in policies.__all__ if hasattr(getattr(policies, n), "settings")}
+    assert kinds == set(MADE)
+
+
+@pytest.mark.parametrize("name", MADE)
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(data=st.data(), layers=st.integers(1, 4), horizon=st.integers(1, 15))
+def test_terminal_conditions_hold_for_every_policy(name, data, layers, horizon):
+    policy = data.draw(MADE[name])
+    found = plan(policy, run_of(layers, horizon))
+    assert found.table.shape[:2] == (horizon, layers)
+    assert bool(found.table.isfinite().all())
+    for field in ("weight", "activation"):
+        assert not found[f"{field}_forward_std"][-1].any()
+        assert not found[f"{field}_forward_mean"][-1].any()
+        assert (found[f"{field}_backward_std"] >= 0).all()
+    assert (found["fraction"].diff(dim=0) >= 0).all()
+    assert (found["fraction"][-1] == (1 if horizon > 1 else 0)).all()
+
+
+def test_straight_through_noise_may_move_geometrically():
+    policy = policies.StraightThrough(4.0, 0.5, weight_backward_end=0.25)
+    found = plan(policy, run_of(2, 5))
+    assert found["weight_backward_std"][:, 0].tolist() == pytest.approx([4, 2, 1, 0.5, 0.25])
+    assert (found["activation_backward_std"] == 0.5).all()
+    both = plan(policies.StraightThrough(4.0, weight_backward_end=0.25), run_of(1, 5))
+    assert torch.equal(both["activation_backward_std"], both["weight_backward_std"])
+    own = plan(policies.StraightThrough(1.0, activation_backward_end=4.0), run_of(1, 3))
+    assert own["activation_backward_std"].flatten().tolist() == pytest.approx([1, 2, 4])
+    assert (own["weight_backward_std"] == 1).all()
+
+
+def test_stochastic_binarization_draws_with_the_hard_sigmoid():
+    policy = policies.StraightThrough(weight_sample_std=IDENTITY_STD, noise="uniform")
+    assert (policy.mode, policies.StraightThrough().mode) == ("random", "expectation")
+    x = torch.tensor([-1.5, -0.6, 0.0, 0.5, 1.0], dtype=torch.double)
+    std = policy.settings(run_of(1, 3), 0, None, None)[0][0].weight_forward_std * ls.binary().step
+    drawn = ls.annealed_quantize(
+        x.expand(20_000, 5), ls.binary(), forward_std=std, backward_std=1.0, noise="uniform",
+        mode="random", generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert set(drawn.unique().tolist()) == {-1.0, 1.0}
+    hard_sigmoid = ((x + 1) / 2).clamp(0, 1)
+    torch.testing.assert_close((drawn > 0).double().mean(0), hard_sigmoid, atol=0.015, rtol=0)
+
+
+# The published noise of each shape, one step wide in its own parameter.
+HALF_WIDTH_OR_PARAMETER = {
+    "uniform": lambda std: NOISES["uniform"].half_width * std,
+    "triangular": lambda std: NOISES["triangular"].half_width * std,
+    "normal": lambda std: std,
+    "logistic": lambda std: math.sqrt(3) / math.pi * std,
+}
+
+
+def _grid_by_brute_force():
+    """Names of the experiment's members, from all combinations by what the paper leaves out."""
+    names = set()
+    for mode in ("expectation", "mode", "random"):
+        for mean in ("static mean", "dynamic mean"):
+            for std in ("static std", "dynamic std"):
+                for interval in INTERVALS:
+                    for power in ("homogeneous", "progressive"):
+                        if mode == "expectation" and std == "static std":
+                            continue  # never hard
+                        moving = "dynamic" in mean or "dynamic" in std
+                        decay = f", {interval}, {power}" if moving else ""
+                        names.add(f"{mode}, {mean}, {std}{decay}")
+    return names
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_the_grid_has_66_policies_for_each_shape_of_noise(noise):
+    grid = policies.annealing_grid(noise)
+    assert set(grid) == _grid_by_brute_force()
+    assert len(set(grid.values())) == len(grid) == 66
+    for policy in grid.values():
+        assert policy.noise == noise
+        assert HALF_WIDTH_OR_PARAMETER[noise](policy.std) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "expectation, static mean, dynamic std, partition, homogeneous",
+        "expectation, dynamic mean, dynamic std, same_start, progressive",
+        "mode, dynamic mean, static std, overlapped, progressive",
+        "random, dynamic mean, dynamic std, same_end, homogeneous",
+        "random, static mean, static std",
+    ],
+)
+def test_members_of_the_grid_follow_the_formula(name):
+    layers, period = 3, 7
+    policy = policies.annealing_grid("normal", end=1.0)[name]
+    mode, mean, std, *decay = name.split(", ")
+    assert policy.mode == mode
+    epochs = layers * period
+    found = plan(policy, run_of(layers, epochs + 1), hardened=False)
+    for layer in range(layers):
+        t0, t1 = INTERVALS[decay[0] if decay else "overlapped"](layer, layers, period)
+        p = layers - layer if "progressive" in decay else 1
+        for t in range(epochs + 1):
+            left = 1 if t <= t0 else 0 if t >= t1 else (t1 - t) / (t1 - t0)
+            expected_std = left ** (2 * p) if std == "dynamic std" else 1.0
+            expected_mean = 0.5 * left**p if mean == "dynamic mean" else 0.0
+            row = found.table[t, layer].tolist()
+            stds, means = row[:4], row[5:]
+            assert stds == pytest.approx([expected_std] * 4, abs=1e-9)
+            assert means == pytest.approx([expected_mean] * 2, abs=1e-6)
+
+
+def test_the_dynamic_mean_makes_the_staircase_take_its_upper_level_at_a_threshold():
+    """Spallanzani et al. 2022: the std vanishes faster than the mean."""
+    policy = policies.annealing_grid("normal", end=1.0)[
+        "expectation, dynamic mean, dynamic std, overlapped, homogeneous"
+    ]
+    values = []
+    for s in plan(policy, run_of(1, 51), hardened=False):
+        values.append(
+            ls.annealed_quantize(
+                torch.zeros(1), ls.binary(), forward_std=s[0].weight_forward_std, backward_std=1.0,
+                forward_mean=s[0].weight_forward_mean,
+            ).item()
+        )  # fmt: skip
+    assert values == sorted(values)
+    assert values[-1] == values[-2] == 1
+
+
+def test_relaxed_quantization_narrows_geometrically():
+    policy = policies.RelaxedQuantization(1.6, 0.1, end=0.8)
+    found = plan(policy, run_of(2, 6))
+    assert found["weight_forward_std"][:, 1].tolist() == pytest.approx([1.6, 0.8, 0.4, 0.2, 0, 0])
+    backward = [1.6, 0.8, 0.4, 0.2, 0.1, 0.1]
+    assert found["activation_backward_std"][:, 0].tolist() == pytest.approx(backward)
+    assert policies.RelaxedQuantization().noise == "logistic"
+    scale = math.sqrt(3) / math.pi * policies.RelaxedQuantization().std
+    assert scale == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("steepness", [0.5, 10.0, 60.0])
+def test_the_slope_follows_the_normalized_sigmoid(steepness):
+    policy = policies.PiecewiseAffine(0.2, 0.9, steepness)
+    low, high = (1 / (1 + math.exp(sign * steepness / 2)) for sign in (1, -1))
+    for progress in torch.linspace(0.2, 0.9, 30, dtype=torch.double)[:-1].tolist():
+        f = (progress - 0.2) / 0.7
+        expected = (1 / (1 + math.exp(steepness * (f - 0.5))) - low) / (high - low)
+        assert policy.width(progress) == pytest.approx(expected, abs=1e-12)
+    assert (policy.width(0.0), policy.width(0.9), policy.width(1.0)) == (1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("levels", [ls.ternary(), ls.binary(), ls.signed(3)], ids=lambda q: q.name)
+@pytest.mark.parametrize("progress", [0.0, 0.4, 0.5, 0.7])
+def test_the_value_is_the_piecewise_affine_map(levels, progress):
+    policy = policies.PiecewiseAffine(steepness=3.0)
+    width = policy.width(progress)
+    x = torch.linspace(-4, 4, 801, dtype=torch.double)
+    found = ls.annealed_quantize(
+        x, levels, forward_std=policy._setting(progress).weight_forward_std * levels.step,
+        backward_std=1.0, noise=policy.noise,
+    )  # fmt: skip
+    expected = torch.full_like(x, levels.values[0])
+    for lower, upper in zip(levels.values, levels.values[1:], strict=False):
+        line = (lower + upper) / 2 + (x - (lower + upper) / 2) / width
+        expected = torch.where(x >= lower, line.clamp(lower, upper), expected)
+    expected = torch.where(x >= levels.values[-1], levels.values[-1], expected)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("bits", PAPER)
+@pytest.mark.parametrize("start", [0.0, 0.3])
+def test_the_learning_rate_restarts_when_the_fraction_rises(bits, start):
+    policy = policies.IncrementalQuantization(bits, start=start)
+    fractions = [0.0] if start else []
+    edges = [0.0] if start else []
+    for phase, fraction in enumerate(PAPER[bits]):
+        edges.append(start + (1 - start) * phase / len(PAPER[bits]))
+        fractions.append(fraction)
+    for edge, following, fraction in zip(edges, [*edges[1:], 1.0], fractions, strict=True):
+        assert policy._fraction(edge) == fraction
+        assert policy.restarted(edge) == pytest.approx(1)
+        assert policy.restarted((edge + following) / 2) == pytest.approx(0.5, abs=1e-6)
+        assert policy.restarted(following - 1e-6) == pytest.approx(0, abs=1e-6)

@@ -10,6 +10,7 @@ from scipy import integrate, optimize, stats
 from learnsched.levels import LevelSet, binary, power_of_two, signed, ternary, unsigned
 from learnsched.scales import (
     AbsoluteMean,
+    FanIn,
     Fixed,
     LeastSquares,
     Maximum,
@@ -230,3 +231,12 @@ def test_unit_normal_scale_of_known_quantizers():
     assert unit_normal_scale(ternary()) == pytest.approx(1.2240, abs=2e-3)
     assert unit_normal_scale(signed(3)) == pytest.approx(0.6508, abs=2e-3)
     assert unit_normal_scale(unsigned(2)) == pytest.approx(0.6508, abs=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (5, 2, 3), (5, 2, 3, 3)])
+def test_the_scale_by_fan_in_is_of_the_shape_alone(shape):
+    inputs = torch.Size(shape[1:]).numel()
+    for x in (torch.zeros(shape), torch.ones(shape)):
+        scale = FanIn()(x, binary())
+        assert scale.shape == (1,) * len(shape)
+        assert scale.item() == pytest.approx(inputs**-0.5)

@@ -74,6 +74,9 @@ EVERY_POLICY = {
     "redraw": lambda: policies.IncrementalQuantization(4, partition="redraw"),
     "random": lambda: policies.IncrementalQuantization(3, partition="random", start=0.3),
     "relaxed": lambda: policies.Relaxed(),
+    "relaxed_quantization": lambda: policies.RelaxedQuantization(),
+    "piecewise_affine": lambda: policies.PiecewiseAffine(),
+    "grid": lambda: policies.annealing_grid()["mode, static mean, static std"],
     "fresh": lambda: policies.LearnedPolicy(policies.MetaNetwork(4, 4)),
     "learned": learned,
     "open_loop": lambda: learned(open_loop=True),
@@ -111,6 +114,28 @@ def noise_in(model):
         for q in (weight, act)
         for name in ("forward_std", "backward_std", "forward_mean")
     )
+
+
+def test_the_policy_chooses_the_forward_value_and_shifts_both_noises():
+    model = network()
+    policy = policies.AdditiveNoiseAnnealing(mode="random", mean=0.5, end=1.0)
+    ls.QuantizationScheduler(model, policy, 3)
+    for quantizer in (q for layer in quantized_layers(model) for q in layer.quantizers):
+        assert quantizer.mode == "random"
+        assert quantizer.forward_mean == quantizer.backward_mean == 0.5
+    ls.QuantizationScheduler(model, policies.StraightThrough(), 3)
+    assert {q.mode for layer in quantized_layers(model) for q in layer.quantizers} == {
+        "expectation"
+    }
+
+
+def test_an_unknown_forward_value_is_refused():
+    class Odd(Scripted):
+        mode = "median"
+
+    policy = Odd((Setting(),))
+    with pytest.raises(ValueError, match="mode is 'median'; it must be one of expectation"):
+        ls.QuantizationScheduler(network(), policy, 3)
 
 
 def test_the_constructor_applies_epoch_0_and_step_the_next():
