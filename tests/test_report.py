@@ -135,7 +135,7 @@ def test_intervals_cover_the_mean_of_a_known_distribution():
 
 def test_importance_goes_to_the_parameter_that_decides(records):
     shares = importances([r for r in records if r["method"] == "STE"])
-    assert list(shares)[0] == "std"
+    assert next(iter(shares)) == "std"
     assert shares["std"] > 0.8
     assert sum(shares.values()) == pytest.approx(1)
 
@@ -160,7 +160,10 @@ def test_the_report_of_a_file(records, tmp_path):
     assert "ratio of sums: 47 %" in text
     assert "- three: ANA, float" in text  # what is missing
     row = next(line for line in text.splitlines() if line.startswith("| one | ANA"))
-    assert "| 75.0 [74.0, 76.0] | 79.0 [78.0, 80.0] | +4.0 [+4.0, +4.0] | 85.0 | 90.0 | 40 % | 0.5 |" in row
+    assert (
+        "| 75.0 [74.0, 76.0] | 79.0 [78.0, 80.0] | +4.0 [+4.0, +4.0] | 85.0 | 90.0 | 40 % | 0.5 |"
+        in row
+    )
     for figure in ("margins", "ranking", "epochs", "parameters"):
         assert (tmp_path / "out" / f"methods_{figure}.png").stat().st_size > 1000
     assert read(tmp_path / "out" / "methods.jsonl") == read(path)

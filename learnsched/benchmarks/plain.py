@@ -16,11 +16,12 @@ from learnsched.convert import BATCH_NORMS
 from learnsched.data import DataSet, Split
 from learnsched.meta.tasks import Task
 
-# From a float network and a policy to the network to train and its optimizer, of learning rate 1.
-Prepare = Callable[[nn.Module, Any], tuple[nn.Module, torch.optim.Optimizer]]
+# From a float network, a policy and the number of steps to the network to train and its optimizer,
+# which has a learning rate of 1.
+Prepare = Callable[[nn.Module, Any, int], tuple[nn.Module, torch.optim.Optimizer]]
 
 
-def adam(model: nn.Module, _: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+def adam(model: nn.Module, _: Any, steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The network as it is, and the optimizer of the inner loop."""
     return model, torch.optim.Adam(model.parameters(), lr=1.0)
 
@@ -55,11 +56,8 @@ def train(
     for model, rate, policy, batches in zip(
         networks, members, repeated, itertools.cycle(order), strict=False
     ):
-        prepared, optimizer = prepare(model, policy)
+        prepared, optimizer = prepare(model, policy, task.horizon * task.steps)
         _fit(prepared, optimizer, rate, data, batches.flatten(0, 1))
-        finish = getattr(optimizer, "finish", None)
-        if finish is not None:
-            finish()
         _reestimate(prepared, data, batches[-1][:20])
         accuracies.append(_accuracy(prepared, split))
     return torch.tensor(accuracies, dtype=torch.double).view(len(rates), runs)

@@ -1,0 +1,206 @@
+"""Public peers in the cells of the accuracy benchmark: torchao's PARQ and Brevitas' quantizers.
+
+    python -m venv --system-site-packages peers
+    peers/bin/pip install torchao==0.18.0 brevitas==0.13.4
+    peers/bin/python -m learnsched.benchmarks.peers --grid small --out FOLDER
+
+Same networks, initial weights, batches, epochs, optimizer and search budget as every other method, and
+records in the same folder. The peers have an environment of their own, for they pin what they need.
+torchao's PARQ quantizes weights; activations are quantized by this package, with a straight-through
+gradient of searched width. Brevitas quantizes both.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from learnsched.benchmarks import plain
+from learnsched.benchmarks.accuracy import PEER, Entry, Train, execute, parser
+from learnsched.benchmarks.spaces import Trial
+from learnsched.convert import quantize_
+from learnsched.meta.tasks import BITS
+from learnsched.policies import StraightThrough
+from learnsched.scheduler import QuantizationScheduler
+
+
+@dataclass(frozen=True)
+class Parq:
+    """Parameters of torchao's PARQ.
+
+    Attributes:
+        start: share of the steps after which the slope begins to rise.
+        end: share of the steps at which weights are hard.
+        steepness: of the sigmoid in between.
+        activation_backward_std: of this package's activations.
+    """
+
+    start: float
+    end: float
+    steepness: float
+    activation_backward_std: float
+
+
+@dataclass(frozen=True)
+class Brevitas:
+    """Parameters of Brevitas' quantizers.
+
+    Attributes:
+        scaling: ``constant``, or ``largest`` for a scale from each channel's largest weight, which
+            binary weights do not have.
+        constant: scale of the weights where it is constant.
+    """
+
+    scaling: str
+    constant: float
+
+
+def suggest_parq(trial: Trial) -> Parq:
+    """torchao's own ranges: annealing may begin at once and must leave hard steps at the end."""
+    return Parq(
+        start=trial.suggest_float("start", 0.0, 0.3),
+        end=trial.suggest_float("end", 0.5, 0.95),
+        steepness=trial.suggest_float("steepness", 1.0, 50.0, log=True),
+        activation_backward_std=trial.suggest_float("activation_backward_std", 0.2, 3.0, log=True),
+    )
+
+
+def suggest_brevitas(trial: Trial, bits: str) -> Brevitas:
+    """The scale's rule, where there is a choice, and its constant."""
+    ternary = bits.startswith("ternary")
+    choice = (
+        trial.suggest_categorical("scaling", ["constant", "largest"]) if ternary else "constant"
+    )
+    return Brevitas(choice, trial.suggest_float("constant", 0.02, 0.5, log=True))
+
+
+def prepare_parq(
+    model: nn.Module, policy: Parq, steps: int, *, bits: str
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Activations of this package, weights quantized by torchao's optimizer, a channel at a time."""
+    from torchao.prototype.parq.optim import ProxPARQ, QuantOptimizer
+    from torchao.prototype.parq.quant import LSBQuantizer
+
+    quantize_(model, None, BITS[bits][1])
+    ste = StraightThrough(policy.activation_backward_std, policy.activation_backward_std)
+    QuantizationScheduler(model, ste, epochs=2)  # constant until the end, where nothing changes
+    # torchao calls ternary 0 bits.
+    quantized: dict[str, Any] = {"quant_bits": 0 if bits.startswith("ternary") else 1}
+    quantized["params"] = [p for p in model.parameters() if p.dim() > 1]
+    others: dict[str, Any] = {"params": [p for p in model.parameters() if p.dim() <= 1]}
+    base = torch.optim.Adam([quantized, others], lr=1.0)
+    first, last = int(policy.start * steps), max(1, int(policy.end * steps))
+    optimizer = QuantOptimizer(
+        base,
+        LSBQuantizer(optimal=False),
+        ProxPARQ(first, max(first + 1, last), steepness=policy.steepness),
+        quant_per_channel=True,
+    )
+    return model, optimizer
+
+
+def prepare_brevitas(
+    model: nn.Module, policy: Brevitas, steps: int, *, bits: str
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Layers and activations replaced by Brevitas' own, the weights kept."""
+    weight, activation = _brevitas_layers(bits, policy, steps)
+    _replace(model, weight, activation)
+    return plain.adam(model, None, steps)
+
+
+def _brevitas_layers(
+    bits: str, policy: Brevitas, steps: int
+) -> tuple[Callable[[nn.Module], nn.Module], Callable[[], nn.Module]]:
+    import brevitas.nn as qnn
+    from brevitas.quant import Int8WeightPerChannelFloat
+    from brevitas.quant.binary import (
+        SignedBinaryActPerTensorConst,
+        SignedBinaryWeightPerTensorConst,
+    )
+    from brevitas.quant.ternary import (
+        SignedTernaryActPerTensorConst,
+        SignedTernaryWeightPerTensorConst,
+    )
+
+    kind, after = bits.split("/")
+    if kind == "binary":
+        quant = SignedBinaryWeightPerTensorConst.let(scaling_const=policy.constant)
+    elif policy.scaling == "constant":
+        quant = SignedTernaryWeightPerTensorConst.let(scaling_const=policy.constant)
+    else:
+        quant = Int8WeightPerChannelFloat.let(bit_width=2, narrow_range=True)
+
+    def weight(layer: nn.Module) -> nn.Module:
+        has_bias = layer.bias is not None
+        if isinstance(layer, nn.Linear):
+            made = qnn.QuantLinear(
+                layer.in_features, layer.out_features, bias=has_bias, weight_quant=quant
+            )
+        else:
+            convolution = cast(nn.Conv2d, layer)
+            make = qnn.QuantConv1d if isinstance(layer, nn.Conv1d) else qnn.QuantConv2d
+            made = make(
+                convolution.in_channels, convolution.out_channels, convolution.kernel_size,
+                stride=convolution.stride, padding=convolution.padding, bias=has_bias,
+                weight_quant=quant,
+            )  # fmt: skip
+        made.load_state_dict(layer.state_dict(), strict=False)
+        return cast(nn.Module, made)
+
+    def activation() -> nn.Module:
+        if after == "2-bit":
+            # Brevitas' 300 steps of statistics would be the whole of a short run.
+            made = qnn.QuantReLU(bit_width=2, collect_stats_steps=max(1, min(300, steps // 10)))
+        elif after == "ternary":
+            made = qnn.QuantIdentity(act_quant=SignedTernaryActPerTensorConst)
+        else:
+            made = qnn.QuantIdentity(act_quant=SignedBinaryActPerTensorConst)
+        return cast(nn.Module, made)
+
+    return weight, activation
+
+
+def _replace(
+    model: nn.Module,
+    weight: Callable[[nn.Module], nn.Module],
+    activation: Callable[[], nn.Module],
+) -> None:
+    for name, child in model.named_children():
+        if isinstance(child, nn.Linear | nn.Conv1d | nn.Conv2d):
+            setattr(model, name, weight(child))
+        elif isinstance(child, nn.ReLU):
+            setattr(model, name, activation())
+        else:
+            _replace(child, weight, activation)
+
+
+def entries(bits: str) -> list[Entry]:
+    """The peers that apply to cells of these bits.
+
+    Raises:
+        ModuleNotFoundError: a peer is not installed in this environment.
+    """
+    found = []
+    for name, package, prepare, suggest in (
+        ("PARQ (torchao)", "torchao", prepare_parq, suggest_parq),
+        ("Brevitas", "brevitas", prepare_brevitas, functools.partial(suggest_brevitas, bits=bits)),
+    ):
+        train = functools.partial(plain.train, functools.partial(cast(Any, prepare), bits=bits))
+        version = f"{package} {metadata.version(package)}"
+        found.append(Entry(name, PEER, cast(Train, train), suggest, version, version))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    execute(parser(__doc__).parse_args(arguments), entries)
+
+
+if __name__ == "__main__":
+    main()

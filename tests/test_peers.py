@@ -1,0 +1,68 @@
+"""Peers train the same networks to weights on their level sets; skipped where they are missing."""
+
+import pytest
+import torch
+
+from learnsched.benchmarks import plain
+from learnsched.benchmarks.cells import GRIDS
+
+CELL = GRIDS["quick"].cells[0]
+
+
+def distinct(weight):
+    """The most values that a channel of a weight has."""
+    return max(len(row.unique()) for row in weight.detach().flatten(1))
+
+
+def trained(prepare, policy, bits):
+    """The network of the quick cell after training."""
+    kept = []
+
+    def keeping(model, policy, steps):
+        made = prepare(model, policy, steps, bits=bits)
+        kept.append(made[0])
+        return made
+
+    data = CELL.data()
+    accuracy = plain.train(keeping, CELL.task, data, [0.01], [policy], 1, data.validation)
+    assert accuracy.shape == (1, 1)
+    return kept[0], float(accuracy)
+
+
+@pytest.mark.parametrize(("bits", "most"), [("ternary/2-bit", 3), ("binary/binary", 2)])
+def test_parq_ends_on_its_levels(bits, most):
+    pytest.importorskip("torchao")
+    peers = pytest.importorskip("learnsched.benchmarks.peers")
+    model, accuracy = trained(peers.prepare_parq, peers.Parq(0.0, 0.7, 10.0, 0.7), bits)
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    assert [distinct(w) <= most for w in weights] == [True] * 3
+    assert accuracy > 0.2
+
+
+@pytest.mark.parametrize("scaling", ["constant", "largest"])
+@pytest.mark.parametrize(
+    ("bits", "most"), [("ternary/2-bit", 3), ("ternary/ternary", 3), ("binary/binary", 2)]
+)
+def test_brevitas_layers_are_on_their_levels(bits, most, scaling):
+    qnn = pytest.importorskip("brevitas.nn")
+    peers = pytest.importorskip("learnsched.benchmarks.peers")
+    model, accuracy = trained(peers.prepare_brevitas, peers.Brevitas(scaling, 0.1), bits)
+    layers = [m for m in model.modules() if isinstance(m, qnn.QuantLinear)]
+    assert len(layers) == 3
+    assert all(distinct(layer.quant_weight().value) <= most for layer in layers)
+    levels = {"2-bit": 4, "ternary": 3, "binary": 2}[bits.split("/")[1]]
+    for activation in [
+        m for m in model.modules() if isinstance(m, qnn.QuantReLU | qnn.QuantIdentity)
+    ]:
+        out = activation(torch.randn(1000))
+        assert len(getattr(out, "value", out).unique()) <= levels
+    assert accuracy > 0.12
+
+
+def test_members_of_plain_training_do_not_depend_on_each_other():
+    data = CELL.data()
+    both = plain.train(plain.adam, CELL.task, data, [0.01, 0.02], [None] * 2, 2, data.validation)
+    alone = plain.train(plain.adam, CELL.task, data, [0.02], [None], 2, data.validation)
+    assert both.shape == (2, 2)
+    assert torch.equal(both[1:], alone)
+    assert float(both.mean()) > 0.5
