@@ -50,7 +50,7 @@ def margins(cells: Cells, path: Path) -> None:
                 axes.plot([found.low, found.high], [y, y], color=style["color"], linewidth=0.8)
                 axes.plot([found.mean], [y], linestyle="none", label=role, **style)
         axes.set_yticks([p for p, _ in labels], [t for _, t in labels], linespacing=1.1)
-        axes.invert_yaxis()
+        axes.set_ylim(len(cells) - 0.5, -0.5)
         axes.set_xlabel("test accuracy less that of the cell's best hand-coded method / points")
         figure.legend(*_unique(axes), loc="outside upper center", ncols=len(present))
         save_figure(figure, path)
