@@ -90,9 +90,11 @@ def entries(bits: str, policy: LearnedPolicy | None, name: str = "learned") -> l
     found.append(_entry(field.upper_bound(), RELAXED))
     found.append(Entry("float", FLOAT, functools.partial(plain.train, plain.adam)))
     if policy is not None:
-        start, learned = field.start_of(policy), replace(field.learned(policy), name=name)
-        found.append(_entry(start, START, version=_digest(start)))
-        found.append(_entry(learned, LEARNED, version=_digest(learned), shorter=SHORTER))
+        # The network of the start has random weights that change nothing: its curve tells all.
+        curve = hashlib.sha256(repr(policy.base).encode()).hexdigest()[:16]
+        learned = replace(field.learned(policy), name=name)
+        found.append(_entry(field.start_of(policy), START, version=curve))
+        found.append(_entry(learned, LEARNED, version=_digest(policy), shorter=SHORTER))
     return found
 
 
@@ -103,11 +105,8 @@ def _entry(
     return Entry(method.name, role, train, method.suggest, method.source, version, shorter)
 
 
-def _digest(method: Method) -> str:
-    """A hash of a learned policy: base curve, weights and whether it sees telemetry."""
-    policy = method.learned
-    if policy is None:
-        raise ValueError(f"{method.name} is not a learned method")
+def _digest(policy: LearnedPolicy) -> str:
+    """A hash of a learned policy: base curve, whether it sees telemetry, and weights."""
     digest = hashlib.sha256(repr((policy.base, policy.open_loop)).encode())
     for name, value in sorted(policy.network.state_dict().items()):
         digest.update(name.encode())
