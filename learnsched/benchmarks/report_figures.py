@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from learnsched.benchmarks.accuracy import FLOAT, LEARNED, PARAMETRIC, RELAXED, START
+from learnsched.benchmarks.accuracy import FLOAT, LEARNED, PARAMETRIC, PEER, RELAXED, START
 from learnsched.benchmarks.statistics import Record, best, difference, interval
 from learnsched.figure_style import paper_style, save_figure
 
@@ -21,6 +21,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     LEARNED: {"marker": "o", "color": "black", "markersize": 5},
     START: {"marker": "o", "color": "black", "markerfacecolor": "white", "markersize": 5},
     PARAMETRIC: {"marker": "s", "color": "black", "markerfacecolor": "white"},
+    PEER: {"marker": "D", "color": "black", "markerfacecolor": "0.75"},
     RELAXED: {"marker": "^", "color": "0.5", "markerfacecolor": "white"},
     FLOAT: {"marker": "x", "color": "0.5"},
 }
