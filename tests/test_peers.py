@@ -46,7 +46,7 @@ def test_parq_ends_on_its_levels(bits, most):
 def test_brevitas_layers_are_on_their_levels(bits, most, scaling):
     qnn = pytest.importorskip("brevitas.nn")
     peers = pytest.importorskip("learnsched.benchmarks.peers")
-    model, accuracy = trained(peers.prepare_brevitas, peers.Brevitas(scaling, 0.1), bits)
+    model, accuracy = trained(peers.prepare_brevitas, peers.Brevitas(scaling, 1.0), bits)
     layers = [m for m in model.modules() if isinstance(m, qnn.QuantLinear)]
     assert len(layers) == 3
     assert all(distinct(layer.quant_weight().value) <= most for layer in layers)

@@ -54,11 +54,11 @@ class Brevitas:
     Attributes:
         scaling: ``constant``, or ``largest`` for a scale from each channel's largest weight, which
             binary weights do not have.
-        constant: scale of the weights where it is constant.
+        factor: constant scale of a layer, in standard deviations of its weights at the start.
     """
 
     scaling: str
-    constant: float
+    factor: float
 
 
 def suggest_parq(trial: Trial) -> Parq:
@@ -72,12 +72,12 @@ def suggest_parq(trial: Trial) -> Parq:
 
 
 def suggest_brevitas(trial: Trial, bits: str) -> Brevitas:
-    """The scale's rule, where there is a choice, and its constant."""
+    """The rule of the scale, where there is a choice, and its factor."""
     ternary = bits.startswith("ternary")
     choice = (
         trial.suggest_categorical("scaling", ["constant", "largest"]) if ternary else "constant"
     )
-    return Brevitas(choice, trial.suggest_float("constant", 0.02, 0.5, log=True))
+    return Brevitas(choice, trial.suggest_float("factor", 0.4, 2.5, log=True))
 
 
 def prepare_parq(
@@ -129,15 +129,17 @@ def _brevitas_layers(
     )
 
     kind, after = bits.split("/")
-    if kind == "binary":
-        quant = SignedBinaryWeightPerTensorConst.let(scaling_const=policy.constant)
-    elif policy.scaling == "constant":
-        quant = SignedTernaryWeightPerTensorConst.let(scaling_const=policy.constant)
-    else:
-        quant = Int8WeightPerChannelFloat.let(bit_width=2, narrow_range=True)
+
+    def quantizer(layer: nn.Module) -> Any:
+        scale = policy.factor * cast(torch.Tensor, layer.weight).detach().std().item()
+        if kind == "binary":
+            return SignedBinaryWeightPerTensorConst.let(scaling_const=scale)
+        if policy.scaling == "constant":
+            return SignedTernaryWeightPerTensorConst.let(scaling_const=scale)
+        return Int8WeightPerChannelFloat.let(bit_width=2, narrow_range=True)
 
     def weight(layer: nn.Module) -> nn.Module:
-        has_bias = layer.bias is not None
+        has_bias, quant = layer.bias is not None, quantizer(layer)
         if isinstance(layer, nn.Linear):
             made = qnn.QuantLinear(
                 layer.in_features, layer.out_features, bias=has_bias, weight_quant=quant
@@ -150,7 +152,8 @@ def _brevitas_layers(
                 stride=convolution.stride, padding=convolution.padding, bias=has_bias,
                 weight_quant=quant,
             )  # fmt: skip
-        made.load_state_dict(layer.state_dict(), strict=False)
+        made.weight = layer.weight
+        made.bias = layer.bias
         return cast(nn.Module, made)
 
     def activation() -> nn.Module:
