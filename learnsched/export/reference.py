@@ -169,6 +169,8 @@ def _product(node: g.Product, x: Codes) -> Codes:
     if node.window is None:
         return x @ weight.T
     window = node.window
+    if window.transposed:
+        x, weight, window = _spread(node, x)
     columns = unfold(x, weight.shape[2:], window, fill=0)
     spatial = columns.shape[2 : 2 + len(weight.shape[2:])]
     inputs, outputs = weight.shape[1], len(weight) // window.groups
@@ -179,6 +181,31 @@ def _product(node: g.Product, x: Codes) -> Codes:
         rows = weight[index * outputs : (index + 1) * outputs].reshape(outputs, -1)
         results.append((part @ rows.T).reshape(len(x), *spatial, outputs))
     return np.ascontiguousarray(np.moveaxis(np.concatenate(results, -1), -1, 1))
+
+
+def _spread(node: g.Product, x: Codes) -> tuple[Codes, Codes, g.Window]:
+    """A transposed convolution as a convolution: of inputs with zeros between and around them."""
+    stride, padding, dilation = node.window.stride, node.window.padding, node.window.dilation
+    rank = len(stride)
+    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
+    spread = np.zeros((*x.shape[:2], *sizes), np.int32)
+    spread[(..., *(slice(None, None, s) for s in stride))] = x
+    around = [(0, 0), (0, 0)]
+    inside = [slice(None), slice(None)]
+    for size, out, k, d, cut in zip(
+        sizes, node.shape[1:], node.weight.shape[2:], dilation, padding, strict=True
+    ):
+        reach = d * (k - 1)
+        before, whole = reach - cut, out + reach
+        # What is cut off beyond the zeros is cut off the inputs.
+        around.append((max(before, 0), max(whole - before - size, 0)))
+        start = max(-before, 0)
+        inside.append(slice(start, start + whole))
+    flipped = np.flip(node.weight, axis=tuple(range(2, 2 + rank))).astype(np.int32)
+    window = g.Window(
+        stride=(1,) * rank, padding=(0,) * rank, dilation=dilation, groups=node.window.groups
+    )
+    return np.pad(spread, around)[tuple(inside)], flipped, window
 
 
 def _threshold(node: g.Threshold, x: Codes, other: Codes | None = None) -> Codes:
@@ -200,6 +227,20 @@ def _max_pool(node: g.MaxPool, x: Codes) -> Codes:
 def _sum_pool(node: g.SumPool, x: Codes) -> Codes:
     windows = unfold(x, node.kernel, node.window, fill=0)
     return windows.sum(axis=tuple(range(-len(node.kernel), 0)), dtype=np.int32)
+
+
+def _concat(node: g.Concat, *parts: Codes) -> Codes:
+    return np.concatenate(parts, axis=1)
+
+
+def _pad(node: g.Pad, x: Codes) -> Codes:
+    return np.pad(x, [(0, 0), (0, 0), *zip(node.before, node.after, strict=True)])
+
+
+def _repeat(node: g.Repeat, x: Codes) -> Codes:
+    for axis, times in enumerate(node.times, start=2):
+        x = np.repeat(x, times, axis=axis)
+    return x
 
 
 def _decode(node: g.Decode, x: Codes) -> NDArray[np.float32]:
@@ -249,5 +290,8 @@ _COMPUTE: Mapping[type[g.Node], Callable[..., NDArray[Any]]] = {
     g.Threshold: _threshold,
     g.MaxPool: _max_pool,
     g.SumPool: _sum_pool,
+    g.Concat: _concat,
+    g.Pad: _pad,
+    g.Repeat: _repeat,
     g.Decode: _decode,
 }

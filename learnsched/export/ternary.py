@@ -91,8 +91,8 @@ def _check_integer(graph: g.Graph) -> None:
                 f"{node.name} computes with real numbers, since no quantized activation decides what "
                 "becomes of them; quantize the activation after it, or use export_qonnx or export_onnx"
             )
-        if isinstance(node, g.SumPool | g.MaxPool | g.Reshape) and isinstance(
-            graph[node.inputs[0]], g.Decode
+        if isinstance(node, g.STRUCTURAL) and any(
+            isinstance(graph[name], g.Decode) for name in node.inputs
         ):
             raise ExportError(f"{node.name} comes after the last quantized layer; leave it out")
     if not isinstance(graph.output, g.Decode) or sum(isinstance(n, g.Quantize) for n in graph) != 1:
