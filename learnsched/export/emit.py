@@ -351,18 +351,14 @@ class Emitter:
             kind = "ConvTranspose" if node.window.transposed else "Conv"
             self.op(kind, inputs, name, node.shape, **attributes)
 
-    def _output_padding(
-        self, node: g.Product | g.RealProduct, window: g.Window
-    ) -> tuple[int, ...]:
+    def _output_padding(self, node: g.Product | g.RealProduct, window: g.Window) -> tuple[int, ...]:
         """What a transposed convolution puts out beyond its last window."""
         places = self._shape(node.inputs[0])[1:]
         sizes = zip(
             places, node.shape[1:], node.weight.shape[2:],
             window.stride, window.padding, window.dilation, strict=True,
         )  # fmt: skip
-        return tuple(
-            out - ((n - 1) * s - 2 * p + d * (k - 1) + 1) for n, out, k, s, p, d in sizes
-        )
+        return tuple(out - ((n - 1) * s - 2 * p + d * (k - 1) + 1) for n, out, k, s, p, d in sizes)
 
     def _scaled(
         self,

@@ -14,6 +14,7 @@ from learnsched.export.operations import Operation, shape_of
 from learnsched.export.values import (
     Integer,
     Real,
+    Value,
     channels_first,
     weight_integers,
     weight_levels,
@@ -124,16 +125,7 @@ class Nodes:
                 f"its levels {weights.values} are not whole multiples of one step; use ternary()"
             )
         else:
-            value = self.calls.value(operation.node.all_input_nodes[0])
-            joined = isinstance(value, Integer) and value.bias is None
-            reason = (
-                "the channels of its input have different scales; give the quantized activations that "
-                "are concatenated ahead of it one scale, by quantize_ without calibrate_, or by "
-                "b.scale.copy_(a.scale) before training"
-            ) if joined else (
-                "its input is real; put learnsched.export.QuantizedInput in front of the network if it "
-                "is the first layer, or else a quantized activation in front of this layer"
-            )
+            reason = _why_not_integer(self.calls.value(operation.node.all_input_nodes[0]))
             weight, factors = weight_integers(module, weights, levels)
             scale = factors.astype(np.float32)
         return self.add(
@@ -148,6 +140,20 @@ class Nodes:
             window=window,
             reason=reason,
         )
+
+
+def _why_not_integer(value: Value) -> str:
+    """Why a quantized layer cannot take the input ``value`` as integers, and the way out."""
+    if isinstance(value, Integer) and value.bias is None:
+        return (
+            "the channels of its input have different scales; give the quantized activations that are "
+            "concatenated ahead of it one scale, by quantize_ without calibrate_, or by "
+            "b.scale.copy_(a.scale) before training"
+        )
+    return (
+        "its input is real; put learnsched.export.QuantizedInput in front of the network if it "
+        "is the first layer, or else a quantized activation in front of this layer"
+    )
 
 
 def _decode(value: Integer, shape: tuple[int, ...], name: str) -> g.Decode:

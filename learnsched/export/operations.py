@@ -59,22 +59,24 @@ _POOLS: Mapping[Callable[..., Any], tuple[type[nn.Module], tuple[str, ...]]] = {
     F.adaptive_max_pool1d: (nn.AdaptiveMaxPool1d, ("output_size",)),
     F.adaptive_max_pool2d: (nn.AdaptiveMaxPool2d, ("output_size",)),
 }
+_STATISTICS = "Use BatchNorm, which needs no statistics of its input when the network runs"
+_LARGEST = "At the end of the network, leave it out: the largest output stays the largest"
+_FACTOR = (
+    "Constants belong outside of the model or in a BatchNorm; a product of two activations has no "
+    "thresholds"
+)
+_PARTS = "In place of a slice of channels, compute the parts with layers of their own"
+_ATTENTION = "Its products are of two activations: export the layers around it apart"
 # The way out where it is not what every refusal says.
 _ADVICE: Mapping[str, str] = {
-    "LayerNorm": "Use BatchNorm, which needs no statistics of its input when the network runs",
-    "GroupNorm": "Use BatchNorm, which needs no statistics of its input when the network runs",
-    "InstanceNorm1d": "Use BatchNorm, which needs no statistics of its input when the network runs",
-    "InstanceNorm2d": "Use BatchNorm, which needs no statistics of its input when the network runs",
-    "MultiheadAttention": "Its products are of two activations: export the layers around it apart",
-    "Softmax": "At the end of the network, leave it out: the largest output stays the largest",
-    "LogSoftmax": "At the end of the network, leave it out: the largest output stays the largest",
-    "sub": "Subtract a constant from the input outside of the model, or by a BatchNorm",
-    "mul": "Scale the input outside of the model, or by a BatchNorm",
-    "truediv": "Scale the input outside of the model, or by a BatchNorm",
-    "getitem": "In place of a slice of channels, compute the parts with layers of their own",
-    "chunk": "In place of a slice of channels, compute the parts with layers of their own",
-    "split": "In place of a slice of channels, compute the parts with layers of their own",
-}
+    "LayerNorm": _STATISTICS, "GroupNorm": _STATISTICS,
+    "InstanceNorm1d": _STATISTICS, "InstanceNorm2d": _STATISTICS,
+    "Softmax": _LARGEST, "LogSoftmax": _LARGEST, "softmax": _LARGEST, "log_softmax": _LARGEST,
+    "add": _FACTOR, "sub": _FACTOR, "mul": _FACTOR, "truediv": _FACTOR, "div": _FACTOR,
+    "getitem": _PARTS, "chunk": _PARTS, "split": _PARTS,
+    "MultiheadAttention": _ATTENTION, "matmul": _ATTENTION, "bmm": _ATTENTION,
+    "scaled_dot_product_attention": _ATTENTION,
+}  # fmt: skip
 
 
 class _Tracer(fx.Tracer):
@@ -222,8 +224,8 @@ class Operation:
         whole = all(isinstance(p, int) and p >= 0 for p in pads)
         if mode != "constant" or value or len(pads) > 2 * rank or not whole:
             raise ExportError(
-                f"{self.name} pads with mode {mode!r}, value {value} and sizes {tuple(pads)}; only zeros "
-                "around the spatial dimensions can be exported"
+                f"{self.name} pads with mode {mode!r}, value {value} and sizes {tuple(pads)}; only "
+                "zeros around the spatial dimensions can be exported"
             )
         return tuple(pads[-2::-2]), tuple(pads[::-2])
 
@@ -260,8 +262,8 @@ class Operation:
         inside = f" in {stack[-1][0]}" if self.node.op != "call_module" and stack else ""
         raise ExportError(
             f"{self.name}{inside}: {what} has no integer counterpart here; networks of Linear, Conv1d, "
-            "Conv2d, ConvTranspose, BatchNorm, quantized activations, additions, concatenations, max and "
-            f"mean pools, zero padding, nearest upsampling and reshapes can be exported. {advice}"
+            "Conv2d, ConvTranspose, BatchNorm, quantized activations, additions, concatenations, max "
+            f"and mean pools, zero padding, nearest upsampling and reshapes can be exported. {advice}"
         )
 
 

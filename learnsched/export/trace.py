@@ -39,6 +39,8 @@ from learnsched.modules import ActivationQuantizer
 
 # float32 holds every integer up to here, so that a float convolution of integers is exact.
 EXACT = 2**24
+# A mean of float32 is off by few roundings: up to here, its sum is the integer next to it.
+_EXACT_MEAN = 2**21
 
 
 def trace(model: nn.Module, example_input: Tensor) -> g.Graph:
@@ -209,7 +211,8 @@ class Translation:
         if len(shape) != rank:
             raise ExportError(
                 f"{name} takes inputs of {rank + 1} dimensions here, the batch first, "
-                f"got {len(shape) + 1}"
+                f"got {len(shape) + 1}; flatten all but the batch ahead of it, or for a Linear along "
+                "the last of several dimensions use a convolution of kernel size 1, channels first"
             )
         value = self.calls.value(operation.node.all_input_nodes[0])
         weights = self.weights.get(module)
@@ -253,11 +256,16 @@ class Translation:
         low, high = value.low * count, value.high * count
         if padded:
             low, high = np.minimum(low, 0), np.maximum(high, 0)
+        largest = int(np.maximum(-low, high).max())
+        if largest > _EXACT_MEAN:
+            raise ExportError(
+                f"{operation.name}: its sums reach {largest}, so that a float32 mean may miss them "
+                "(2^21); pool after the activation, or in two steps"
+            )
         return Integer(name, value.scale / count, value.bias, low, high)
 
     def _concatenation(self, operation: Operation) -> Value:
-        call, shape = operation.node, shape_of(operation.node)
-        given = operation.joined()
+        given, shape = operation.joined(), shape_of(operation.node)
         values = [self.calls.value(source) for source in given]
         integers = [value for value in values if isinstance(value, Integer)]
         if len(integers) < len(values):
