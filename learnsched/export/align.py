@@ -80,7 +80,9 @@ def _check_same(before: g.Graph, after: g.Graph) -> None:
             continue
         if not np.array_equal(node.thresholds, twin.thresholds):
             raise ExportError(
-                f"{node.name}: its thresholds are closer together than float32 can keep apart"
+                f"{node.name}: its thresholds are closer together than float32 can keep apart, and the "
+                "model is left as it was; look for a batch norm whose mean or offset is far larger than "
+                "what it puts out"
             )
 
 

@@ -211,7 +211,7 @@ def _spread(
     stride, dilation, rank = window.stride, window.dilation, len(window.stride)
     sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
     spread = np.zeros((*x.shape[:2], *sizes), np.int32)
-    spread[(..., *(slice(None, None, s) for s in stride))] = x
+    spread[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = x
     around = [(0, 0), (0, 0)]
     inside = [slice(None), slice(None)]
     dimensions = zip(sizes, shape[1:], weight.shape[2:], dilation, window.padding, strict=True)

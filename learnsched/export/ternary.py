@@ -98,8 +98,8 @@ def _check_integer(graph: g.Graph) -> None:
             raise ExportError(
                 f"{node.name} computes with real numbers, since no quantized activation comes right "
                 "after it. What becomes thresholds stands between a layer and its quantized activation "
-                "(a module, so that quantize_ finds it): batch norms and one addition of two tensors. Put "
-                "pools and concatenations behind the activation, or use export_qonnx or export_onnx"
+                "(a module, so that quantize_ finds it): batch norms and one addition of two tensors. "
+                "Put pools and concatenations behind the activation, or use export_qonnx or export_onnx"
             )
         if (
             isinstance(node, g.STRUCTURAL)
