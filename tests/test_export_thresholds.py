@@ -372,16 +372,31 @@ def test_aligned_thresholds_keep_away_from_every_sum(seed):
     assert bool((distance >= 0.01 * step)[step > 1e-3].all())
 
 
-def test_alignment_puts_the_model_back_when_it_fails():
+def test_channels_that_float32_cannot_align_are_left_with_a_warning():
     net, x = random_network("mlp", seed=21)
     with torch.no_grad():
-        # Numbers so large that float32 rounds what distinguishes neighbouring sums.
-        net[1][2].running_mean.fill_(1e6)
-        net[1][2].bias.fill_(1e6)
-        net[1][2].running_var.fill_(1)
-        net[1][2].weight.fill_(1)
+        # In half of the channels, numbers so large that float32 rounds what distinguishes neighbouring sums.
+        net[1][2].running_mean[:12] = 1e6
+        net[1][2].bias[:12] = 1e6
+        net[1][2].running_var[:12] = 1
+        net[1][2].weight[:12] = 1
+    before, bias = trace(net, x[:2]), net[1][2].bias.clone()
+    with pytest.warns(UserWarning, match=r"1\.3: in \d+ of 24 channels the thresholds are closer"):
+        align_(net, x[:2])
+    after = trace(net, x[:2])
+    assert np.array_equal(before["1.3"].thresholds, after["1.3"].thresholds)
+    assert (net[1][2].bias[12:] != bias[12:]).any() and (net[1][2].bias[:12] == bias[:12]).any()
+
+
+def test_alignment_puts_the_model_back_when_it_is_interrupted(monkeypatch):
+    def interrupt(model, example_input):
+        assert any(not torch.equal(state[k], v) for k, v in model.state_dict().items())
+        raise KeyboardInterrupt
+
+    net, x = random_network("mlp", seed=21)
     state = {name: value.clone() for name, value in net.state_dict().items()}
-    with pytest.raises(ExportError, match=r"1\.3: its thresholds are closer together than float32"):
+    monkeypatch.setattr("learnsched.export.align.trace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
         align_(net, x[:2])
     assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
 
