@@ -81,8 +81,8 @@ def align_(model: nn.Module, example_input: Tensor) -> nn.Module:
     for name, channels in changed.items():
         warnings.warn(
             f"{name}: in {channels.sum()} of {len(channels)} channels the thresholds are closer "
-            "together than float32 can tell, and were left as they are; fewer bits would help, or a batch norm "
-            "whose mean and offset are not far larger than what it puts out",
+            "together than float32 can tell, and were left as they are; fewer bits would help, or a "
+            "batch norm whose mean and offset are not far larger than what it puts out",
             stacklevel=2,
         )
     return model
