@@ -83,7 +83,7 @@ def align_(model: nn.Module, example_input: Tensor) -> nn.Module:
             f"{name}: in {channels.sum()} of {len(channels)} channels the thresholds are closer "
             "together than float32 can tell, and were left as they are; fewer bits would help, or a "
             "batch norm whose mean and offset are not far larger than what it puts out",
-            stacklevel=2,
+            stacklevel=3,  # no_grad wraps this function
         )
     return model
 
