@@ -54,6 +54,7 @@ def test_a_quick_grid_writes_a_record_of_each_method(whole):
     assert json.loads((whole / "all.json").read_text())["environment"]["torch"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_results(whole, tmp_path):
     process = start(tmp_path)
     deadline = time.monotonic() + 300
@@ -67,6 +68,7 @@ def test_a_killed_run_goes_on_to_the_same_results(whole, tmp_path):
     assert results(tmp_path) == results(whole)
 
 
+@pytest.mark.slow
 def test_shards_do_the_whole_between_them(whole, tmp_path):
     first = start(tmp_path, "--shard", "1/2")
     second = start(tmp_path, "--shard", "2/2")
@@ -74,6 +76,7 @@ def test_shards_do_the_whole_between_them(whole, tmp_path):
     assert results(tmp_path) == results(whole)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(whole, tmp_path):
     both = [start(tmp_path), start(tmp_path)]
     assert [process.wait() for process in both] == [0, 0]

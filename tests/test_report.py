@@ -11,6 +11,7 @@ from learnsched.benchmarks.accuracy import read
 from learnsched.benchmarks.statistics import (
     against_best,
     best,
+    best_validated,
     by_cell,
     compare,
     gap_closed,
@@ -66,7 +67,7 @@ def record(cell, method):
         "version": "",
         "learning_rate": 0.01,
         "parameters": {"std": 0.3} if role == "hand-coded" else {},
-        "validation": 0.5,
+        "validation": 0.5 + 0.1 * (method == "STE"),
         "test": test,
         "shorter": SHORTER[cell] if role == "learned" else {},
         "trials": trials,
@@ -90,6 +91,7 @@ def cells(records):
 def test_the_best_hand_coded_is_chosen_cell_by_cell(cells):
     assert [best(rows)["method"] for rows in cells.values()] == ["ANA", "STE", "STE"]
     assert best({}) is None
+    assert [best_validated(rows)["method"] for rows in cells.values()] == ["STE"] * 3
 
 
 def test_margins_wins_and_tests(cells):
@@ -158,6 +160,8 @@ def test_the_report_of_a_file(records, tmp_path):
     assert "ahead in 2 of 3 cells (interval above 0 in 2, below 0 in 0)" in text
     assert "mean margin +4.7" in text
     assert "ratio of sums: 47 %" in text
+    assert "the hand-coded method of best validation accuracy: ahead in 2 of 3 cells" in text
+    assert "| ANA | 2 | -5.0 [-10.0, +0.0] | 1.5 | 1 | 2 of 2 | 36 |" in text
     assert "- three: ANA, float" in text  # what is missing
     row = next(line for line in text.splitlines() if line.startswith("| one | ANA"))
     assert (

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from learnsched.benchmarks.accuracy import FLOAT, LEARNED, PARAMETRIC, RELAXED, START
+from learnsched.benchmarks.accuracy import FLOAT, LEARNED, PARAMETRIC, PEER, RELAXED, START
 from learnsched.benchmarks.statistics import Record, best, difference, interval
 from learnsched.figure_style import paper_style, save_figure
 
@@ -21,6 +21,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     LEARNED: {"marker": "o", "color": "black", "markersize": 5},
     START: {"marker": "o", "color": "black", "markerfacecolor": "white", "markersize": 5},
     PARAMETRIC: {"marker": "s", "color": "black", "markerfacecolor": "white"},
+    PEER: {"marker": "D", "color": "black", "markerfacecolor": "0.75"},
     RELAXED: {"marker": "^", "color": "0.5", "markerfacecolor": "white"},
     FLOAT: {"marker": "x", "color": "0.5"},
 }
@@ -50,7 +51,7 @@ def margins(cells: Cells, path: Path) -> None:
                 axes.plot([found.low, found.high], [y, y], color=style["color"], linewidth=0.8)
                 axes.plot([found.mean], [y], linestyle="none", label=role, **style)
         axes.set_yticks([p for p, _ in labels], [t for _, t in labels], linespacing=1.1)
-        axes.invert_yaxis()
+        axes.set_ylim(len(cells) - 0.5, -0.5)
         axes.set_xlabel("test accuracy less that of the cell's best hand-coded method / points")
         figure.legend(*_unique(axes), loc="outside upper center", ncols=len(present))
         save_figure(figure, path)

@@ -71,6 +71,12 @@ def best(rows: Mapping[str, Record], role: str = HAND_CODED) -> Record | None:
     return max(found, key=mean) if found else None
 
 
+def best_validated(rows: Mapping[str, Record], role: str = HAND_CODED) -> Record | None:
+    """The record of a role with the best validation accuracy: what a user would have chosen."""
+    found = [r for r in rows.values() if r["role"] == role]
+    return max(found, key=lambda r: float(r["validation"])) if found else None
+
+
 def difference(first: Record, second: Record) -> Array:
     """Test accuracies of the first minus those of the second, seed by seed.
 

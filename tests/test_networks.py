@@ -1,0 +1,66 @@
+"""The families of networks: their depth is that of their name, and a population of them trains."""
+
+import pytest
+import torch
+from torch import nn
+
+from learnsched.data import load, reduced
+from learnsched.meta.estimators import run_forward, table_rollout
+from learnsched.meta.networks import residual, vgg
+from learnsched.meta.tasks import Task
+from learnsched.policies import StraightThrough
+from learnsched.schedule import plan
+
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+
+def depth(model):
+    return sum(isinstance(module, WEIGHTED) for module in model.modules())
+
+
+@pytest.mark.parametrize(("maker", "depths"), [(residual, (5, 7, 9)), (vgg, (6, 8))])
+@pytest.mark.parametrize("side", [8, 28])
+def test_depth_and_shape(maker, depths, side):
+    for count in depths:
+        model = maker(side, 4, count, 10)
+        assert depth(model) == count
+        assert model(torch.randn(2, 1, side, side)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(("maker", "depths"), [(residual, (3, 4, 6)), (vgg, (4, 7))])
+def test_other_depths_are_refused(maker, depths):
+    for count in depths:
+        with pytest.raises(ValueError, match=f"weight layers, got depth {count}"):
+            maker(28, 4, count, 10)
+
+
+def test_a_block_adds_its_input():
+    block = residual(8, 3, 5, 10)[6]
+    for parameter in block.branch[-1].parameters():
+        nn.init.zeros_(parameter)
+    x = torch.randn(2, 3, 2, 2)
+    assert torch.equal(block(x), x.relu())
+
+
+@pytest.mark.parametrize(("family", "count"), [("residual", 5), ("vgg", 6)])
+def test_a_quantized_population_learns(family, count):
+    data = reduced(load("digits"), 600, 100, 200)
+    task = Task(family, "digits", 8, count, 4, 15, 32, "ternary/2-bit", (0.01, 0.02), False, 1)
+    inner = task.build(data, membership_width=0.0)
+    table = plan(StraightThrough(), inner.run).table.float()
+    with torch.no_grad():
+        states, settings, _ = run_forward(inner, table_rollout(torch.stack([table] * 2, dim=1)))
+        accuracy = inner.accuracy(states[-1], settings[-1], data.test.x, data.test.y)
+    assert float(accuracy.min()) > 0.5
+
+
+def test_reduced_data_are_stratified_parts_of_the_whole():
+    whole = load("digits")
+    small = reduced(whole, 200, 100, 10_000)
+    assert small.train.y.bincount().min() >= 18
+    assert torch.equal(small.test.x, whole.test.x)
+    rows = {tuple(x.flatten().tolist()) for x in whole.train.x}
+    assert all(tuple(x.flatten().tolist()) in rows for x in small.train.x)
+    assert reduced(whole, 200, 100, 500).sha256 == reduced(whole, 200, 100, 500).sha256
+    with pytest.raises(ValueError, match="at least 1, got 0, 1 and 1"):
+        reduced(whole, 0, 1, 1)
