@@ -78,12 +78,16 @@ def test_a_run_on_digits_learns_and_ends_on_the_levels(tmp_path):
     assert right.float().mean() > 0.8
 
 
-@pytest.mark.parametrize("validation", [False, True])
+@pytest.mark.parametrize(
+    ("validation", "options"),
+    [(False, {}), (True, {}), (False, {"every_n_train_steps": 10})],
+    ids=["training", "with validation", "saved after steps"],
+)
 def test_a_run_resumed_from_lightnings_checkpoint_equals_the_uninterrupted_one(
-    tmp_path, validation
+    tmp_path, validation, options
 ):
     whole, expected = fit(tmp_path, validation=validation)
-    checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1, **options)
     fit(tmp_path, checkpoint, validation=validation)
     path = tmp_path / "epoch=2.ckpt"
     resumed, scheduler = fit(tmp_path, validation=validation, resume=path)
