@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -40,6 +41,9 @@ class QuantizationCallback(Callback):
         """Keep frozen weights in their place after each step of the optimizers."""
         for optimizer in trainer.optimizers:
             self.scheduler.watch(optimizer)
+        if trainer.ckpt_path and self.scheduler.epoch == trainer.current_epoch - 1:
+            # Saved after the last batch of an epoch, whose end Lightning does not come back to.
+            self.scheduler.step({"train_loss": math.nan})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Step, with the mean of the loss over processes."""
