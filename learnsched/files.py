@@ -46,12 +46,27 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file, whole or not at all.
+
+    Example:
+        >>> path = Path(tempfile.mkdtemp()) / "a.txt"
+        >>> write_text(path, "whole")
+        >>> path.read_text()
+        'whole'
+    """
     write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write(path: str | Path, writer: Callable[[Path], object]) -> None:
-    """Let ``writer`` write a file, whole or not at all."""
+    """Let ``writer`` write a file, whole or not at all.
+
+    Example:
+        >>> import torch
+        >>> path = Path(tempfile.mkdtemp()) / "last.pt"
+        >>> write(path, lambda temporary: torch.save({"epoch": 3}, temporary))
+        >>> torch.load(path)
+        {'epoch': 3}
+    """
     with replacing(path) as temporary:
         writer(temporary)
 

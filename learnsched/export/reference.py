@@ -32,6 +32,18 @@ class IntegerReference:
         graph: the layers.
         manifest: the manifest, as read.
         vectors: codes of the inputs and accumulators of the outputs that the folder holds.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torch import nn
+        >>> from learnsched import export_ternary, finalize_, integer_reference, quantize_, ternary
+        >>> from learnsched.export import QuantizedInput
+        >>> net = nn.Sequential(QuantizedInput(0.05), nn.Linear(8, 4, bias=False))
+        >>> folder, x = tempfile.mkdtemp(), torch.randn(20, 8)
+        >>> export_ternary(finalize_(quantize_(net, ternary())), x, folder)
+        >>> reference = integer_reference(folder)
+        >>> reference(x.numpy()).dtype.name, reference.layers(x.numpy())["output"].dtype.name
+        ('float32', 'int32')
     """
 
     def __init__(
