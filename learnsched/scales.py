@@ -25,7 +25,7 @@ class ScaleRule(Protocol):
         ...     return x.abs().max() / levels.values[-1] / 2
         >>> from learnsched import quantize_, ternary
         >>> layer = quantize_(torch.nn.Linear(4, 2), ternary(), weight_scale=half_range)
-        >>> float(layer.weight_quantizer.scale(layer.weight) / layer.weight.abs().max())
+        >>> (layer.weight_quantizer.scale(layer.weight) / layer.weight.abs().max()).item()
         0.5
     """
 

@@ -8,9 +8,10 @@ class ExportError(ValueError):
 
     Example:
         >>> from torch import nn, zeros
-        >>> from learnsched import export_ternary
+        >>> import learnsched as ls
+        >>> net = ls.finalize_(ls.quantize_(nn.Sequential(nn.Linear(2, 2)), ls.ternary()))
         >>> try:
-        ...     export_ternary(nn.Linear(2, 2), zeros(1, 2), "net")
+        ...     ls.export_ternary(net, zeros(1, 2), "net")  # its input is not quantized
         ... except ExportError as error:
         ...     print(type(error).__name__)
         ExportError

@@ -239,9 +239,9 @@ class Mix:
         tasks: tasks of an outer step.
 
     Example:
-        >>> mix = Mix(architectures=(("digits", "mlp", (8,), (2, 3)),), horizons=(4, 6), total_steps=(20, 60),
-        ...           batches=(32,), bits=(("ternary/2-bit", 1.0),), learning_rates=(0.005, 0.05),
-        ...           fine_tuning=0.2, members=8, tasks=2)
+        >>> mix = Mix(architectures=(("digits", "mlp", (8,), (2, 3)),), horizons=(4, 6),
+        ...           total_steps=(20, 60), batches=(32,), bits=(("ternary/2-bit", 1.0),),
+        ...           learning_rates=(0.005, 0.05), fine_tuning=0.2, members=8, tasks=2)
         >>> [task.family for task in mix.sample(seed=0, outer_step=3)]
         ['mlp', 'mlp']
     """
