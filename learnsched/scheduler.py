@@ -83,7 +83,11 @@ class History:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content["learnsched_history"] != _STATE_VERSION or content["fields"] != list(FIELDS):
+            if not isinstance(content, dict) or "learnsched_history" not in content:
+                raise ValueError("scheduler.history.save() did not write it")
+            if content["learnsched_history"] != _STATE_VERSION or content.get("fields") != list(
+                FIELDS
+            ):
                 raise ValueError("it is of another version of learnsched")
             history = cls(content["layers"])
             history.settings = [tuple(Setting(*s) for s in row) for row in content["settings"]]

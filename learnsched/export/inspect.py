@@ -209,7 +209,7 @@ def _file_report(path: Path) -> Report:
     from google.protobuf.message import DecodeError
 
     try:
-        model = onnx.load(path)
+        model = onnx.load(path, format="protobuf")  # whatever the suffix
     except DecodeError as error:
         raise FolderError(f"{path} is no ONNX file; give an exported file or folder") from error
     if not model.graph.node:
