@@ -136,6 +136,11 @@ def level_probabilities(
 
     Raises:
         ValueError: the std is negative or not a number, or the noise is unknown.
+
+    Example:
+        >>> from learnsched import ternary
+        >>> level_probabilities(torch.tensor([0.0, 0.5]), ternary(), std=0.1)[1].tolist()
+        [0.0, 0.5, 0.5]
     """
     _check_std(std, "std")
     parts = staircase.probabilities(x, levels, std, mean, noise_shape(noise))

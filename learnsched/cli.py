@@ -14,8 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from learnsched import __version__
+
 MISTAKE = 1
 INTERRUPTED = 130
+
+_LARGEST_PLAN = 1_000_000  # settings, far more than a figure shows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Learned schedules for training 1- and 2-bit networks.",
         epilog="Train a schedule of your own with meta_train.py.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
     verb = verbs.add_parser(
@@ -79,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--epochs", type=_count, default=12, help="epochs of the run (12)")
     verb.add_argument("--steps", type=_count, help="optimizer steps an epoch; unknown if omitted")
     verb.add_argument("--fan-in", type=_count, default=50, help="weights of one output unit (50)")
-    verb.add_argument("--levels", type=_count, nargs=2, default=(3, 4), metavar=("W", "A"),
+    verb.add_argument("--levels", type=_levels, nargs=2, default=(3, 4), metavar=("W", "A"),
                       help="number of levels of weights and of activations (3 4)")  # fmt: skip
     verb.add_argument("--fine-tuning", action="store_true", help="start from a float network")
     verb.add_argument("--out", type=Path, default=Path("schedule.png"), help="file (schedule.png)")
@@ -137,6 +142,8 @@ def _plot(options: argparse.Namespace) -> None:
     if options.source.endswith(".json"):
         schedule, title = History.load(options.source).schedule, f"History {options.source}"
     else:
+        if options.layers * options.epochs > _LARGEST_PLAN:
+            raise ValueError(f"a schedule of more than {_LARGEST_PLAN:,} settings is not drawn")
         layers = tuple(
             LayerInfo(f"layer {i + 1}", options.fan_in, *options.levels)
             for i in range(options.layers)
@@ -169,6 +176,8 @@ def _policy(source: str) -> Any:
 def _compare(options: argparse.Namespace) -> None:
     from learnsched.plotting import plot_comparison
 
+    if options.baseline is not None and options.out is None:
+        raise ValueError("--baseline is drawn through the figure; name the figure with --out")
     held_out = _optional("learnsched.benchmarks.held_out", "metatrain")
 
     records = [record for path in options.results for record in _records(path)]
@@ -231,12 +240,17 @@ def _optional(module: str, extra: str) -> Any:
         raise ImportError(f"{error.name} is missing; pip install 'learnsched[{extra}]'") from error
 
 
-def _count(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def _count(text: str, least: int = 1) -> int:
+    """A whole number, for argparse."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at least {least}, got {text!r}"
+        )
+    return int(text)
+
+
+def _levels(text: str) -> int:
+    return _count(text, least=2)
 
 
 def _percentage(total: int) -> Callable[[int], None] | None:

@@ -86,7 +86,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``quantize_`` did with each module that it knows; ``repr`` prints it as a table."""
+    """What ``quantize_`` did with each module that it knows; ``repr`` prints it as a table.
+
+    Example:
+        >>> import learnsched as ls
+        >>> ls.report(ls.quantize_(nn.Sequential(nn.Linear(8, 4)), ls.ternary())).rows[0][0]
+        '0'
+    """
 
     rows: tuple[tuple[str, str, str, str], ...]
 
@@ -158,6 +164,12 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
 
     Raises:
         ValueError: the model has none.
+
+    Example:
+        >>> import learnsched as ls
+        >>> net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> [layer.info.name for layer in quantized_layers(ls.quantize_(net, ls.ternary()))]
+        ['0', '2']
     """
     weights: dict[int, QuantizedLayer] = {}
     activations: dict[int, list[ActivationQuantizer]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path whose file takes the place of ``path`` when the block ends without error.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is full; ``path`` is as it was.
+        OSError: the folder cannot be written, the disk is full, or ``path`` is a folder, a device or a
+            pipe; ``path`` is as it was.
 
     Example:
         >>> import tempfile
@@ -25,6 +27,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         'whole'
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file, which could be replaced", str(path))
     temporary = None
     try:
         handle, name = tempfile.mkstemp(
@@ -46,12 +52,27 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file, whole or not at all.
+
+    Example:
+        >>> path = Path(tempfile.mkdtemp()) / "a.txt"
+        >>> write_text(path, "whole")
+        >>> path.read_text()
+        'whole'
+    """
     write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write(path: str | Path, writer: Callable[[Path], object]) -> None:
-    """Let ``writer`` write a file, whole or not at all."""
+    """Let ``writer`` write a file, whole or not at all.
+
+    Example:
+        >>> import torch
+        >>> path = Path(tempfile.mkdtemp()) / "last.pt"
+        >>> write(path, lambda temporary: torch.save({"epoch": 3}, temporary))
+        >>> torch.load(path)
+        {'epoch': 3}
+    """
     with replacing(path) as temporary:
         writer(temporary)
 

@@ -25,6 +25,15 @@ class IntegerWeights:
         codes: index into ``values`` of every weight, int64, the weight's shape.
         values: the level set, increasing.
         scale: positive, in a shape that broadcasts to the weight.
+
+    Example:
+        >>> import learnsched as ls
+        >>> net = ls.finalize_(ls.quantize_(nn.Linear(8, 4), ls.ternary()))
+        >>> found = ls.integer_weights(net)[""]
+        >>> found.values, tuple(found.codes.shape), tuple(found.scale.shape)
+        ((-1.0, 0.0, 1.0), (4, 8), (4, 1))
+        >>> torch.equal(found.integers * found.scale, net.weight)
+        True
     """
 
     codes: Tensor

@@ -155,6 +155,14 @@ def plot_learning_curve(
         ValueError: the log is empty.
         FileNotFoundError: the folder of ``path`` does not exist.
         ImportError: matplotlib is missing.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "curve.png"
+        >>> entry = {"step": 1, "outer_loss": 2.0, "norm_median": 0.1, "norm_largest": 0.4}
+        >>> _ = plot_learning_curve([entry], path)
+        >>> path.exists()
+        True
     """
     if not log:
         raise ValueError("the log is empty; meta-training has taken no outer step yet")

@@ -18,7 +18,16 @@ _SMALLEST = 1e-12
 
 @runtime_checkable
 class ScaleRule(Protocol):
-    """What chooses the scale of a tensor."""
+    """What chooses the scale of a tensor.
+
+    Example:
+        >>> def half_range(x, levels):
+        ...     return x.abs().max() / levels.values[-1] / 2
+        >>> from learnsched import quantize_, ternary
+        >>> layer = quantize_(torch.nn.Linear(4, 2), ternary(), weight_scale=half_range)
+        >>> (layer.weight_quantizer.scale(layer.weight) / layer.weight.abs().max()).item()
+        0.5
+    """
 
     def __call__(self, x: Tensor, levels: LevelSet) -> Tensor:
         """The scale of ``x``, positive, in a shape that broadcasts to it."""

@@ -221,6 +221,16 @@ class Policy(Protocol):
     A policy may have a ``mode`` too, the forward value while there is noise, which is
     ``"expectation"`` otherwise; see :func:`learnsched.annealed_quantize`. With ``"random"``, samples
     come from the global generator, as those of dropout do.
+
+    Example:
+        >>> class Hard:
+        ...     noise, partition, metrics = "normal", "settled", ()
+        ...     def begin(self, run):
+        ...         return None
+        ...     def settings(self, run, epoch, telemetry, state):
+        ...         return [Setting()] * len(run.layers), state
+        >>> isinstance(Hard(), Policy)
+        True
     """
 
     @property
@@ -248,6 +258,13 @@ def terminal(setting: Setting, run: RunInfo, epoch: int) -> Setting:
 
     There the forward noise vanishes and every weight is frozen. A horizon of one epoch trains hard
     and freezes when it ends, since it would train nothing otherwise.
+
+    Example:
+        >>> run = RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=3)
+        >>> terminal(Setting(0.5), run, 1).weight_forward_std
+        0.5
+        >>> terminal(Setting(0.5), run, 2).is_terminal
+        True
     """
     if epoch < run.horizon - 1:
         return setting

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,11 @@ class History:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content["learnsched_history"] != _STATE_VERSION or content["fields"] != list(FIELDS):
+            if not isinstance(content, dict) or "learnsched_history" not in content:
+                raise ValueError("scheduler.history.save() did not write it")
+            if content["learnsched_history"] != _STATE_VERSION or content.get("fields") != list(
+                FIELDS
+            ):
                 raise ValueError("it is of another version of learnsched")
             history = cls(content["layers"])
             history.settings = [tuple(Setting(*s) for s in row) for row in content["settings"]]
@@ -418,16 +421,17 @@ def _check_optimizer(optimizer: object) -> None:
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
 
 
+@dataclass(frozen=True)
 class _LazyTelemetry(Telemetry):
-    """Measures the weights when a policy first reads their error, if one ever does."""
+    """Measures the weights only for a policy that reads their error."""
 
-    def __init__(self, loss: Tensor, loss_trend: Tensor, measure: Callable[[], Tensor]) -> None:
-        self.__dict__.update(loss=loss, loss_trend=loss_trend, _measure=measure)
+    weight_error: Tensor = field(init=False)
+    measure: Callable[[], Tensor]
 
-    @functools.cached_property
-    def weight_error(self) -> Tensor:  # type: ignore[override]
-        measure: Callable[[], Tensor] = self.__dict__["_measure"]
-        return measure()
+    def __getattr__(self, name: str) -> Tensor:
+        if name == "weight_error":
+            return self.measure()
+        raise AttributeError(name)
 
 
 def _numbers(metrics: Mapping[str, float | Tensor] | None) -> dict[str, float]:

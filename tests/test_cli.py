@@ -148,6 +148,9 @@ def mistakes(folder):
     history = folder / "other.json"
     history.write_text(json.dumps({"learnsched_history": 9}))
     missing = str(folder / "missing" / "s.png")
+    deep, null = folder / "deep.json", folder / "null.json"
+    deep.write_text("[" * 100_000)
+    null.write_text("null")
     return [
         (["list", "nothing"], "no pretrained schedule 'nothing'"),
         (["list", str(spoiled)], "is not a safetensors file"),
@@ -168,11 +171,20 @@ def mistakes(folder):
         (["compare", str(folder)], "Is a directory"),
         (
             ["compare", good, "--baseline", "x", "--out", str(folder / "c.png")], "no results of"),
+        (["compare", good, "--baseline", "learned"], "name the figure with --out"),
         (["inspect", str(folder / "none")], "there is no"),
+        (["inspect", good], "is no ONNX file"),
+        (["inspect", str(folder)], "manifest.json is missing"),
+        (["plot", str(deep)], "is not the history of a run"),
+        (["plot", str(null)], "scheduler.history.save\\(\\) did not write it"),
+        (["plot", "default", "--out", str(folder)], "Is a directory"),
+        (["plot", "default", "--out", os.devnull], "not a regular file"),
+        (["plot", "default", "--layers", "1001", "--epochs", "1000"], "is not drawn"),
+        (["plot", ""], "no pretrained schedule ''"),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(19))
+@pytest.mark.parametrize("number", range(28))
 def test_a_mistake_is_one_line_and_exit_code_1(number, capsys, tmp_path):
     arguments, message = mistakes(tmp_path)[number]
     before = sorted(os.listdir(tmp_path))
@@ -188,7 +200,9 @@ def test_a_mistake_is_one_line_and_exit_code_1(number, capsys, tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [[], ["unknown"], ["plot"], ["plot", "default", "--layers", "0"],
-     ["plot", "default", "--epochs", "x"], ["compare"], ["inspect"]],
+     ["plot", "default", "--epochs", "x"], ["plot", "default", "--layers", "1.5"],
+     ["plot", "default", "--levels", "1", "2"], ["plot", "default", "--levels", "3"],
+     ["compare"], ["inspect"], ["list", "--unknown"]],
 )  # fmt: skip
 def test_wrong_options_are_exit_code_2_with_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -206,6 +220,18 @@ def test_help_explains_every_verb(verb, capsys):
     assert "usage: learnsched" in out
     if not verb:
         assert all(name in out for name in ("list", "plot", "compare", "inspect", "meta_train.py"))
+
+
+def test_a_whole_number_is_asked_for_by_name(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["plot", "default", "--layers", "1.5"])
+    assert "must be a whole number of at least 1, got '1.5'" in capsys.readouterr().err
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"learnsched {ls.__version__}\n"
 
 
 def test_an_interruption_has_its_exit_code(monkeypatch):

@@ -13,7 +13,9 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from safetensors.torch import load_file
 
 import learnsched as ls
 from learnsched.data import load
-from learnsched.files import replacing, write, write_text
+from learnsched.files import write, write_text
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.tasks import Task
 from learnsched.meta.trainer import MetaTrainer
@@ -378,8 +380,25 @@ def test_what_the_package_writes_is_whole_or_as_before(writer, problem, disk):
     assert {path.name: path.read_bytes() for path in disk.iterdir()} == before
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission_is_named(tmp_path):
-    tmp_path.chmod(0o555)
-    with pytest.raises(PermissionError, match=r"name\.txt"), replacing(tmp_path / "name.txt"):
-        pass
+@contextmanager
+def without_privileges():
+    """As a user whom permissions bind; root is not."""
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+def test_a_folder_without_permission_is_named_and_stays_as_before(writer):
+    with tempfile.TemporaryDirectory() as name:  # nobody may enter pytest's own
+        folder = Path(name)
+        writer(folder / "name", 1)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        folder.chmod(0o555)
+        with without_privileges(), pytest.raises(PermissionError, match=str(folder / "name")):
+            writer(folder / "name", 2)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        folder.chmod(0o755)

@@ -73,13 +73,27 @@ def test_not_finalized(tmp_path):
         ),
         (
             (nn.Conv2d(4, 4, 2, padding="same"), nn.ReLU()),
-            r"1\.0\.1: padding='same' of an even kernel is lopsided",
+            r"1\.0\.1: padding='same' of an even kernel is lopsided; use padding=0 after a ZeroPad2d",
         ),
         (
             (nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()),
             r"1\.0\.1 keeps no running statistics.*track_running_stats=True",
         ),
-        ((nn.BatchNorm2d(4), nn.ReLU(), nn.ConvTranspose2d(4, 4, 3)), r"3: QuantizedConvTranspose2d"),
+        ((nn.BatchNorm2d(4), nn.ReLU(), nn.ConstantPad2d(1, 0.5)), r"1\.0\.3 pads with .* value 0\.5"),
+        ((nn.BatchNorm2d(4), nn.ReLU(), nn.ReflectionPad2d(1)), r"1\.0\.3: ReflectionPad2d"),
+        ((nn.BatchNorm2d(4), nn.ReLU(), nn.PixelShuffle(2)), r"1\.0\.3: PixelShuffle has no integer"),
+        (
+            (nn.BatchNorm2d(4), nn.ReLU(), nn.Upsample(scale_factor=2, mode="bilinear")),
+            r"1\.0\.3 upsamples \(8, 8\) to \(16, 16\) with mode 'bilinear'; only whole factors",
+        ),
+        (
+            (nn.BatchNorm2d(4), nn.ReLU(), nn.Upsample(size=(12, 8))),
+            r"1\.0\.3 upsamples \(8, 8\) to \(12, 8\).*only whole factors",
+        ),
+        (
+            (nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ZeroPad2d(1), nn.ReLU()),
+            r"1\.0\.4 pads what has a bias; pad after the activation",
+        ),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:no batch norm precedes")
@@ -103,7 +117,17 @@ class Forward(nn.Module):
     ("forward", "match"),
     [
         (lambda self, y: y if y.sum() > 0 else -y, "cannot be traced.*values of tensors"),
-        (lambda self, y: y * y, "uses a tensor's numbers"),
+        (lambda self, y: y * y, r"mul in 1: the call of mul has no .* two activations"),
+        (lambda self, y: y - 0.5, r"sub in 1: the call of sub .* outside of the model"),
+        (lambda self, y: y[:, :2], r"getitem.* has no integer counterpart.*layers of their own"),
+        (lambda self, y: torch.cat(y.chunk(2, 1), 1), r"chunk.* has no integer counterpart"),
+        (lambda self, y: torch.cat([y, y], 2), "concatenates along dimension 2; only channels"),
+        (lambda self, y: torch.cat([y, y]), "concatenates along dimension 0; only channels"),
+        (lambda self, y: nn.functional.pad(y, (1, 1, 1, 1), "reflect"), "pads with mode 'reflect'"),
+        (lambda self, y: nn.functional.pad(y, (0, 0, 0, 0, 1, 1)), "only zeros around the spatial"),
+        (lambda self, y: nn.functional.pad(y, (0, -1)), "only zeros around the spatial"),
+        (lambda self, y: y.permute(0, 2, 3, 1), "the call of permute has no integer counterpart"),
+        (lambda self, y: y.flatten(1).softmax(1), r"softmax.* At the end of the network, leave it out"),
         (lambda self, y: torch.sigmoid(y), r"sigmoid.* has no integer counterpart"),
         (lambda self, y: (y, y), "must put out one tensor"),
         (lambda self, y: self.act(y + y.mean((2, 3), keepdim=True)), "adds tensors of different shapes"),
@@ -113,6 +137,29 @@ class Forward(nn.Module):
 )  # fmt: skip
 def test_forwards_that_cannot_be_followed(forward, match, tmp_path):
     refused(finalized(Forward(forward), X), match, tmp_path=tmp_path)
+
+
+def test_attention(tmp_path):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.codes = QuantizedInput(0.04)
+            self.mix = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.head = nn.Linear(64, 3)
+
+        def forward(self, x):
+            x = self.codes(x.squeeze(1))
+            return self.head(self.mix(x, x, x, need_weights=False)[0].flatten(1))
+
+    net = ls.finalize_(ls.quantize_(Attention(), ls.ternary()))
+    refused(net, r"mix: MultiheadAttention .* export the layers around it apart", tmp_path=tmp_path)
+
+
+def test_linear_layers_along_the_last_of_several_dimensions(tmp_path):
+    net = nn.Sequential(QuantizedInput(0.04), nn.Linear(8, 4), nn.Flatten(), nn.Linear(32, 3))
+    ls.finalize_(ls.quantize_(net, ls.ternary()))
+    match = r"^1 takes inputs of 2 dimensions here.*got 4; flatten .* convolution of kernel size 1"
+    refused(net, match, tmp_path=tmp_path)
 
 
 def test_two_inputs(tmp_path):
@@ -162,12 +209,37 @@ def test_real_layers_in_the_ternary_format(tmp_path):
     refuse(make(skip=["first"]), r"1\.1 cannot be .*its weight is real; leave it out of skip=")
     refuse(make(skip=["last"]), r"1\.7 cannot be .*its weight is real")
     real = {"1.3": ls.LayerConfig(ls.ternary())}
-    refuse(make(overrides=real), r"1\.2 computes with real numbers.*quantize the activation after")
+    refuse(
+        make(overrides=real),
+        r"1\.2 computes with real numbers.*activation comes right after",
+    )
     net = ls.finalize_(ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2)))
     refuse(net, r"^1 cannot be .*its input is real; put learnsched.export.QuantizedInput in front")
+    for ahead in (nn.AvgPool2d(1), nn.MaxPool2d(1), nn.ZeroPad2d(0), nn.Upsample(scale_factor=1)):
+        net = nn.Sequential(
+            nn.Flatten(2), nn.Unflatten(2, (8, 8)), ahead, QuantizedInput(0.1), mlp()
+        )
+        ls.finalize_(ls.quantize_(net, ls.ternary(), ls.unsigned(2), example_input=X))
+        refuse(net, "^2 comes before the input is quantized; put .*QuantizedInput ahead of it")
+    for late in (
+        (nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.ReLU()),
+        (nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)),
+    ):
+        match = r"computes with real numbers.*Put pools and concatenations behind the activation"
+        refuse(finalized(body(*late), X), match)
     net = nn.Sequential(QuantizedInput(0.1), mlp())
     net = ls.finalize_(ls.quantize_(net, ls.power_of_two(3), ls.unsigned(2)))
     refuse(net, r"1\.1 has power_of_two3 weights, which are no trits; quantize it with ternary\(\)")
+
+
+def test_means_of_sums_that_float32_may_miss(tmp_path):
+    net = nn.Sequential(
+        QuantizedInput(0.01, ls.signed(8)), nn.Conv2d(1, 2, 9, bias=False), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.BatchNorm1d(2), nn.ReLU(), nn.Linear(2, 2),
+    )  # fmt: skip
+    x = torch.zeros(1, 1, 40, 40)
+    ls.finalize_(ls.quantize_(net, ls.ternary(), ls.unsigned(2), example_input=x))
+    refused(net, r"^2: its sums reach \d+.*pool after the activation", x=x, tmp_path=tmp_path)
 
 
 def test_levels_that_are_no_integers(tmp_path):

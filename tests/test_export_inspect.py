@@ -41,7 +41,7 @@ def test_ternary_folder_by_hand(tmp_path):
     assert report.nonzero_operations == (36 - conv.zeros) * 64 + 640 - linear.zeros
     assert report.file_bytes == sum(f.stat().st_size for f in (tmp_path / "net").iterdir())
     text = str(report)
-    assert "learnsched-ternary 1" in text and "4×8×8" in text and "multiply-accumulates" in text
+    assert "learnsched-ternary 2" in text and "4×8×8" in text and "multiply-accumulates" in text
 
 
 def test_files_agree_with_the_folder(tmp_path):

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from export_networks import cnn2d, mlp, randomize_batch_norms
+from export_networks import FAMILIES, cnn2d, mlp, randomize_batch_norms
 from torch import nn
 
 import learnsched as ls
+from learnsched.export import ExportError, QuantizedInput, align_
+from learnsched.export import graph as g
 from learnsched.export.check import pytorch_codes
+from learnsched.export.reference import propagate
 from learnsched.export.runtimes import run_onnx, run_qonnx
 from learnsched.export.trace import trace
 
@@ -52,6 +55,75 @@ def test_real_ends(build, skip, tmp_path):
                 same = (found[name] == expected[name]).mean()
                 assert same > 0.999, name
         np.testing.assert_allclose(found[graph.output.name], y, atol=2e-2)
+
+
+ENDS = [("first",), ("last",), ("first", "last")]
+
+
+@pytest.mark.parametrize("skip", ENDS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_codes_between_real_ends_are_exact(family, skip, tmp_path):
+    """Real first layers decide codes up to the order of their sums; integers all that follows."""
+    build, shape = FAMILIES[family]
+    x = torch.randn(60, *shape, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(2)
+    net = nn.Sequential(QuantizedInput(0.04), build())
+    randomize_batch_norms(net, torch.Generator().manual_seed(2))
+    ls.quantize_(net, ls.ternary(), ls.unsigned(2), example_input=x, skip=skip)
+    ls.finalize_(net, [x]).eval()
+    align_(net, x)
+    graph = trace(net, x)
+    expected = pytorch_codes(net, graph, x)
+    seeds = [n.name for n in graph if isinstance(n, g.Quantize)]
+    for found in both(net, x, tmp_path):
+        assert np.array_equal(found["0"], expected["0"])
+        for name in seeds[1:]:
+            # Codes of a real layer differ where its sums lie on a threshold, as float32 rounds them.
+            step = graph[name]
+            real = found[step.inputs[0]] / step.scale
+            near = np.abs(real[..., None] - np.array(step.thresholds)).min(-1)
+            wrong = found[name] != expected[name]
+            assert wrong.mean() < 0.001 and (near[wrong] < 1e-4).all()
+        exact = propagate(graph, {name: found[name].astype(np.int32) for name in seeds})
+        compared = 0
+        for node in graph:
+            if isinstance(node, g.Product | g.Threshold) and node.name in exact:
+                assert np.array_equal(found[node.name], exact[node.name]), node.name
+                compared += 1
+        assert compared >= 2
+        y = net(x).detach().numpy()
+        agree = (found[graph.output.name].argmax(1) == y.argmax(1)).mean()
+        assert agree > 0.98
+    with pytest.raises(ExportError, match=r"cannot be written as integers: its weight is real"):
+        ls.export_ternary(net, x, tmp_path / "net")
+
+
+def test_codes_that_a_real_first_layer_leads_to_are_compared(tmp_path):
+    """Near ties behind a real layer are refused as they are in a network of integers."""
+    torch.manual_seed(5)
+    net = nn.Sequential(
+        nn.Linear(16, 512), nn.BatchNorm1d(512), nn.ReLU(),
+        nn.Linear(512, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 3),
+    )  # fmt: skip
+    x = torch.randn(400, 16)
+    ls.quantize_(net, ls.ternary(), ls.unsigned(2), skip=("first", "last"), example_input=x)
+    ls.finalize_(net, [x]).eval()
+    graph = trace(net, x)
+    codes = {"2": pytorch_codes(net, graph, x)["2"].astype(np.int32)}
+    sums = propagate(graph, codes)["3"]
+    scale = ls.integer_weights(net)["3"].scale.double().flatten() * net[2].scale.double()
+    common = [np.bincount(s - s.min()).argmax() + s.min() for s in sums.T]
+    with torch.no_grad():
+        tie = net[4]((torch.tensor(np.array(common)) * scale).float()[None])[0]
+        net[4].bias.add_(0.5 * net[5].scale - tie)
+    for export in (ls.export_onnx, ls.export_qonnx):
+        with pytest.raises(ExportError, match=r"^5: \d+ of 25600 codes .*align_"):
+            export(net, x, tmp_path / "net")
+    align_(net, x[:2])
+    graph = trace(net, x)
+    for found in both(net, x, tmp_path):
+        exact = propagate(graph, {"2": found["2"].astype(np.int32)})
+        assert np.array_equal(found["3"], exact["3"]) and np.array_equal(found["5"], exact["5"])
 
 
 def test_real_first_layer_whose_sums_are_exact(tmp_path):

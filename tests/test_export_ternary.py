@@ -194,8 +194,8 @@ def test_links_are_not_followed(folder):
 
 
 def test_other_formats_and_versions(folder, tmp_path):
-    rewrite(folder, lambda m: m.update(version=2))
-    with pytest.raises(FolderError, match="version 2, this learnsched reads 1"):
+    rewrite(folder, lambda m: m.update(version=3))
+    with pytest.raises(FolderError, match="version 3, this learnsched reads 2"):
         ls.integer_reference(folder)
     rewrite(folder, lambda m: m.update(format="onnx"))
     with pytest.raises(FolderError, match="another format"):

@@ -96,6 +96,17 @@ def test_a_missing_folder_is_an_error(tmp_path):
 
 def test_a_folder_is_not_replaced(tmp_path):
     (tmp_path / "a").mkdir()
-    with pytest.raises(OSError, match="a"):
+    with pytest.raises(IsADirectoryError, match="a"):
         write_text(tmp_path / "a", "text")
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_devices_and_pipes_are_not_replaced(tmp_path):
+    pipe, link = tmp_path / "pipe", tmp_path / "null"
+    os.mkfifo(pipe)
+    link.symlink_to(os.devnull)
+    for path in (pipe, link):
+        with pytest.raises(OSError, match=f"not a regular file.*{path}"):
+            write_text(path, "text")
+    assert pipe.is_fifo()
+    assert link.is_symlink()

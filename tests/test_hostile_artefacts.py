@@ -11,12 +11,15 @@ import pickle
 import random
 import struct
 import sys
+import warnings
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 import learnsched as ls
@@ -299,6 +302,68 @@ def refusals(good, path):
                 assert read is ls.pretrained_card, (number, mutation.__name__)
                 assert mutation in (spoiled_config, spoiled_tensor), (number, mutation.__name__)
     return kinds
+
+
+# -- what hypothesis thinks of
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+LAYERS = tuple(ls.LayerInfo(f"{i}", 50, 3, 4) for i in range(2))
+fuzzed = settings(
+    deadline=None, max_examples=100, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+
+
+def places(value, here=()):
+    """The keys that lead to every entry of nested dictionaries."""
+    for key, inner in value.items():
+        yield (*here, key)
+        if isinstance(inner, dict):
+            yield from places(inner, (*here, key))
+
+
+def refused_or_sound(data, path):
+    path.write_bytes(data)
+    try:
+        policy = ls.load_pretrained(path)
+    except ls.ArtefactError as error:
+        assert str(path) in str(error)
+        return
+    run = ls.RunInfo(LAYERS, 3, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run may lie outside of what it was trained on
+        found = ls.plan(policy, run)
+    assert found.table.isfinite().all()
+    assert all(setting.is_terminal for setting in found.settings(2))
+
+
+@fuzzed
+@given(data=st.data())
+def test_any_value_at_any_place_of_a_card_that_vouches_for_itself(good, tmp_path_factory, data):
+    card = card_of(good)
+    *before, last = data.draw(st.sampled_from(sorted(places(card))))
+    place = card
+    for key in before:
+        place = place[key]
+    place[last] = data.draw(JSON)
+    refused_or_sound(vouched(load(good), card), tmp_path_factory.getbasetemp() / "f.safetensors")
+
+
+@fuzzed
+@given(at=st.integers(0, 10_000), removed=st.integers(0, 100), put=st.binary(max_size=100))
+def test_any_bytes_in_the_place_of_any_others(good, tmp_path_factory, at, removed, put):
+    at %= len(good)
+    spoiled = good[:at] + put + good[at + removed :]
+    path = tmp_path_factory.getbasetemp() / "f.safetensors"
+    path.write_bytes(spoiled)
+    if spoiled == good:
+        ls.load_pretrained(path)
+    else:
+        with pytest.raises(ls.ArtefactError, match=str(path)):
+            ls.load_pretrained(path)
 
 
 @pytest.mark.parametrize("size", [4_000_001, 10**11])

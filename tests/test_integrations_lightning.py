@@ -78,19 +78,43 @@ def test_a_run_on_digits_learns_and_ends_on_the_levels(tmp_path):
     assert right.float().mean() > 0.8
 
 
+def assert_same(whole, resumed):
+    assert whole[1].epoch == resumed[1].epoch == EPOCHS
+    tables = [scheduler.history.schedule.table for _, scheduler in (whole, resumed)]
+    assert torch.equal(*tables)
+    for (name, a), b in zip(
+        whole[0].state_dict().items(), resumed[0].state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
 @pytest.mark.parametrize("validation", [False, True])
 def test_a_run_resumed_from_lightnings_checkpoint_equals_the_uninterrupted_one(
     tmp_path, validation
 ):
-    whole, expected = fit(tmp_path, validation=validation)
+    whole = fit(tmp_path, validation=validation)
     checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
     fit(tmp_path, checkpoint, validation=validation)
-    path = tmp_path / "epoch=2.ckpt"
-    resumed, scheduler = fit(tmp_path, validation=validation, resume=path)
+    assert_same(whole, fit(tmp_path, validation=validation, resume=tmp_path / "epoch=2.ckpt"))
+
+
+def test_a_checkpoint_between_the_last_batch_and_the_end_of_an_epoch_lacks_its_loss_only(tmp_path):
+    def run(policy, resume=None):
+        checkpoint = ModelCheckpoint(
+            dirpath=tmp_path / type(policy).__name__,
+            filename="{step}",
+            save_top_k=-1,
+            every_n_train_steps=10,
+        )
+        resume = resume and tmp_path / type(policy).__name__ / "step=30.ckpt"
+        return fit(tmp_path, checkpoint, callback=QuantizationCallback(policy), resume=resume)
+
+    blind, learned = ls.policies.AdditiveNoiseAnnealing(), ls.load_pretrained("default")
+    assert_same(run(blind), run(blind, resume=True))
+    run(learned)
+    with pytest.warns(UserWarning, match="'train_loss' is nan: the policy is shown no change"):
+        _, scheduler = run(learned, resume=True)
     assert scheduler.epoch == EPOCHS
-    assert torch.equal(expected.history.schedule.table, scheduler.history.schedule.table)
-    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
 
 
 def test_accumulated_batches_are_one_step(tmp_path):

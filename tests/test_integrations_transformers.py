@@ -81,12 +81,23 @@ def test_a_run_resumed_from_the_trainers_checkpoint_equals_the_uninterrupted_one
     assert_same(whole, resumed)
 
 
-def test_a_checkpoint_in_the_middle_of_an_epoch_keeps_the_loss_so_far(tmp_path):
-    # The Trainer loses the loss that it has not logged yet.
-    options = {"save_strategy": "steps", "save_steps": 13, "logging_steps": 13}
-    whole = fit(tmp_path / "whole", **options)
-    resumed = fit(tmp_path / "whole", resume=str(tmp_path / "whole" / "checkpoint-26"), **options)
+# Ten steps make an epoch: logs and checkpoints in its middle, at its end, and both.
+@pytest.mark.parametrize(("save", "log", "resume"), [(13, 13, 26), (13, 100, 26), (10, 5, 30)])
+def test_checkpoints_and_logs_after_any_number_of_steps(tmp_path, save, log, resume):
+    options = {"save_strategy": "steps", "save_steps": save, "logging_steps": log}
+    whole = fit(tmp_path, **options)
+    assert whole[1].epoch == EPOCHS
+    resumed = fit(tmp_path, resume=str(tmp_path / f"checkpoint-{resume}"), **options)
     assert_same(whole, resumed)
+
+
+def test_the_policy_is_shown_the_mean_loss_of_the_epoch_whenever_it_is_logged(tmp_path):
+    seen = [
+        [m["train_loss"] for m in fit(tmp_path, logging_steps=n)[1].history.metrics]
+        for n in (1, 4, 10, 500)
+    ]
+    for losses in seen:
+        assert losses == pytest.approx(seen[0], rel=1e-5)
 
 
 def test_accumulated_batches_are_one_step(tmp_path):
@@ -98,5 +109,10 @@ def test_a_callback_that_comes_late_is_refused(tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     trainer = Trainer(Digits(), arguments, train_dataset=Rows())
     trainer.add_callback(QuantizationCallback(ls.policies.StraightThrough()))
-    with pytest.raises(RuntimeError, match="to the Trainer's constructor"):
+    with pytest.raises(RuntimeError, match="to the Trainer's constructor, not later"):
         trainer.train()
+
+
+def test_a_run_whose_length_is_given_in_steps_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="num_train_epochs, not max_steps"):
+        fit(tmp_path, max_steps=20)

@@ -188,7 +188,7 @@ SPOILED = {
     "empty": (with_bytes(b""), "is not a safetensors file"),
     "a pickle": (with_bytes(pickle.dumps(Harmful())), "is not a safetensors file"),
     "too large": (huge, "larger than 4000000 bytes"),
-    "no header": (with_metadata(), "holds no card; .*embed_card"),
+    "no header": (with_metadata(), "holds no card: .*train it again"),
     "no card": (with_metadata(note="0"), "holds no card"),
     "a card without hash": (with_metadata(card="{}"), "card of .* is damaged or was altered"),
     "a card with another hash": (
@@ -297,13 +297,6 @@ def test_a_failed_save_leaves_nothing_half_written(path, monkeypatch, where, exi
         ls.load_pretrained(path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_an_error(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(OSError, match="denied"):
-        ls.save_artefact(trained(), tmp_path / "p.safetensors", {})
-
-
 def test_names_are_those_of_the_folder(monkeypatch, made):
     folder = made.parent / "registry"
     folder.mkdir()
@@ -346,18 +339,6 @@ def test_a_card_edited_by_hand_is_put_into_its_artefact(path):
     assert embed_card(path) == path
     assert ls.pretrained_card(path) == card
     assert all(torch.equal(v, before[k]) for k, v in read(path)[0].items())
-
-
-def test_an_artefact_of_the_first_format_is_taken_over(path, capsys):
-    tensors, card = read(path)
-    path.write_bytes(save(tensors))
-    first = {**card, "format": 1, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    path.with_suffix(".json").write_text(json.dumps(first))
-    with pytest.raises(ls.ArtefactError, match="embed_card"):
-        ls.load_pretrained(path)
-    main([str(path)])
-    assert str(path) in capsys.readouterr().out
-    assert ls.pretrained_card(path) == card
 
 
 REFUSED = {

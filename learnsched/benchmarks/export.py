@@ -232,7 +232,7 @@ def _agreement(
         for layer, codes in pytorch_codes(net, modules, part).items():
             compared += codes.size
             accumulators = graph.output.inputs[0] if layer == graph.output.name else layer
-            different += int((codes != found[accumulators]).sum())
+            different += int(np.ma.filled(codes != found[accumulators], False).sum())
     accuracy = {f"accuracy_{kind}": count / len(y) for kind, count in right.items()}
     return {**accuracy, "codes_compared": compared, "codes_different": different}
 

@@ -58,6 +58,11 @@ class DataSet:
 
     Raises:
         ValueError: a split is empty, splits differ in input shape, or a label is out of range.
+
+    Example:
+        >>> split = Split(torch.zeros(2, 40), torch.tensor([0, 1]))
+        >>> DataSet("mine", train=split, validation=split, test=split, classes=2).name
+        'mine'
     """
 
     name: str
@@ -184,6 +189,12 @@ def standardised(name: str, train: Split, validation: Split, test: Split, classe
 
     Raises:
         ValueError: a channel of the train split is constant or not finite.
+
+    Example:
+        >>> raw = Split(torch.tensor([[0, 2], [4, 6]], dtype=torch.uint8), torch.tensor([0, 1]))
+        >>> data = standardised("mine", raw, raw, raw, classes=2)
+        >>> round(float(data.train.x.mean()), 6), round(float(data.train.x.std(correction=0)), 6)
+        (0.0, 1.0)
     """
     channels = train.x.shape[1] if train.x.dim() > 2 else 1
     rows = train.x.reshape(len(train), channels, -1).float()

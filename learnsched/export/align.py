@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from learnsched.export import graph as g
@@ -38,7 +40,9 @@ def align_(model: nn.Module, example_input: Tensor) -> nn.Module:
     threshold can be moved freely: no decision changes. This moves the bias of the batch norm (or of the
     layer) ahead of each quantized activation to the place where all thresholds are as far from the sums
     as they can be together; where that is not far, its factor too. Exports give the same codes with and
-    without it; with it, so does PyTorch. Behind activations that bend, nothing is moved.
+    without it; with it, so does PyTorch. Behind activations that bend, nothing is moved. Channels whose
+    thresholds stand closer together than float32 can tell, as with 8-bit codes of large sums, are left
+    as they are, with a warning.
 
     Args:
         model: finished by ``finalize_``; changed in place.
@@ -48,7 +52,7 @@ def align_(model: nn.Module, example_input: Tensor) -> nn.Module:
         ``model`` itself.
 
     Raises:
-        ExportError: the model cannot be traced, or a decision would have changed; it is as it was then.
+        ExportError: the model cannot be traced; it is as it was then.
         ValueError: the model has no quantized layers.
 
     Example:
@@ -59,29 +63,61 @@ def align_(model: nn.Module, example_input: Tensor) -> nn.Module:
         >>> net = align_(net, torch.zeros(1, 8))
     """
     before = translate(model, example_input)
-    moves = [_move(before, node) for node in before.graph if isinstance(node, g.Threshold)]
+    thresholds = [node for node in before.graph if isinstance(node, g.Threshold)]
+    moves = {node.name: m for node in thresholds if (m := _move(before, node)) is not None}
     kept: list[tuple[Tensor, Tensor]] = []
     try:
-        for move in moves:
-            if move is not None:
-                _apply(model.get_submodule(move.module), move, kept)
-        _check_same(before.graph, trace(model, example_input))
+        _apply_all(model, moves, kept)
+        changed = _changed(thresholds, trace(model, example_input))
+        if changed:
+            _restore(kept)
+            moves = {name: _without(m, changed.get(name)) for name, m in moves.items()}
+            _apply_all(model, moves, kept)
+            if _changed(thresholds, trace(model, example_input)):
+                raise ExportError(f"{sorted(changed)} cannot be aligned; align their layers apart")
     except BaseException:
-        for tensor, value in reversed(kept):
-            tensor.copy_(value)
+        _restore(kept)
         raise
+    for name, channels in changed.items():
+        warnings.warn(
+            f"{name}: in {channels.sum()} of {len(channels)} channels the thresholds are closer "
+            "together than float32 can tell, and were left as they are; fewer bits would help, or a "
+            "batch norm whose mean and offset are not far larger than what it puts out",
+            stacklevel=3,  # no_grad wraps this function
+        )
     return model
 
 
-def _check_same(before: g.Graph, after: g.Graph) -> None:
+def _changed(before: list[g.Threshold], after: g.Graph) -> dict[str, NDArray[np.bool_]]:
+    """The channels that decide otherwise than before, by the name of the node."""
+    result = {}
     for node in before:
-        twin = after[node.name]
-        if not isinstance(node, g.Threshold) or not isinstance(twin, g.Threshold):
-            continue
-        if not np.array_equal(node.thresholds, twin.thresholds):
-            raise ExportError(
-                f"{node.name}: its thresholds are closer together than float32 can keep apart"
-            )
+        twin: Any = after[node.name]
+        channels = (node.thresholds != twin.thresholds).any((1, 2))
+        if channels.any():
+            result[node.name] = channels
+    return result
+
+
+def _without(move: _Move, channels: NDArray[np.bool_] | None) -> _Move:
+    """The move with some channels left where they are."""
+    if channels is None:
+        return move
+    gain, shift = np.where(channels, 1.0, move.gain), np.where(channels, 0.0, move.shift)
+    return _Move(move.module, gain, shift)
+
+
+def _apply_all(
+    model: nn.Module, moves: dict[str, _Move], kept: list[tuple[Tensor, Tensor]]
+) -> None:
+    for move in moves.values():
+        _apply(model.get_submodule(move.module), move, kept)
+
+
+def _restore(kept: list[tuple[Tensor, Tensor]]) -> None:
+    while kept:
+        tensor, value = kept.pop()
+        tensor.copy_(value)
 
 
 def _move(translation: Translation, node: g.Threshold) -> _Move | None:

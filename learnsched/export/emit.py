@@ -65,16 +65,19 @@ class Emitter:
     def model(self, graph: g.Graph) -> onnx.ModelProto:
         """The whole graph, checked by ONNX's own checker where it knows the domains."""
         helper = self.onnx.helper
+        first, last = graph.nodes[0], graph.output
+        batch, real = self.dialect.batch, self.onnx.TensorProto.FLOAT
+        self.infos[first.name] = helper.make_tensor_value_info(
+            first.name, real, [batch, *first.shape]
+        )
         for node in graph.nodes[1:]:
             self._emit(node)
-        first, last = graph.nodes[0], graph.output
         if last.name != g.OUTPUT:
             self.op("Identity", [last.name], g.OUTPUT, last.shape)
-        batch, real = self.dialect.batch, self.onnx.TensorProto.FLOAT
         result = helper.make_graph(
             self.nodes,
             "learnsched",
-            [helper.make_tensor_value_info(first.name, real, [batch, *first.shape])],
+            [self.infos.pop(first.name)],
             [self.infos.pop(g.OUTPUT)],
             list(self.constants.values()),
             value_info=list(self.infos.values()),
@@ -155,6 +158,9 @@ class Emitter:
             g.Threshold: self._threshold,
             g.MaxPool: self._max_pool,
             g.SumPool: self._sum_pool,
+            g.Concat: self._concat,
+            g.Pad: self._pad,
+            g.Repeat: self._repeat,
             g.Decode: self._decode,
             g.RealProduct: self._real_product,
             g.RealAffine: self._real_affine,
@@ -266,13 +272,29 @@ class Emitter:
             total = self.op("Mul", [mean, n], f"{node.name}.total", node.shape)
             self.op("Round", [total], node.name, node.shape)
 
+    def _concat(self, node: g.Concat) -> None:
+        parts = [self._shielded(node, source) for source in node.inputs]
+        self.op("Concat", parts, node.name, node.shape, axis=1)
+
+    def _pad(self, node: g.Pad) -> None:
+        pads = np.array([0, 0, *node.before, 0, 0, *node.after])
+        pads_name = self.constant(f"{node.name}.pads", pads, self.onnx.TensorProto.INT64)
+        inputs = [self._shielded(node), pads_name, self.constant("zero", 0.0)]
+        self.op("Pad", inputs, node.name, node.shape)
+
+    def _repeat(self, node: g.Repeat) -> None:
+        scales = self.constant(f"{node.name}.scales", np.array([1.0, 1.0, *node.times]))
+        self.op(
+            "Resize", [self._shielded(node), "", scales], node.name, node.shape, mode="nearest",
+            coordinate_transformation_mode="asymmetric", nearest_mode="floor",
+        )  # fmt: skip
+
     def _decode(self, node: g.Decode) -> None:
         self._scaled(node.name, node.inputs[0], node.shape, node.scale, node.bias)
 
     def _real_product(self, node: g.RealProduct) -> None:
         if node.levels is None:
-            array = node.weight.T if node.window is None else node.weight
-            weight = self.constant(f"{node.name}.weight", array)
+            weight = self.constant(f"{node.name}.weight", _layout(node.weight, node.window))
         else:
             weight = self._weight(node.name, node.weight.astype(np.int64), node.levels, node.window)
         last = node.scale is None and node.bias is None
@@ -294,22 +316,28 @@ class Emitter:
     def _real_add(self, node: g.RealAdd) -> None:
         self.op("Add", list(node.inputs), node.name, node.shape)
 
-    def _shielded(self, node: g.Node) -> str:
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without the batch dimension."""
+        return tuple(d.dim_value for d in self.infos[name].type.tensor_type.shape.dim[1:])
+
+    def _shielded(self, node: g.Node, source: str | None = None) -> str:
         """The node's input, behind an operation that changes nothing.
 
         ONNX Runtime moves a DequantizeLinear across a Reshape or MaxPool and forgets its type there:
         negative codes become 0, or loading fails (microsoft/onnxruntime issue 27845).
         """
-        source = node.inputs[0]
+        source = source or node.inputs[0]
         if self.kinds.get(source) != "DequantizeLinear":
             return source
-        shape = tuple(d.dim_value for d in self.infos[source].type.tensor_type.shape.dim[1:])
-        return self.op("Round", [source], f"{node.name}.shield", shape)
+        shield = f"{source}.shielded"
+        if shield not in self.kinds:
+            self.op("Round", [source], shield, self._shape(source))
+        return shield
 
     def _weight(
         self, name: str, weight: g.Integers, levels: g.IntegerLevels, window: g.Window | None
     ) -> str:
-        return self.dialect.weight(self, name, weight.T if window is None else weight, levels)
+        return self.dialect.weight(self, name, _layout(weight, window), levels)
 
     def _multiply(self, node: g.Product | g.RealProduct, weight: str, name: str) -> None:
         inputs = [node.inputs[0], weight]
@@ -317,7 +345,20 @@ class Emitter:
             self.op("MatMul", inputs, name, node.shape)
         else:
             attributes = _window(node.window, node.weight.shape[2:])
-            self.op("Conv", inputs, name, node.shape, group=node.window.groups, **attributes)
+            attributes["group"] = node.window.groups
+            if node.window.transposed:
+                attributes["output_padding"] = self._output_padding(node, node.window)
+            kind = "ConvTranspose" if node.window.transposed else "Conv"
+            self.op(kind, inputs, name, node.shape, **attributes)
+
+    def _output_padding(self, node: g.Product | g.RealProduct, window: g.Window) -> tuple[int, ...]:
+        """What a transposed convolution puts out beyond its last window."""
+        places = self._shape(node.inputs[0])[1:]
+        sizes = zip(
+            places, node.shape[1:], node.weight.shape[2:],
+            window.stride, window.padding, window.dilation, strict=True,
+        )  # fmt: skip
+        return tuple(out - ((n - 1) * s - 2 * p + d * (k - 1) + 1) for n, out, k, s, p, d in sizes)
 
     def _scaled(
         self,
@@ -344,6 +385,13 @@ def need(package: str, extra: str = "export") -> None:
 
     if importlib.util.find_spec(package) is None:
         raise ExportError(f"{package} is not installed; pip install 'learnsched[{extra}]'")
+
+
+def _layout(weight: NDArray[Any], window: g.Window | None) -> NDArray[Any]:
+    """A weight as ONNX's operators take it."""
+    if window is None:
+        return weight.T
+    return g.swap_channels(weight, window.groups) if window.transposed else weight
 
 
 def _window(window: g.Window, kernel: tuple[int, ...]) -> dict[str, Any]:

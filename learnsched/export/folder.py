@@ -14,7 +14,7 @@ from typing import Any
 from learnsched.export.errors import FolderError
 
 FORMAT = "learnsched-ternary"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 _LARGEST_MANIFEST = 1 << 24
 

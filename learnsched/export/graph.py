@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,12 +96,22 @@ class Quantize(Node):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Window:
-    """Where a convolution or a pool looks; one number a spatial dimension."""
+    """Where a convolution or a pool looks; one number a spatial dimension.
+
+    Attributes:
+        stride: between windows; of a transposed convolution, between the places of its inputs.
+        padding: zeros at both sides; of a transposed convolution, what is cut off at both sides.
+        dilation: between the elements of a window.
+        groups: of a convolution.
+        transposed: whether it is a transposed convolution. What it puts out beyond the last window,
+            PyTorch's ``output_padding``, follows from the shapes.
+    """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
+    transposed: bool = False
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -108,7 +119,7 @@ class Product(Node):
     """A matrix product or convolution of integers with integers; its output is an accumulator.
 
     Attributes:
-        weight: shape ``(channels, inputs / groups, ...)``.
+        weight: shape ``(channels, inputs / groups, ...)``, of a transposed convolution too.
         levels: the weight's level set.
         window: of a convolution; None for a matrix product.
         low: least value that the accumulator can reach, in each channel.
@@ -169,6 +180,35 @@ class SumPool(Node):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class Concat(Node):
+    """Its inputs one after the other along the channels, all of them integer or all of them real."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Pad(Node):
+    """Zeros around a tensor, integer or real.
+
+    Attributes:
+        before: how many ahead of each spatial dimension.
+        after: how many behind it.
+    """
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Repeat(Node):
+    """Every element several times: upsampling to the nearest neighbour.
+
+    Attributes:
+        times: how often along each spatial dimension.
+    """
+
+    times: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Decode(Node):
     """From integer to real: ``x * scale + bias``, with one number or one for each channel."""
 
@@ -225,6 +265,23 @@ class RealAdd(Node):
 
 
 REAL = (RealProduct, RealAffine, RealActivation, RealAdd)
+# Integer or real, as what they read.
+STRUCTURAL = (Reshape, MaxPool, SumPool, Concat, Pad, Repeat)
+
+
+def swap_channels(weight: NDArray[Any], groups: int) -> NDArray[Any]:
+    """A transposed convolution's weight with its output channels first, or put back from there.
+
+    Args:
+        weight: shape ``(inputs, channels / groups, ...)``, or ``(channels, inputs / groups, ...)``.
+        groups: of the convolution.
+
+    Example:
+        >>> swap_channels(np.zeros((6, 1, 5)), groups=2).shape
+        (2, 3, 5)
+    """
+    grouped = weight.reshape(groups, -1, *weight.shape[1:]).swapaxes(1, 2)
+    return grouped.reshape(-1, *grouped.shape[2:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,4 +309,6 @@ class Graph:
 
     def operations(self, node: Product | RealProduct) -> int:
         """Multiply-accumulates of a product for one sample."""
-        return math.prod(node.shape[1:]) * node.weight.size
+        transposed = node.window is not None and node.window.transposed
+        places = self[node.inputs[0]].shape if transposed else node.shape
+        return math.prod(places[1:]) * node.weight.size

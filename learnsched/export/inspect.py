@@ -23,7 +23,7 @@ from learnsched.export.reference import integer_reference
 from learnsched.tables import aligned
 
 _QUANTIZERS = ("QuantizeLinear", "Quant", "BipolarQuant")
-_PRODUCTS = ("Conv", "MatMul")
+_PRODUCTS = ("Conv", "ConvTranspose", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _following_bits(graph: g.Graph, name: str) -> int:
         if name in node.inputs:
             if isinstance(node, g.Threshold):
                 return node.levels.bits
-            if isinstance(node, g.MaxPool | g.SumPool | g.Reshape):
+            if isinstance(node, g.STRUCTURAL):
                 return _following_bits(graph, node.name)
     return 32
 
@@ -209,14 +209,14 @@ def _file_report(path: Path) -> Report:
     from google.protobuf.message import DecodeError
 
     try:
-        model = onnx.load(path)
+        model = onnx.load(path, format="protobuf")  # whatever the suffix
     except DecodeError as error:
         raise FolderError(f"{path} is no ONNX file; give an exported file or folder") from error
     if not model.graph.node:
         raise FolderError(f"{path} is no ONNX file; give an exported file or folder")
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     makers = {output: node for node in model.graph.node for output in node.output}
-    infos = [*model.graph.value_info, *model.graph.output]
+    infos = [*model.graph.input, *model.graph.value_info, *model.graph.output]
     shapes = {
         info.name: tuple(d.dim_value for d in info.type.tensor_type.shape.dim[1:]) for info in infos
     }
@@ -226,6 +226,7 @@ def _file_report(path: Path) -> Report:
         if node.op_type in _PRODUCTS:
             weight, bits = _weight(onnx, makers, constants, node.input[1])
             shape = shapes[node.output[0]]
+            places = shapes[node.input[0]] if node.op_type == "ConvTranspose" else shape
             out = _output_bits(onnx, model.graph.node, constants, types, node.output[0])
             layers.append(
                 LayerReport(
@@ -235,7 +236,7 @@ def _file_report(path: Path) -> Report:
                     out,
                     weight.size,
                     int((weight == 0).sum()),
-                    math.prod(shape[1:]) * weight.size,
+                    math.prod(places[1:]) * weight.size,
                     -(-weight.size * bits // 8),
                     _packed(shape, out),
                 )

@@ -22,6 +22,9 @@ _KINDS: dict[str, type[g.Node]] = {
     "threshold": g.Threshold,
     "max_pool": g.MaxPool,
     "sum_pool": g.SumPool,
+    "concat": g.Concat,
+    "pad": g.Pad,
+    "repeat": g.Repeat,
     "decode": g.Decode,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
@@ -81,6 +84,10 @@ def write_entry(node: g.Node, files: Files) -> dict[str, Any]:
         }
     elif isinstance(node, g.MaxPool | g.SumPool):
         entry |= {"kernel": list(node.kernel), "window": _window_entry(node.window)}
+    elif isinstance(node, g.Pad):
+        entry |= {"before": list(node.before), "after": list(node.after)}
+    elif isinstance(node, g.Repeat):
+        entry |= {"times": list(node.times)}
     elif isinstance(node, g.Decode):
         entry |= {
             "scale": node.scale.astype(float).tolist(),
@@ -99,6 +106,7 @@ def _window_entry(window: g.Window) -> dict[str, Any]:
         "padding": list(window.padding),
         "dilation": list(window.dilation),
         "groups": window.groups,
+        "transposed": window.transposed,
     }
 
 
@@ -146,8 +154,9 @@ def read_entry(entry: dict[str, Any], files: Mapping[str, bytes]) -> g.Node:
         arguments["levels"] = g.IntegerLevels(integers_, float(levels["unit"]), str(levels["name"]))
     if "window" in entry:
         arguments["window"] = None if entry["window"] is None else _window(entry["window"])
-    if "kernel" in entry:
-        arguments["kernel"] = tuple(map(int, entry["kernel"]))
+    for key in ("kernel", "before", "after", "times"):
+        if key in entry:
+            arguments[key] = tuple(map(int, entry[key]))
     if entry["kind"] == "quantize":
         arguments |= {"thresholds": tuple(entry["thresholds"]), "scale": float(entry["scale"])}
     elif entry["kind"] == "product":
@@ -173,4 +182,5 @@ def _window(entry: dict[str, Any]) -> g.Window:
         padding=tuple(map(int, entry["padding"])),
         dilation=tuple(map(int, entry["dilation"])),
         groups=int(entry["groups"]),
+        transposed=bool(entry["transposed"]),
     )

@@ -11,7 +11,14 @@ from learnsched.export import graph as g
 from learnsched.export.calls import Calls, batch_norm_affine
 from learnsched.export.errors import ExportError
 from learnsched.export.operations import Operation, shape_of
-from learnsched.export.values import Integer, Real, weight_integers, weight_levels
+from learnsched.export.values import (
+    Integer,
+    Real,
+    Value,
+    channels_first,
+    weight_integers,
+    weight_levels,
+)
 from learnsched.finalize import IntegerWeights
 
 
@@ -109,7 +116,7 @@ class Nodes:
         """A product with a real operand, and the reason why it is none of integers."""
         module: Any = operation.module
         levels = weight_levels(module, weights)
-        weight: Any = module.weight.detach().numpy()
+        weight: Any = channels_first(module, module.weight.detach().numpy())
         scale = None
         if weights is None:
             reason = "its weight is real; leave it out of skip= and overrides= of quantize_"
@@ -118,11 +125,8 @@ class Nodes:
                 f"its levels {weights.values} are not whole multiples of one step; use ternary()"
             )
         else:
-            reason = (
-                "its input is real; put learnsched.export.QuantizedInput in front of the network if it "
-                "is the first layer, or else a quantized activation in front of this layer"
-            )
-            weight, factors = weight_integers(weights, levels)
+            reason = _why_not_integer(self.calls.value(operation.node.all_input_nodes[0]))
+            weight, factors = weight_integers(module, weights, levels)
             scale = factors.astype(np.float32)
         return self.add(
             g.RealProduct,
@@ -136,6 +140,20 @@ class Nodes:
             window=window,
             reason=reason,
         )
+
+
+def _why_not_integer(value: Value) -> str:
+    """Why a quantized layer cannot take the input ``value`` as integers, and the way out."""
+    if isinstance(value, Integer) and value.bias is None:
+        return (
+            "the channels of its input have different scales; give the quantized activations that are "
+            "concatenated ahead of it one scale, by quantize_ without calibrate_, or by "
+            "b.scale.copy_(a.scale) before training"
+        )
+    return (
+        "its input is real; put learnsched.export.QuantizedInput in front of the network if it "
+        "is the first layer, or else a quantized activation in front of this layer"
+    )
 
 
 def _decode(value: Integer, shape: tuple[int, ...], name: str) -> g.Decode:

@@ -17,10 +17,14 @@ from learnsched.export.quantized_input import QuantizedInput
 from learnsched.modules import ActivationQuantizer, PReLUQuantizer, WeightQuantizer
 
 QUANTIZERS = (ActivationQuantizer, QuantizedInput)
-PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, *TRANSPOSED)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d)
+MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)
 MEAN_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
+_ADAPTIVE = (*MAX_POOLS[2:], *MEAN_POOLS[2:])
+PADS = (nn.ConstantPad1d, nn.ConstantPad2d)  # of which ZeroPad1d and ZeroPad2d are
+UPSAMPLINGS = (nn.Upsample,)
 PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
 RESHAPES = (nn.Flatten, nn.Unflatten)
 # Rising everywhere: what a threshold after them decides, a threshold ahead of them can.
@@ -44,6 +48,7 @@ _RESHAPE = (
 )  # fmt: skip
 _DROPOUT = (F.dropout, F.dropout1d, F.dropout2d)
 _MEAN = (torch.mean, "mean")
+_CONCATENATE = (torch.cat, torch.concat, torch.concatenate)
 _POOLS: Mapping[Callable[..., Any], tuple[type[nn.Module], tuple[str, ...]]] = {
     F.max_pool1d: (nn.MaxPool1d, ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
     F.max_pool2d: (nn.MaxPool2d, ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
@@ -51,7 +56,27 @@ _POOLS: Mapping[Callable[..., Any], tuple[type[nn.Module], tuple[str, ...]]] = {
     F.avg_pool2d: (nn.AvgPool2d, ("kernel_size", "stride", "padding", "ceil_mode")),
     F.adaptive_avg_pool1d: (nn.AdaptiveAvgPool1d, ("output_size",)),
     F.adaptive_avg_pool2d: (nn.AdaptiveAvgPool2d, ("output_size",)),
+    F.adaptive_max_pool1d: (nn.AdaptiveMaxPool1d, ("output_size",)),
+    F.adaptive_max_pool2d: (nn.AdaptiveMaxPool2d, ("output_size",)),
 }
+_STATISTICS = "Use BatchNorm, which needs no statistics of its input when the network runs"
+_LARGEST = "At the end of the network, leave it out: the largest output stays the largest"
+_FACTOR = (
+    "Constants belong outside of the model or in a BatchNorm; a product of two activations has no "
+    "thresholds"
+)
+_PARTS = "In place of a slice of channels, compute the parts with layers of their own"
+_ATTENTION = "Its products are of two activations: export the layers around it apart"
+# The way out where it is not what every refusal says.
+_ADVICE: Mapping[str, str] = {
+    "LayerNorm": _STATISTICS, "GroupNorm": _STATISTICS,
+    "InstanceNorm1d": _STATISTICS, "InstanceNorm2d": _STATISTICS,
+    "Softmax": _LARGEST, "LogSoftmax": _LARGEST, "softmax": _LARGEST, "log_softmax": _LARGEST,
+    "add": _FACTOR, "sub": _FACTOR, "mul": _FACTOR, "truediv": _FACTOR, "div": _FACTOR,
+    "getitem": _PARTS, "chunk": _PARTS, "split": _PARTS,
+    "MultiheadAttention": _ATTENTION, "matmul": _ATTENTION, "bmm": _ATTENTION,
+    "scaled_dot_product_attention": _ATTENTION,
+}  # fmt: skip
 
 
 class _Tracer(fx.Tracer):
@@ -81,7 +106,7 @@ class Operation:
 
     Attributes:
         kind: input, output, ignored, passing, reshape, product, quantizer, max_pool, mean_pool,
-            batch_norm, addition or activation.
+            concatenation, padding, upsampling, batch_norm, addition or activation.
         name: for messages and as the name of nodes: the module's, or that of the call.
         module: the module, a module that does the same as the function, or None.
     """
@@ -111,7 +136,8 @@ class Operation:
         kinds: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
             (QUANTIZERS, "quantizer"), (PRODUCTS, "product"), (BATCH_NORMS, "batch_norm"),
             (MAX_POOLS, "max_pool"), (MEAN_POOLS, "mean_pool"), (PASSING, "passing"),
-            (RESHAPES, "reshape"), (RISING, "activation"),
+            (RESHAPES, "reshape"), (RISING, "activation"), (PADS, "padding"),
+            (UPSAMPLINGS, "upsampling"),
         )  # fmt: skip
         for types, kind in kinds:
             if isinstance(module, types):
@@ -129,11 +155,19 @@ class Operation:
             return "reshape"
         if target in _DROPOUT and not node.kwargs.get("training", True):
             return "passing"
-        if target in ("size", "dim") or target in (getattr, operator.getitem, operator.mul):
-            return "ignored"  # numbers that a view takes; a tensor among them has no known value
+        numbers = (getattr, operator.getitem, operator.mul, operator.floordiv)
+        if target in ("size", "dim") or (target in numbers and not _is_tensor(node)):
+            return "ignored"  # numbers that a view takes
+        if target in _CONCATENATE:
+            return "concatenation"
+        if target is F.pad:
+            return "padding"
+        if target is F.interpolate:
+            return "upsampling"
         if target in _POOLS:
             kind, names = _POOLS[target]  # type: ignore[index]
             arguments = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+            arguments.pop("return_indices", None)
             self.module = kind(**arguments)
             return "max_pool" if isinstance(self.module, MAX_POOLS) else "mean_pool"
         if target in _MEAN and self._over_space():
@@ -159,12 +193,82 @@ class Operation:
         dims = dims if isinstance(dims, tuple | list) else (dims,)
         return rank in (3, 4) and {d % rank for d in dims} == set(range(2, rank))
 
+    def joined(self) -> list[fx.Node]:
+        """The calls whose outputs a concatenation takes, in order.
+
+        Raises:
+            ExportError: they are not joined along the channels.
+        """
+        rank = len(shape_of(self.node)) + 1
+        tensors, dim = self._arguments(("tensors", "dim"), (None, 0))
+        dim = self.node.kwargs.get("axis", dim)
+        if not isinstance(dim, int) or dim % rank != 1:
+            raise ExportError(
+                f"{self.name} concatenates along dimension {dim}; only channels, dimension 1, can be"
+            )
+        return list(tensors)
+
+    def padding(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Zeros before and after each spatial dimension.
+
+        Raises:
+            ExportError: what it adds is not zeros around the spatial dimensions.
+        """
+        rank = len(shape_of(self.node)) - 1
+        if self.module is not None:
+            module: Any = self.module
+            pads, mode, value = module.padding, "constant", module.value
+        else:
+            pads, mode, value = self._arguments(("pad", "mode", "value"), (None, "constant", 0), 1)
+        pads = [*pads, *[0] * (2 * rank - len(pads))]
+        whole = all(isinstance(p, int) and p >= 0 for p in pads)
+        if mode != "constant" or value or len(pads) > 2 * rank or not whole:
+            raise ExportError(
+                f"{self.name} pads with mode {mode!r}, value {value} and sizes {tuple(pads)}; only "
+                "zeros around the spatial dimensions can be exported"
+            )
+        return tuple(pads[-2::-2]), tuple(pads[::-2])
+
+    def repetitions(self) -> tuple[int, ...]:
+        """How often an upsampling repeats each element along each spatial dimension.
+
+        Raises:
+            ExportError: it is not to the nearest neighbour, or not by whole factors.
+        """
+        if self.module is not None:
+            mode = str(self.module.mode)
+        else:
+            names = ("size", "scale_factor", "mode")
+            mode = str(self._arguments(names, (None, None, "nearest"), 1)[2])
+        before, after = shape_of(self.node.all_input_nodes[0])[1:], shape_of(self.node)[1:]
+        if mode != "nearest" or any(b % a for a, b in zip(before, after, strict=True)):
+            raise ExportError(
+                f"{self.name} upsamples {before} to {after} with mode {mode!r}; only whole factors with "
+                "mode 'nearest' can be exported"
+            )
+        return tuple(b // a for a, b in zip(before, after, strict=True))
+
+    def _arguments(
+        self, names: tuple[str, ...], defaults: tuple[Any, ...], skip: int = 0
+    ) -> tuple[Any, ...]:
+        """The arguments of a function by name, after ``skip`` that come first."""
+        given = dict(zip(names, self.node.args[skip:], strict=False)) | self.node.kwargs
+        return tuple(given.get(n, d) for n, d in zip(names, defaults, strict=True))
+
     def _refuse(self, what: str) -> str:
+        advice = "Replace it, or leave it out of the exported part of the model"
+        advice = _ADVICE.get(what.removeprefix("the call of "), advice)
+        stack = list((self.node.meta.get("nn_module_stack") or {}).values())
+        inside = f" in {stack[-1][0]}" if self.node.op != "call_module" and stack else ""
         raise ExportError(
-            f"{self.name}: {what} has no integer counterpart here; networks of Linear, Conv1d, Conv2d, "
-            "BatchNorm, quantized activations, additions, max and mean pools and reshapes can be "
-            "exported. Replace it, or leave it out of the exported part of the model"
+            f"{self.name}{inside}: {what} has no integer counterpart here; networks of Linear, Conv1d, "
+            "Conv2d, ConvTranspose, BatchNorm, quantized activations, additions, concatenations, max "
+            f"and mean pools, zero padding, nearest upsampling and reshapes can be exported. {advice}"
         )
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return hasattr(node.meta.get("tensor_meta"), "shape")
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
@@ -181,6 +285,14 @@ def convolution_window(name: str, module: nn.Module) -> Window | None:
     Raises:
         ExportError: the padding is not of zeros, or not the same on both sides.
     """
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d):
+        return Window(
+            stride=tuple(module.stride),
+            padding=tuple(module.padding),  # type: ignore[arg-type]
+            dilation=tuple(module.dilation),
+            groups=module.groups,
+            transposed=True,
+        )
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return None
     padding = module.padding
@@ -190,7 +302,7 @@ def convolution_window(name: str, module: nn.Module) -> Window | None:
         total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         if any(t % 2 for t in total):
             raise ExportError(
-                f"{name}: padding='same' of an even kernel is lopsided; pad with numbers"
+                f"{name}: padding='same' of an even kernel is lopsided; use padding=0 after a ZeroPad2d"
             )
         padding = tuple(t // 2 for t in total)
     if module.padding_mode != "zeros":
@@ -215,7 +327,7 @@ def pool_window(
     """
     rank = len(shape) - 1
     advice = "choose sizes that divide evenly, without ceil_mode"
-    if isinstance(module, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d):
+    if isinstance(module, _ADAPTIVE):
         size = _tuple(module.output_size, rank)
         sizes = [n if s is None else s for s, n in zip(size, shape[1:], strict=True)]
         if any(n % s for s, n in zip(sizes, shape[1:], strict=True)):

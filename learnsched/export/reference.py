@@ -32,6 +32,18 @@ class IntegerReference:
         graph: the layers.
         manifest: the manifest, as read.
         vectors: codes of the inputs and accumulators of the outputs that the folder holds.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torch import nn
+        >>> from learnsched import export_ternary, finalize_, integer_reference, quantize_, ternary
+        >>> from learnsched.export import QuantizedInput
+        >>> net = nn.Sequential(QuantizedInput(0.05), nn.Linear(8, 4, bias=False))
+        >>> folder, x = tempfile.mkdtemp(), torch.randn(20, 8)
+        >>> export_ternary(finalize_(quantize_(net, ternary())), x, folder)
+        >>> reference = integer_reference(folder)
+        >>> reference(x.numpy()).dtype.name, reference.layers(x.numpy())["output"].dtype.name
+        ('float32', 'int32')
     """
 
     def __init__(
@@ -114,23 +126,29 @@ def run(graph: g.Graph, x: NDArray[Any]) -> dict[str, NDArray[Any]]:
     Args:
         graph: from integers to a :class:`~learnsched.export.graph.Decode`, without real operations.
         x: real inputs, shape ``(samples, ...)``; or integers, which are taken for the codes of the
-            input's quantizer.
+            input's quantizer, in the shape that it puts out.
 
     Returns:
-        int32 arrays by node name; float32 for the input and the decoded output.
+        int32 arrays by node name; float32 for the input and the decoded output. Given codes, of the
+        nodes from there on.
 
     Raises:
         ValueError: the input does not have the network's shape, or codes are out of range.
     """
     x = np.asarray(x)
-    first = graph.nodes[0]
+    coded = np.issubdtype(x.dtype, np.integer)
+    first = next(node for node in graph if isinstance(node, g.Quantize if coded else g.Input))
     if x.shape[1:] != first.shape:
         raise ValueError(
-            f"the network takes inputs of shape (samples, {', '.join(map(str, first.shape))}), "
-            f"got {x.shape}"
+            f"the network takes {'codes' if coded else 'inputs'} of shape "
+            f"(samples, {', '.join(map(str, first.shape))}), got {x.shape}"
         )
-    parts = [_run(graph, x[i : i + _CHUNK]) for i in range(0, max(len(x), 1), _CHUNK)]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if isinstance(first, g.Quantize) and not np.isin(x, first.levels.integers).all():
+        raise ValueError(
+            f"integer inputs must be codes from {first.levels.integers[0]} to "
+            f"{first.levels.integers[-1]}; pass real inputs as float32"
+        )
+    return propagate(graph, {first.name: x.astype(np.int32) if coded else x})
 
 
 def integers(graph: g.Graph, x: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -139,12 +157,27 @@ def integers(graph: g.Graph, x: NDArray[Any]) -> dict[str, NDArray[Any]]:
     return {**found, graph.output.name: found[graph.output.inputs[0]]}
 
 
-def _run(graph: g.Graph, x: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    values: dict[str, NDArray[Any]] = {graph.nodes[0].name: x}
-    for node in graph.nodes[1:]:
-        inputs = [values[name] for name in node.inputs]
-        values[node.name] = _COMPUTE[type(node)](node, *inputs)
-    return values
+def propagate(graph: g.Graph, known: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The output of every node that follows from known ones without operations on real numbers.
+
+    Args:
+        graph: any.
+        known: outputs of nodes, by name, all of as many samples.
+
+    Returns:
+        outputs by node name, the known ones among them.
+    """
+    count = max(len(values) for values in known.values())
+    parts = []
+    for start in range(0, max(count, 1), _CHUNK):
+        values = {name: array[start : start + _CHUNK] for name, array in known.items()}
+        for node in graph:
+            ready = type(node) in _COMPUTE and all(name in values for name in node.inputs)
+            if ready and node.name not in values:
+                inputs = [values[name] for name in node.inputs]
+                values[node.name] = _COMPUTE[type(node)](node, *inputs)
+        parts.append(values)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _reshape(node: g.Reshape, x: NDArray[Any]) -> NDArray[Any]:
@@ -152,13 +185,6 @@ def _reshape(node: g.Reshape, x: NDArray[Any]) -> NDArray[Any]:
 
 
 def _quantize(node: g.Quantize, x: NDArray[Any]) -> Codes:
-    if np.issubdtype(x.dtype, np.integer):
-        if not np.isin(x, node.levels.integers).all():
-            raise ValueError(
-                f"integer inputs must be codes from {node.levels.integers[0]} to "
-                f"{node.levels.integers[-1]}; pass real inputs as float32"
-            )
-        return x.astype(np.int32)
     scaled = x.astype(np.float32) / np.float32(node.scale)
     code = np.searchsorted(np.asarray(node.thresholds, np.float32), scaled.ravel(), side="right")
     return np.asarray(node.levels.integers, np.int32)[code].reshape(x.shape)
@@ -169,6 +195,8 @@ def _product(node: g.Product, x: Codes) -> Codes:
     if node.window is None:
         return x @ weight.T
     window = node.window
+    if window.transposed:
+        x, weight, window = _spread(x, weight, window, node.shape)
     columns = unfold(x, weight.shape[2:], window, fill=0)
     spatial = columns.shape[2 : 2 + len(weight.shape[2:])]
     inputs, outputs = weight.shape[1], len(weight) // window.groups
@@ -179,6 +207,38 @@ def _product(node: g.Product, x: Codes) -> Codes:
         rows = weight[index * outputs : (index + 1) * outputs].reshape(outputs, -1)
         results.append((part @ rows.T).reshape(len(x), *spatial, outputs))
     return np.ascontiguousarray(np.moveaxis(np.concatenate(results, -1), -1, 1))
+
+
+def _spread(
+    x: Codes, weight: Codes, window: g.Window, shape: tuple[int, ...]
+) -> tuple[Codes, Codes, g.Window]:
+    """A transposed convolution as a convolution: of inputs with zeros between and around them.
+
+    Args:
+        x: its input.
+        weight: output channels first.
+        window: of the transposed convolution.
+        shape: of its output, without the batch dimension.
+    """
+    stride, dilation, rank = window.stride, window.dilation, len(window.stride)
+    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
+    spread = np.zeros((*x.shape[:2], *sizes), np.int32)
+    spread[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = x
+    around = [(0, 0), (0, 0)]
+    inside = [slice(None), slice(None)]
+    dimensions = zip(sizes, shape[1:], weight.shape[2:], dilation, window.padding, strict=True)
+    for size, out, k, d, cut in dimensions:
+        reach = d * (k - 1)
+        before, whole = reach - cut, out + reach
+        # What is cut off beyond the zeros is cut off the inputs.
+        around.append((max(before, 0), max(whole - before - size, 0)))
+        start = max(-before, 0)
+        inside.append(slice(start, start + whole))
+    flipped = np.flip(weight, axis=tuple(range(2, 2 + rank)))
+    plain = g.Window(
+        stride=(1,) * rank, padding=(0,) * rank, dilation=dilation, groups=window.groups
+    )
+    return np.pad(spread, around)[tuple(inside)], flipped, plain
 
 
 def _threshold(node: g.Threshold, x: Codes, other: Codes | None = None) -> Codes:
@@ -199,7 +259,22 @@ def _max_pool(node: g.MaxPool, x: Codes) -> Codes:
 
 def _sum_pool(node: g.SumPool, x: Codes) -> Codes:
     windows = unfold(x, node.kernel, node.window, fill=0)
-    return windows.sum(axis=tuple(range(-len(node.kernel), 0)), dtype=np.int32)
+    axes = tuple(range(-len(node.kernel), 0))
+    return windows.mean(axis=axes) if node.mean else windows.sum(axis=axes, dtype=np.int32)
+
+
+def _concat(node: g.Concat, *parts: Codes) -> Codes:
+    return np.concatenate(parts, axis=1)
+
+
+def _pad(node: g.Pad, x: Codes) -> Codes:
+    return np.pad(x, [(0, 0), (0, 0), *zip(node.before, node.after, strict=True)])
+
+
+def _repeat(node: g.Repeat, x: Codes) -> Codes:
+    for axis, times in enumerate(node.times, start=2):
+        x = np.repeat(x, times, axis=axis)
+    return x
 
 
 def _decode(node: g.Decode, x: Codes) -> NDArray[np.float32]:
@@ -249,5 +324,8 @@ _COMPUTE: Mapping[type[g.Node], Callable[..., NDArray[Any]]] = {
     g.Threshold: _threshold,
     g.MaxPool: _max_pool,
     g.SumPool: _sum_pool,
+    g.Concat: _concat,
+    g.Pad: _pad,
+    g.Repeat: _repeat,
     g.Decode: _decode,
 }

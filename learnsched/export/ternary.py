@@ -74,6 +74,14 @@ def export_ternary(model: nn.Module, example_input: Tensor, folder: str | os.Pat
     write_folder(Path(folder), files.content, described)
 
 
+def _origins(graph: g.Graph, node: g.Node) -> list[g.Node]:
+    """What a node reads, behind reshapes."""
+    found = []
+    for source in (graph[name] for name in node.inputs):
+        found += _origins(graph, source) if isinstance(source, g.Reshape) else [source]
+    return found
+
+
 def _check_integer(graph: g.Graph) -> None:
     for node in graph:
         if isinstance(node, g.RealProduct):
@@ -88,11 +96,22 @@ def _check_integer(graph: g.Graph) -> None:
             )
         if isinstance(node, g.REAL):
             raise ExportError(
-                f"{node.name} computes with real numbers, since no quantized activation decides what "
-                "becomes of them; quantize the activation after it, or use export_qonnx or export_onnx"
+                f"{node.name} computes with real numbers, since no quantized activation comes right "
+                "after it. What becomes thresholds stands between a layer and its quantized activation "
+                "(a module, so that quantize_ finds it): batch norms and one addition of two tensors. "
+                "Put pools and concatenations behind the activation, or use export_qonnx or export_onnx"
             )
-        if isinstance(node, g.SumPool | g.MaxPool | g.Reshape) and isinstance(
-            graph[node.inputs[0]], g.Decode
+        if (
+            isinstance(node, g.STRUCTURAL)
+            and not isinstance(node, g.Reshape)
+            and any(isinstance(source, g.Input) for source in _origins(graph, node))
+        ):
+            raise ExportError(
+                f"{node.name} comes before the input is quantized; put learnsched.export.QuantizedInput "
+                "ahead of it"
+            )
+        if isinstance(node, g.STRUCTURAL) and any(
+            isinstance(graph[name], g.Decode) for name in node.inputs
         ):
             raise ExportError(f"{node.name} comes after the last quantized layer; leave it out")
     if not isinstance(graph.output, g.Decode) or sum(isinstance(n, g.Quantize) for n in graph) != 1:

@@ -30,6 +30,7 @@ from learnsched.export.values import (
     Real,
     Value,
     integer_levels,
+    joined,
     weight_integers,
     weight_levels,
 )
@@ -38,6 +39,8 @@ from learnsched.modules import ActivationQuantizer
 
 # float32 holds every integer up to here, so that a float convolution of integers is exact.
 EXACT = 2**24
+# A mean of float32 is off by few roundings: up to here, its sum is the integer next to it.
+_EXACT_MEAN = 2**21
 
 
 def trace(model: nn.Module, example_input: Tensor) -> g.Graph:
@@ -128,6 +131,9 @@ class Translation:
                 "product": self._product,
                 "max_pool": self._max_pool,
                 "mean_pool": self._mean_pool,
+                "concatenation": self._concatenation,
+                "padding": self._padding,
+                "upsampling": self._upsampling,
                 "quantizer": self._quantizer,
             }[operation.kind](operation)
             self.calls.values[call] = value
@@ -205,14 +211,15 @@ class Translation:
         if len(shape) != rank:
             raise ExportError(
                 f"{name} takes inputs of {rank + 1} dimensions here, the batch first, "
-                f"got {len(shape) + 1}"
+                f"got {len(shape) + 1}; flatten all but the batch ahead of it, or for a Linear along "
+                "the last of several dimensions use a convolution of kernel size 1, channels first"
             )
         value = self.calls.value(operation.node.all_input_nodes[0])
         weights = self.weights.get(module)
         levels = weight_levels(module, weights)
         if weights is None or levels is None or not isinstance(value, Integer) or not value.plain:
             return Real(self.nodes.product(operation, weights, window))
-        weight, scale = weight_integers(weights, levels)
+        weight, scale = weight_integers(module, weights, levels)
         low, high = _reach(name, weight, value, window)
         fields = {"weight": weight, "levels": levels, "window": window, "low": low, "high": high}
         node = self.nodes.add(g.Product, name, (value.node,), shape, **fields)
@@ -220,15 +227,13 @@ class Translation:
         return Integer(node, scale * value.scale, bias, low, high)
 
     def _max_pool(self, operation: Operation) -> Value:
-        source, shape = operation.node.all_input_nodes[0], shape_of(operation.node)
+        source = operation.node.all_input_nodes[0]
         kernel, window = pool_window(operation.name, operation.module, shape_of(source))
-        fields = {"kernel": kernel, "window": window}
         value = self.calls.value(source)
-        if isinstance(value, Integer):
-            name = self.nodes.add(g.MaxPool, operation.name, (value.node,), shape, **fields)
-            return Integer(name, value.scale, value.bias, value.low, value.high)
-        real = self.nodes.real(source)
-        return Real(self.nodes.add(g.MaxPool, operation.name, (real,), shape, **fields))
+        name = self._structural(g.MaxPool, operation, value, kernel=kernel, window=window)
+        if not isinstance(value, Integer):
+            return Real(name)
+        return Integer(name, value.scale, value.bias, value.low, value.high)
 
     def _mean_pool(self, operation: Operation) -> Value:
         source, shape = operation.node.all_input_nodes[0], shape_of(operation.node)
@@ -251,7 +256,52 @@ class Translation:
         low, high = value.low * count, value.high * count
         if padded:
             low, high = np.minimum(low, 0), np.maximum(high, 0)
+        largest = int(np.maximum(-low, high).max())
+        if largest > _EXACT_MEAN:
+            raise ExportError(
+                f"{operation.name}: its sums reach {largest}, so that a float32 mean may miss them "
+                "(2^21); pool after the activation, or in two steps"
+            )
         return Integer(name, value.scale / count, value.bias, low, high)
+
+    def _concatenation(self, operation: Operation) -> Value:
+        given, shape = operation.joined(), shape_of(operation.node)
+        values = [self.calls.value(source) for source in given]
+        integers = [value for value in values if isinstance(value, Integer)]
+        if len(integers) < len(values):
+            real = tuple(self.nodes.real(source) for source in given)
+            return Real(self.nodes.add(g.Concat, operation.name, real, shape))
+        names = tuple(value.node for value in integers)
+        node = self.nodes.add(g.Concat, operation.name, names, shape)
+        return joined(node, integers, [shape_of(source)[0] for source in given])
+
+    def _padding(self, operation: Operation) -> Value:
+        source = operation.node.all_input_nodes[0]
+        before, after = operation.padding()
+        value = self.calls.value(source)
+        if isinstance(value, Integer) and value.bias is not None:
+            raise ExportError(f"{operation.name} pads what has a bias; pad after the activation")
+        name = self._structural(g.Pad, operation, value, before=before, after=after)
+        if not isinstance(value, Integer):
+            return Real(name)
+        low, high = np.minimum(value.low, 0), np.maximum(value.high, 0)
+        return Integer(name, value.scale, None, low, high)
+
+    def _upsampling(self, operation: Operation) -> Value:
+        value = self.calls.value(operation.node.all_input_nodes[0])
+        name = self._structural(g.Repeat, operation, value, times=operation.repetitions())
+        if not isinstance(value, Integer):
+            return Real(name)
+        return Integer(name, value.scale, value.bias, value.low, value.high)
+
+    def _structural(
+        self, kind: type[g.Node], operation: Operation, value: Value, **fields: Any
+    ) -> str:
+        """A node that computes with integers or real numbers as they come."""
+        source = operation.node.all_input_nodes[0]
+        given = value.node if isinstance(value, Integer) else self.nodes.real(source)
+        shape = shape_of(operation.node)
+        return self.nodes.add(kind, operation.name, (given,), shape, **fields)
 
     def _quantizer(self, operation: Operation) -> Value:
         module: Any = operation.module
@@ -318,7 +368,7 @@ def _reach(
 ) -> tuple[g.Integers, g.Integers]:
     """The least and greatest sums that a weight can make of its inputs."""
     low, high = int(value.low.min()), int(value.high.max())
-    if window is not None and any(window.padding):
+    if window is not None and (window.transposed or any(window.padding)):
         low, high = min(low, 0), max(high, 0)
     flat = weight.reshape(len(weight), -1)
     ends = np.stack([flat * low, flat * high])

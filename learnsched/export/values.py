@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,23 @@ class Integer:
         return value if self.bias is None else value + self.bias
 
 
+def joined(node: str, values: Sequence[Integer], channels: Sequence[int]) -> Integer:
+    """Integer tensors one after the other along the channels, the output of ``node``."""
+
+    def whole(parts: list[NDArray[Any]]) -> NDArray[Any]:
+        every = [np.broadcast_to(p, n) for p, n in zip(parts, channels, strict=True)]
+        return np.concatenate(every)
+
+    scale = whole([value.scale for value in values])
+    if all(value.plain for value in values) and (scale == scale[0]).all():
+        scale = np.asarray(scale[0])
+    bias = None
+    if any(value.bias is not None for value in values):
+        bias = whole([np.zeros(()) if v.bias is None else v.bias for v in values])
+    low, high = whole([v.low for v in values]), whole([v.high for v in values])
+    return Integer(node, scale, bias, low, high)
+
+
 @dataclass(frozen=True)
 class Real:
     """A real tensor: the output of the node."""
@@ -81,8 +99,18 @@ def weight_levels(module: nn.Module, weights: IntegerWeights | None) -> g.Intege
     return integer_levels(weights.values, quantizer.levels.name)
 
 
-def weight_integers(weights: IntegerWeights, levels: g.IntegerLevels) -> tuple[g.Integers, Doubles]:
-    """A weight's integers, and the scale of each channel."""
-    integers = np.array(levels.integers, dtype=np.int64)[weights.codes.numpy()]
-    scale = weights.scale.double().numpy().reshape(-1) * levels.unit
-    return integers, np.broadcast_to(scale, len(integers)).copy()
+def channels_first(module: nn.Module, weight: NDArray[Any]) -> NDArray[Any]:
+    """A layer's weight, shape ``(channels, inputs / groups, ...)`` whatever the layer."""
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d):
+        return g.swap_channels(weight, module.groups)
+    return weight
+
+
+def weight_integers(
+    module: nn.Module, weights: IntegerWeights, levels: g.IntegerLevels
+) -> tuple[g.Integers, Doubles]:
+    """A weight's integers, output channels first, and the scale of each channel."""
+    codes = channels_first(module, weights.codes.numpy())
+    scales = np.broadcast_to(weights.scale.double().numpy(), weights.codes.shape)
+    scale = channels_first(module, scales).reshape(len(codes), -1)[:, 0] * levels.unit
+    return np.array(levels.integers, dtype=np.int64)[codes], scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,10 +20,6 @@ class QuantizationCallback(Callback):
         **options: further arguments of :class:`~learnsched.scheduler.QuantizationScheduler`;
             ``epochs`` is the trainer's ``max_epochs`` if omitted.
 
-    Raises:
-        ValueError: neither ``epochs`` nor ``max_epochs`` is given, or the model is not quantized.
-        KeyError: a metric that the policy needs was not logged.
-
     Example:
         >>> from learnsched.policies import StraightThrough
         >>> callback = QuantizationCallback(StraightThrough())  # for Trainer(callbacks=[callback])
@@ -30,40 +27,36 @@ class QuantizationCallback(Callback):
 
     def __init__(self, policy: Policy, metric: str = "train_loss", **options: Any) -> None:
         self.policy, self.metric, self.options = policy, metric, options
-        self.scheduler: QuantizationScheduler | None = None
+        self.scheduler: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the scheduler, before a checkpoint is loaded."""
         if stage == "fit" and self.scheduler is None:
-            epochs = self.options.get("epochs", trainer.max_epochs)
-            if epochs is None or epochs < 1:
+            options = {"epochs": trainer.max_epochs, **self.options}
+            if options["epochs"] in (None, -1):
                 raise ValueError("give the Trainer max_epochs, or the callback epochs")
-            options = {**self.options, "epochs": epochs}
             self.scheduler = QuantizationScheduler(pl_module, self.policy, **options)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights in their place after each step of the optimizers."""
         for optimizer in trainer.optimizers:
-            self._scheduler.watch(optimizer)
+            self.scheduler.watch(optimizer)
+        if trainer.ckpt_path and self.scheduler.epoch == trainer.current_epoch - 1:
+            # Saved after the last batch of an epoch, whose end Lightning does not come back to.
+            self.scheduler.step({"train_loss": math.nan})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Step, with the mean of the loss over processes."""
         loss = trainer.callback_metrics.get(self.metric)
         if loss is not None:
             loss = trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
-        self._scheduler.step({} if loss is None else {"train_loss": loss})
+        self.scheduler.step({} if loss is None else {"train_loss": loss})
 
     def state_dict(self) -> dict[str, Any]:
         """The scheduler's state."""
-        return {} if self.scheduler is None else self.scheduler.state_dict()
+        return self.scheduler.state_dict() if self.scheduler else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the state was taken."""
-        if self.scheduler is not None and state_dict:
+        if self.scheduler:
             self.scheduler.load_state_dict(state_dict)
-
-    @property
-    def _scheduler(self) -> QuantizationScheduler:
-        if self.scheduler is None:
-            raise RuntimeError("the callback has no scheduler before Trainer.fit")
-        return self.scheduler

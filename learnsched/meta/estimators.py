@@ -94,6 +94,18 @@ class Unrolled:
 
     Raises:
         ValueError: the damping leaves [0, 1].
+
+    Example:
+        >>> from learnsched.data import load
+        >>> from learnsched.meta.tasks import Task
+        >>> from learnsched.policies import LearnedPolicy, MetaNetwork
+        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
+        ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
+        >>> inner = task.build(load("digits"))
+        >>> rollout = policy_rollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
+        >>> estimate = Unrolled(damping=0.5)(inner, rollout)
+        >>> estimate.gradient.shape  # epochs, members, layers, fields
+        torch.Size([2, 2, 2, 7])
     """
 
     damping: float = 1.0
@@ -152,6 +164,18 @@ def run_forward(
         states at the start of every epoch and at the end, ``horizon + 1`` of them; settings, shape
         ``(horizon, members, layers, len(FIELDS))``, attached to the rollout's graph; mean training
         losses of the epochs.
+
+    Example:
+        >>> from learnsched.data import load
+        >>> from learnsched.meta.tasks import Task
+        >>> from learnsched.policies import LearnedPolicy, MetaNetwork
+        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
+        ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
+        >>> inner = task.build(load("digits"))
+        >>> rollout = policy_rollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
+        >>> states, settings, losses = run_forward(inner, rollout)
+        >>> len(states), settings.shape, losses[0].shape
+        (3, torch.Size([2, 2, 2, 7]), torch.Size([2]))
     """
     states = [inner.initial()]
     rows: list[Tensor] = []
@@ -178,7 +202,20 @@ def terminal_settings(settings: Tensor, run: RunInfo, epoch: int) -> Tensor:
 
 
 def policy_rollout(policy: LearnedPolicy, run: RunInfo, members: int) -> Rollout:
-    """The settings of a learned policy for runs that are trained together; epoch 0 starts anew."""
+    """The settings of a learned policy for runs that are trained together; epoch 0 starts anew.
+
+    Example:
+        >>> from learnsched.data import load
+        >>> from learnsched.meta.tasks import Task
+        >>> from learnsched.policies import LearnedPolicy, MetaNetwork
+        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
+        ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
+        >>> inner = task.build(load("digits"))
+        >>> rollout = policy_rollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
+        >>> settings = rollout(0, inner.telemetry(inner.initial(), []))
+        >>> settings.shape, settings.requires_grad  # members, layers, fields
+        (torch.Size([2, 2, 7]), True)
+    """
     state: dict[str, Tensor] = {}
 
     def rollout(epoch: int, telemetry: Telemetry) -> Tensor:

@@ -53,6 +53,19 @@ class EvolutionStrategies:
 
     Source:
         Salimans et al. 2017 (arXiv:1703.03864), Metz et al. 2019 (arXiv:1810.10180).
+
+    Example:
+        >>> from learnsched.data import load
+        >>> from learnsched.meta.estimators import policy_rollout
+        >>> from learnsched.meta.tasks import Task
+        >>> from learnsched.policies import LearnedPolicy, MetaNetwork
+        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
+        ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
+        >>> inner = task.build(load("digits"))
+        >>> rollout = policy_rollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
+        >>> estimate = EvolutionStrategies(pairs=2)(inner, rollout)
+        >>> estimate.gradient.shape  # epochs, members, layers, fields
+        torch.Size([2, 2, 2, 7])
     """
 
     pairs: int = 16

@@ -20,6 +20,10 @@ class Preset:
         trainer: mix, validation tasks and outer optimizer.
         base: the hand-coded curve that training starts from.
         estimator: what gives meta-gradients.
+
+    Example:
+        >>> PRESETS["quick"].steps, PRESETS["quick"].domain.horizon
+        (12, (6, 8))
     """
 
     steps: int

@@ -60,6 +60,15 @@ class Task:
         seed: of initial weights, order of the data, and held-out batches.
         runs: how many seeds the members have; member i has the seed of member ``i % runs``. All
             differ if 0.
+
+    Example:
+        >>> from learnsched.data import load
+        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=3, steps=2, batch=16,
+        ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
+        >>> task.name
+        'digits mlp 2×4, ternary/2-bit, 3×2 steps'
+        >>> task.build(load("digits")).run.horizon
+        3
     """
 
     family: str
@@ -228,6 +237,13 @@ class Mix:
         fine_tuning: probability to start from a float network.
         members: members of a task.
         tasks: tasks of an outer step.
+
+    Example:
+        >>> mix = Mix(architectures=(("digits", "mlp", (8,), (2, 3)),), horizons=(4, 6),
+        ...           total_steps=(20, 60), batches=(32,), bits=(("ternary/2-bit", 1.0),),
+        ...           learning_rates=(0.005, 0.05), fine_tuning=0.2, members=8, tasks=2)
+        >>> [task.family for task in mix.sample(seed=0, outer_step=3)]
+        ['mlp', 'mlp']
     """
 
     architectures: tuple[tuple[str, str, tuple[int, ...], tuple[int, ...]], ...]

@@ -48,6 +48,12 @@ class TrainerConfig:
         average: decay of the exponential average of the meta-parameters.
         clip: largest norm of one member's gradient, in running medians of such norms.
         validate_every: outer steps between validations.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from learnsched.meta.presets import PRESETS
+        >>> replace(PRESETS["quick"].trainer, learning_rate=0.001, validate_every=2).validate_every
+        2
     """
 
     mix: Mix
@@ -80,6 +86,21 @@ class MetaTrainer:
     Raises:
         FileExistsError: the folder holds a run of another configuration.
         ValueError: the folder's checkpoint is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> from dataclasses import replace
+        >>> from learnsched.meta.presets import PRESETS
+        >>> from learnsched.policies import MetaNetwork
+        >>> config = PRESETS["quick"].trainer
+        >>> mix = replace(config.mix, architectures=(("digits", "mlp", (4,), (2,)),), horizons=(2,),
+        ...               total_steps=(4, 4), members=2, tasks=1)
+        >>> config = replace(config, mix=mix, validation=(), validate_every=9)
+        >>> policy = LearnedPolicy(MetaNetwork())
+        >>> trainer = MetaTrainer(policy, config, tempfile.mkdtemp(), config.load_data())
+        >>> trainer.run(steps=1)
+        >>> trainer.log[0]["step"]
+        1
     """
 
     def __init__(

@@ -213,8 +213,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     entry = _metadata(data).get("card")
     if not isinstance(entry, str):
         raise ArtefactError(
-            f"{path} holds no card; if it was made by learnsched 0.1 before format {FORMAT_VERSION}, "
-            f"put its card into it with python -m learnsched.pretrained.embed_card {path}"
+            f"{path} holds no card: it is no artefact of learnsched, or one of format 1; train it again"
         )
     checksum, _, text = entry.partition("\n")
     if checksum != _sha256(text):

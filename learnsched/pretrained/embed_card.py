@@ -1,4 +1,4 @@
-"""Put the card beside an artefact into it: for files of format 1, and for cards edited by hand.
+"""Put the card beside an artefact into it, after it was edited by hand.
 
     python -m learnsched.pretrained.embed_card PATH.safetensors
 
@@ -9,7 +9,6 @@ becomes the artefact's card.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,15 +40,12 @@ def embed_card(path: str | Path) -> Path:
         OSError: a file is missing or cannot be written.
     """
     path = Path(path)
-    data = read_limited(path)
     where = path.with_suffix(".json")
     card = parse_card(read_limited(where).decode("utf-8", "replace"), where)
     if card.get("feature_schema") != FEATURE_SCHEMA:
         raise ArtefactError(f"{path} is of another feature schema; train it again")
-    tensors = parse_tensors(data, path)
-    # Format 1 has the SHA-256 of the file, later ones that of the tensors.
-    found = hashlib.sha256(data).hexdigest() if card.get("format") == 1 else digest(tensors)
-    if card.get("sha256") != found:
+    tensors = parse_tensors(read_limited(path), path)
+    if card.get("sha256") != digest(tensors):
         raise ArtefactError(f"{path} does not hold the tensors that {where.name} describes")
     return save_artefact(policy_of(card, tensors, path), path, card)
 
