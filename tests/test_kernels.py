@@ -382,7 +382,12 @@ def test_autocast_leaves_the_quantizer_in_single_precision(noise):
 
 
 def network():
-    layers = [torch.nn.Linear(8, 6), torch.nn.BatchNorm1d(6), torch.nn.ReLU(), torch.nn.Linear(6, 3)]
+    layers = [
+        torch.nn.Linear(8, 6),
+        torch.nn.BatchNorm1d(6),
+        torch.nn.ReLU(),
+        torch.nn.Linear(6, 3),
+    ]
     model = ls.quantize_(torch.nn.Sequential(*layers), ternary(), unsigned(2), skip=())
     for name, buffer in model.named_buffers():
         if name.endswith("forward_std"):
