@@ -150,35 +150,34 @@ def level_probabilities(
 class _Elementwise(torch.autograd.Function):
     """Elementwise in its first tensors; a vmap only puts the mapped dimension first."""
 
+    # how many tensors have the shape of the result
+    full = 1
+
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        return _apply(cls, _aligned(info.batch_size, in_dims, args)), 0
-
-
-def _aligned(batch: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with the mapped dimension first and as many others each, as broadcasting needs."""
-    mapped = zip(args, in_dims, strict=True)
-    rank = max(a.dim() - (d is not None) for a, d in mapped if isinstance(a, Tensor))
-
-    def aligned(arg: Any, dim: int | None) -> Any:
-        if not isinstance(arg, Tensor) or dim is None:
-            return arg
-        arg = arg.movedim(dim, 0)
-        return arg.reshape(len(arg), *[1] * (rank - arg.dim() + 1), *arg.shape[1:])
-
-    first, *rest = (aligned(a, d) for a, d in zip(args, in_dims, strict=True))
-    if in_dims[0] is None:  # the result has the shape of the first tensor
-        first = first.expand(batch, *first.shape)
-    return first, *rest
+        return _apply(cls, kernels.aligned(info.batch_size, in_dims, args, cls.full)), 0
 
 
 def _apply(function: Any, args: tuple[Any, ...]) -> Tensor:
     """``function.apply`` without its search for default arguments, longer than a small layer takes."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        if _inside_gradient():
+            # Traced there, a Function would lose its backward without a word: leave it to eager.
+            torch._dynamo.graph_break()
         result: Tensor = function.apply(*args)
+    elif torch._C._are_functorch_transforms_active():
+        result = function.apply(*args)
     else:
         result = super(torch.autograd.Function, function).apply(*args)
     return result
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _inside_gradient() -> bool:
+    """Whether a gradient of torch.func is being traced."""
+    interpreters = torch._C._functorch.get_interpreter_stack() or []
+    kinds = torch._C._functorch.TransformType
+    return any(i.key() in (kinds.Grad, kinds.Jvp) for i in interpreters)
 
 
 def _mapped(function: Any, args: tuple[Any, ...]) -> Tensor:
@@ -201,7 +200,7 @@ def _mapped(function: Any, args: tuple[Any, ...]) -> Tensor:
         return function.apply(*args)
     batch = unwrapped[0].shape[dims[0]]
     with temporarily_pop_interpreter_stack():
-        result = _apply(function, _aligned(batch, tuple(dims), tuple(unwrapped)))
+        result = _apply(function, kernels.aligned(batch, tuple(dims), tuple(unwrapped), 1))
     return torch._C._functorch._add_batch_dim(result, 0, level)
 
 
@@ -258,6 +257,8 @@ class _AnnealedQuantize(_Elementwise):
 class _TimesSlope(_Elementwise):
     """``grad`` times the derivative of the expectation in x."""
 
+    full = 2
+
     @staticmethod
     def forward(
         grad: Tensor,
@@ -313,7 +314,7 @@ class _StdSlope(torch.autograd.Function):
         if in_dims[2] is None:  # each member of the batch has a sum of its own
             std = std.expand(info.batch_size, *std.shape)
             in_dims = (*in_dims[:2], 0, *in_dims[3:])
-        aligned = _aligned(info.batch_size, in_dims, (grad, x, std, *rest))
+        aligned = kernels.aligned(info.batch_size, in_dims, (grad, x, std, *rest), 2)
         return _apply(cls, aligned).reshape(info.batch_size, *shape), 0
 
 

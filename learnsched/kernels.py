@@ -73,9 +73,9 @@ def slope(
     if x.dtype in _HALF:
         wide = slope(grad.float(), x.float(), levels, std, mean, noise, scale)
         return wide.to(x.dtype)
-    if (call := _call(x, levels, std, mean, noise, scale)) is not None:
+    if (call := _call(x, levels, std, mean, noise, scale, grad)) is not None:
         return call.slope(x, grad)
-    return staircase.slope(_over(x, scale), levels, std, mean, noise).mul_(grad)
+    return staircase.slope(_over(x, scale), levels, std, mean, noise) * grad
 
 
 def std_slope(
@@ -90,9 +90,9 @@ def std_slope(
     """``grad`` times the derivative of :func:`value` in the std, summed to the std's shape."""
     if x.dtype in _HALF:
         return std_slope(grad.float(), x.float(), levels, std, mean, noise, scale)
-    if (call := _call(x, levels, std, mean, noise, scale)) is not None:
+    if (call := _call(x, levels, std, mean, noise, scale, grad)) is not None:
         return call.std_slope(x, grad, std)
-    each = staircase.std_slope(_over(x, scale), levels, std, mean, noise).mul_(grad)
+    each = staircase.std_slope(_over(x, scale), levels, std, mean, noise) * grad
     return (each if scale is None else each * scale).sum_to_size(std.shape)
 
 
@@ -114,12 +114,12 @@ def slope_adjoint(
         numbers = (outer.float(), grad.float(), x.float())
         of_grad, of_x, of_std = slope_adjoint(*numbers, levels, std, mean, noise, scale)
         return of_grad.to(x.dtype), of_x.to(x.dtype), of_std
-    if (call := _call(x, levels, std, mean, noise, scale)) is not None:
+    if (call := _call(x, levels, std, mean, noise, scale, outer, grad)) is not None:
         return call.slope_adjoint(x, grad, outer, std)
     parts = staircase.slope_derivatives(_over(x, scale), levels, std, mean, noise)
     both = outer * grad
-    of_std = _summed(parts[2].mul_(both), std)
-    return parts[0].mul_(outer), _over(parts[1].mul_(both), scale), of_std
+    of_std = _summed(parts[2] * both, std)
+    return parts[0] * outer, _over(parts[1] * both, scale), of_std
 
 
 def std_slope_adjoint(
@@ -137,12 +137,33 @@ def std_slope_adjoint(
         numbers = (outer, grad.float(), x.float())
         of_grad, of_x, of_std = std_slope_adjoint(*numbers, levels, std, mean, noise, scale)
         return of_grad.to(x.dtype), of_x.to(x.dtype), of_std
-    if (call := _call(x, levels, std, mean, noise, scale)) is not None:
+    if (call := _call(x, levels, std, mean, noise, scale, outer, grad)) is not None:
         return call.std_slope_adjoint(x, grad, outer, std)
     parts = staircase.std_slope_derivatives(_over(x, scale), levels, std, mean, noise)
     outer_scaled = outer if scale is None else outer * scale
-    of_std = _summed(parts[2].mul_(grad).mul_(outer_scaled), std)
-    return parts[0].mul_(outer_scaled), parts[1].mul_(grad).mul_(outer), of_std
+    of_std = _summed(parts[2] * grad * outer_scaled, std)
+    return parts[0] * outer_scaled, parts[1] * grad * outer, of_std
+
+
+def aligned(
+    batch: int, in_dims: tuple[Any, ...], args: tuple[Any, ...], full: int
+) -> tuple[Any, ...]:
+    """Arguments under a vmap, with the mapped dimension first and as many others as broadcasting needs.
+
+    The first ``full`` of them have the shape of the result, and all get the mapped dimension.
+    """
+    mapped = zip(args, in_dims, strict=True)
+    rank = max(a.dim() - (d is not None) for a, d in mapped if isinstance(a, Tensor))
+
+    def moved(place: int, arg: Any, dim: int | None) -> Any:
+        if not isinstance(arg, Tensor):
+            return arg
+        if dim is None:
+            return arg.expand(batch, *arg.shape) if place < full else arg
+        arg = arg.movedim(dim, 0)
+        return arg.reshape(len(arg), *[1] * (rank - arg.dim() + 1), *arg.shape[1:])
+
+    return tuple(moved(i, a, d) for i, (a, d) in enumerate(zip(args, in_dims, strict=True)))
 
 
 def _over(x: Tensor, scale: Scale) -> Tensor:
@@ -283,7 +304,13 @@ class _Operators:
 
 
 def _call(
-    x: Tensor, levels: LevelSet, std: Level, mean: Level, noise: NoiseShape, scale: Scale
+    x: Tensor,
+    levels: LevelSet,
+    std: Level,
+    mean: Level,
+    noise: NoiseShape,
+    scale: Scale,
+    *gradients: Tensor,
 ) -> _Native | _Operators | None:
     """How the compiled kernels compute on these tensors; None if they cannot."""
     if x.dtype is not torch.float32 or not x.is_cpu:
@@ -294,6 +321,9 @@ def _call(
         return _Operators(levels, std, mean, noise, scale)
     if type(x) not in _PLAIN or inside_transform(x):
         return None
+    for gradient in gradients:  # torch.autograd.grad(..., is_grads_batched=True)
+        if torch._C._functorch.is_legacy_batchedtensor(gradient) or inside_transform(gradient):
+            return None
     library = native.build().library
     size = x.numel()
     if library is None or not size or x.layout is not torch.strided:
@@ -368,6 +398,8 @@ def _level_set(values: tuple[float, ...], thresholds: tuple[float, ...]) -> Leve
 
 
 _TAIL = "Tensor x, Tensor std, Tensor mean, Tensor? scale, float[] values, float[] thresholds, str noise"
+# arguments from std on
+_AFTER_X = 6
 _LIBRARY = torch.library.Library("learnsched", "DEF")
 
 
@@ -386,8 +418,25 @@ def _define(
         levels = _level_set(tuple(values), tuple(thresholds))
         return function(*tensors, x, levels, std, mean, noise_shape(noise), scale)
 
+    def mapped(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        batch, full = info.batch_size, len(args) - _AFTER_X
+        std, std_dim = args[full], in_dims[full]
+        shape = std.shape if std_dim is None else std.movedim(std_dim, 0).shape[1:]
+        if like is not _like_x and std_dim is None:  # each member has a sum of its own
+            args = (*args[:full], std.expand(batch, *std.shape), *args[full + 1 :])
+            in_dims = (*in_dims[:full], 0, *in_dims[full + 1 :])
+        operator = getattr(torch.ops.learnsched, name)
+        result = operator(*aligned(batch, in_dims, args, full))
+        if like is _like_x:
+            return result, 0
+        if like is _like_std:
+            return result.reshape(batch, *shape), 0
+        *both, of_std = result
+        return (*both, of_std.reshape(batch, *shape)), (0, 0, 0)
+
     _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
     torch.library.register_fake(f"learnsched::{name}", like, lib=_LIBRARY)
+    torch.library.register_vmap(f"learnsched::{name}", mapped, lib=_LIBRARY)
 
 
 def _like_x(*args: Any) -> Tensor:

@@ -14,6 +14,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define BLOCK 512
 #define NARROWEST 1e-12f
+#define EXACT 4194304 /* whole numbers and their quarters have floats */
 
 enum { UNIFORM, TRIANGULAR, NORMAL, LOGISTIC };
 
@@ -136,6 +137,14 @@ INLINE void derivatives(const int noise, float z, float *f, float *df) {
     }
 }
 
+/* Beyond, in units of the std, less than the last digit is left, of values and of derivatives. */
+static const float reach[2][4] = {{UNIFORM_WIDTH, TRIANGULAR_WIDTH, 5.4f, 9.2f},
+                                  {UNIFORM_WIDTH, TRIANGULAR_WIDTH, 6.2f, 11.0f}};
+
+/* What is summed over thresholds: F - 1/2; f, and if all f' and z f'; z f, and if all f + z f' and
+ * z (2 f + z f'). */
+enum { VALUES, SLOPES, STD_SLOPES };
+
 /* ---- n <= 3 thresholds at a time, n and noise known to the compiler ---- */
 
 INLINE void add_values(const int noise, const int n, const float *t, const float *g, float inverse,
@@ -215,11 +224,9 @@ INLINE void add_std_slopes(const int noise, const int n, const int all, const fl
     }
 
 /* How many thresholds noise can reach from one place; all of them if they are not evenly spaced. */
-static long reached(const Staircase *s, float inverse) {
+static long reached(const Staircase *s, int kind, float inverse) {
     if (!s->step) return s->count;
-    /* Beyond, less than the last digit is left. */
-    static const float reach[] = {UNIFORM_WIDTH, TRIANGULAR_WIDTH, 5.4f, 9.2f};
-    float most = 2 * reach[s->noise] / (inverse * s->step) + 2;
+    float most = 2 * reach[kind != VALUES][s->noise] / (inverse * s->step) + 1;
     return most < (float)s->count ? (long)most : s->count;
 }
 
@@ -235,57 +242,147 @@ static void fold(const Staircase *s, long count, float *u, float *steps, long le
     }
 }
 
-static void sum_values(const Staircase *s, float inverse, float *u, float *out, long length) {
-    long count = reached(s, inverse);
-    float start = s->values[0], folded[BLOCK];
-    for (long k = 0; k < count; k++) start += 0.5f * s->gaps[k];
-    for (long i = 0; i < length; i++) out[i] = not_a_number(u[i]) ? u[i] : start;
-    if (count < s->count) {
-        fold(s, count, u, folded, length);
-        for (long i = 0; i < length; i++) out[i] += s->gaps[0] * folded[i];
-    }
-    if (s->noise == NORMAL) inverse *= ROOT_HALF;
-#define CALL(n) add_values(noise, n, s->thresholds + k, s->gaps + k, inverse, u, out, length)
+/* The sums over the first count thresholds, in one array or, if all are asked for, three. */
+static void sum(const Staircase *s, int kind, int all, long count, float inverse, const float *u,
+                float *const *out, long length) {
+    float *a = out[0], *b = out[1], *c = out[2];
+    for (long i = 0; i < length; i++) a[i] = 0;
+    if (all) for (long i = 0; i < length; i++) b[i] = c[i] = 0;
+    if (kind == VALUES && s->noise == NORMAL) inverse *= ROOT_HALF;
+#define CALL(n) add_values(noise, n, s->thresholds + k, s->gaps + k, inverse, u, a, length)
 #define NOISE(name) { const int noise = name; BY_THREES(CALL); }
-    BY_NOISE(NOISE)
+    if (kind == VALUES) BY_NOISE(NOISE)
 #undef CALL
 #undef NOISE
-    float low = s->values[0], high = s->values[s->count];
-    for (long i = 0; i < length; i++) {
-        float y = out[i];
-        out[i] = not_a_number(y) ? y : clamp(y, low, high);
-    }
-}
-
-static void sum_slopes(const Staircase *s, int all, float inverse, float *u, float *f, float *df,
-                       float *zdf, long length) {
-    long count = reached(s, inverse);
-    if (count < s->count) fold(s, count, u, f, length);
-    for (long i = 0; i < length; i++) f[i] = 0;
-    if (all) for (long i = 0; i < length; i++) df[i] = zdf[i] = 0;
-#define CALL(n)                                                                                     \
-    add_slopes(noise, n, several, s->thresholds + k, s->gaps + k, inverse, u, f, df, zdf, length)
 #define NOISE(name)                                                                                 \
     {                                                                                               \
         const int noise = name;                                                                     \
         if (all) { const int several = 1; BY_TWOS(CALL); }                                         \
         else { const int several = 0; BY_TWOS(CALL); }                                             \
     }
-    BY_NOISE(NOISE)
-#undef CALL
-}
-
-static void sum_std_slopes(const Staircase *s, int all, float inverse, float *u, float *f,
-                           float *df, float *zdf, long length) {
-    long count = reached(s, inverse);
-    if (count < s->count) fold(s, count, u, f, length);
-    for (long i = 0; i < length; i++) f[i] = 0;
-    if (all) for (long i = 0; i < length; i++) df[i] = zdf[i] = 0;
 #define CALL(n)                                                                                     \
-    add_std_slopes(noise, n, several, s->thresholds + k, s->gaps + k, inverse, u, f, df, zdf, length)
-    BY_NOISE(NOISE)
+    add_slopes(noise, n, several, s->thresholds + k, s->gaps + k, inverse, u, a, b, c, length)
+    if (kind == SLOPES) BY_NOISE(NOISE)
+#undef CALL
+#define CALL(n)                                                                                     \
+    add_std_slopes(noise, n, several, s->thresholds + k, s->gaps + k, inverse, u, a, b, c, length)
+    if (kind == STD_SLOPES) BY_NOISE(NOISE)
 #undef CALL
 #undef NOISE
+}
+
+/* ---- many thresholds: the sums as piecewise cubics, whatever their number ---- */
+
+/* Cells as wide as a power of two, so that a place within its cell is found without rounding. */
+typedef struct {
+    long cells;      /* 0: there is no curve */
+    long kinds;      /* sums a cell holds, one or three */
+    float first;     /* where the cells begin, in cells from 0 */
+    float per_unit;  /* cells */
+    float *cubics;   /* four coefficients a sum and cell, from the constant on */
+} Curve;
+
+/* A cell is at most 1/12 std wide: the error of a sum is that of rounding. */
+#define CELLS_PER_STD 12
+#define MOST_CELLS 2048
+#define FEW_THRESHOLDS 3
+
+/* The curve of the sums over the first count thresholds, where it pays for so many elements. */
+static Curve curve(const Staircase *s, int kind, int all, float inverse, long elements) {
+    Curve c = {0};
+    long count = reached(s, kind, inverse);
+    if (s->noise < NORMAL || count <= FEW_THRESHOLDS || not_a_number(inverse)) return c;
+    double per_unit = 1, wanted = CELLS_PER_STD * (double)inverse;
+    while (per_unit < wanted) per_unit *= 2;
+    while (per_unit >= 2 * wanted) per_unit *= 0.5;
+    double far = (double)reach[kind != VALUES][s->noise] / inverse;
+    double first = (s->thresholds[0] - far) * per_unit, last = (s->thresholds[count - 1] + far) * per_unit;
+    if (first < -EXACT || last > EXACT || last - first > MOST_CELLS) return c;
+    long begin = (long)first - 1, cells = (long)last + 1 - begin, nodes = 3 * cells + 1;
+    long kinds = all ? 3 : 1;
+    if (elements < 4 * cells) return c;
+    float *place = malloc(sizeof(float) * (size_t)nodes * (size_t)(1 + kinds));
+    c.cubics = malloc(sizeof(float) * 4 * (size_t)kinds * (size_t)(cells + 1));
+    if (!place || !c.cubics) {
+        free(place);
+        free(c.cubics);
+        return c;
+    }
+    static const double inside[] = {0, 0.25, 0.75};
+    for (long i = 0; i < nodes; i++)
+        place[i] = (float)(((double)(begin + i / 3) + inside[i % 3]) / per_unit);
+    /* Out there nothing changes any more. */
+    place[0] -= (float)(100 * far);
+    place[nodes - 1] += (float)(100 * far);
+    for (long i = 0; i < nodes; i += BLOCK) {
+        float *out[3];
+        for (long k = 0; k < 3; k++) out[k] = place + (1 + (k < kinds ? k : 0)) * nodes + i;
+        sum(s, kind, all, count, inverse, place + i, out, nodes - i < BLOCK ? nodes - i : BLOCK);
+    }
+    for (long cell = 0; cell <= cells; cell++) {
+        for (long k = 0; k < kinds; k++) {
+            const float *y = place + (1 + k) * nodes + 3 * cell;
+            float *p = c.cubics + 4 * (cell * kinds + k);
+            p[0] = y[0];
+            p[1] = p[2] = p[3] = 0;
+            if (cell == cells) continue;
+            double d1 = (double)y[1] - y[0], d2 = (double)y[2] - y[0], d3 = (double)y[3] - y[0];
+            double linear = 8 * d1 + d3 - 8 * d2 / 3, square = (64 * d1 - d3 - 15 * linear) / 3;
+            p[1] = (float)linear;
+            p[2] = (float)square;
+            p[3] = (float)(d3 - linear - square);
+        }
+    }
+    free(place);
+    c.cells = cells;
+    c.kinds = kinds;
+    c.first = (float)begin;
+    c.per_unit = (float)per_unit;
+    return c;
+}
+
+INLINE void follow_kinds(const Curve *c, const long kinds, const int *cell, const float *t,
+                         float *const *out, long length) {
+    for (long k = 0; k < kinds; k++) {
+        const float *cubics = c->cubics + 4 * k;
+        float *y = out[k];
+        for (long i = 0; i < length; i++) {
+            const float *p = cubics + 4 * kinds * cell[i];
+            y[i] = ((p[3] * t[i] + p[2]) * t[i] + p[1]) * t[i] + p[0];
+        }
+    }
+}
+
+static void follow(const Curve *c, const float *u, float *const *out, long length) {
+    int cell[BLOCK];
+    float t[BLOCK], first = c->first, per_unit = c->per_unit, last = first + (float)c->cells;
+    for (long i = 0; i < length; i++) {
+        float place = clamp(not_a_number(u[i]) ? first : u[i] * per_unit, first, last);
+        float floor = (float)(int)place;
+        floor = floor > place ? floor - 1 : floor;
+        cell[i] = (int)(floor - first);
+        t[i] = place - floor;
+    }
+    if (c->kinds == 1) follow_kinds(c, 1, cell, t, out, length);
+    else follow_kinds(c, 3, cell, t, out, length);
+}
+
+/* The sums over all thresholds. */
+static void sums(const Staircase *s, const Curve *c, int kind, int all, float inverse, float *u,
+                 float *const *out, long length) {
+    long count = reached(s, kind, inverse);
+    float steps[BLOCK];
+    int folded = count < s->count;
+    if (folded) fold(s, count, u, steps, length);
+    if (c->cells) follow(c, u, out, length);
+    else sum(s, kind, all, count, inverse, u, out, length);
+    if (kind != VALUES) return;
+    /* The sum was that of F - 1/2. */
+    float *y = out[0], start = s->values[0], low = s->values[0], high = s->values[s->count];
+    for (long k = 0; k < count; k++) start += 0.5f * s->gaps[k];
+    if (folded) for (long i = 0; i < length; i++) y[i] += start + s->gaps[0] * steps[i];
+    else for (long i = 0; i < length; i++) y[i] += start;
+    for (long i = 0; i < length; i++) y[i] = not_a_number(u[i]) ? u[i] : clamp(y[i], low, high);
 }
 
 /* ---- the hard staircase, to the bit ---- */
@@ -343,6 +440,12 @@ INLINE Span span(const Table *t, long block, long per_row) {
     return b;
 }
 
+static const Curve no_curve;
+
+INLINE const Curve *curve_of(const Table *t, const Span *b, const Curve *curves) {
+    return curves ? curves + b->row * t->std_stride : &no_curve;
+}
+
 INLINE void load(const Table *t, const Span *b, const float *x, float *u) {
     x += b->start;
     if (t->scale) for (long i = 0; i < b->length; i++) u[i] = x[i] / b->scale;
@@ -350,25 +453,43 @@ INLINE void load(const Table *t, const Span *b, const float *x, float *u) {
     if (b->mean != 0) for (long i = 0; i < b->length; i++) u[i] += b->mean;
 }
 
+/* One curve for each std of the table; free_curves frees them. */
+static Curve *new_curves(const Staircase *s, const Table *t, int kind, int all) {
+    long count = t->std_stride ? t->rows : 1;
+    long elements = t->columns * (t->std_stride ? 1 : t->rows);
+    Curve *curves = calloc((size_t)count, sizeof(Curve));
+    _Pragma("omp parallel for num_threads(t->threads) schedule(static) if (t->threads > 1)")
+    for (long i = 0; i < count; i++) {
+        float std = t->std[i];
+        if (curves && std > NARROWEST) curves[i] = curve(s, kind, all, 1.0f / std, elements);
+    }
+    return curves;
+}
+
+static void free_curves(const Table *t, Curve *curves) {
+    for (long i = 0; curves && i < (t->std_stride ? t->rows : 1); i++) free(curves[i].cubics);
+    free(curves);
+}
+
 static long blocks_per_row(const Table *t) { return (t->columns + BLOCK - 1) / BLOCK; }
 
-static double *new_sums(const Table *t) {
+static double *new_totals(const Table *t) {
     return malloc((size_t)(t->rows * blocks_per_row(t) + 1) * sizeof(double));
 }
 
 /* The sums of blocks, in their order, to one number a std; frees them. */
-static void add_up(const Table *t, double *sums, float *out) {
+static void add_up(const Table *t, double *totals, float *out) {
     long per_row = blocks_per_row(t);
     double sum = 0;
     for (long row = 0; row < t->rows; row++) {
-        for (long block = 0; block < per_row; block++) sum += sums[row * per_row + block];
+        for (long block = 0; block < per_row; block++) sum += totals[row * per_row + block];
         if (t->std_stride) {
             out[row] = (float)sum;
             sum = 0;
         }
     }
     if (!t->std_stride) out[0] = (float)sum;
-    free(sums);
+    free(totals);
 }
 
 #define FOR_BLOCKS                                                                                  \
@@ -378,65 +499,72 @@ static void add_up(const Table *t, double *sums, float *out) {
 
 /* y = scale E(x / scale) */
 void learnsched_value(const Staircase *s, const Table *t, const float *x, float *y) {
+    Curve *curves = new_curves(s, t, VALUES, 0);
     FOR_BLOCKS {
         float u[BLOCK];
         Span b = span(t, block, per_row);
-        float *out = y + b.start;
+        float *out[3] = {y + b.start};
         load(t, &b, x, u);
-        if (b.soft) sum_values(s, b.inverse, u, out, b.length);
-        else harden(s, u, out, b.length);
-        if (t->scale) for (long i = 0; i < b.length; i++) out[i] *= b.scale;
+        if (b.soft) sums(s, curve_of(t, &b, curves), VALUES, 0, b.inverse, u, out, b.length);
+        else harden(s, u, out[0], b.length);
+        if (t->scale) for (long i = 0; i < b.length; i++) out[0][i] *= b.scale;
     }
+    free_curves(t, curves);
 }
 
 /* out = g E' */
 void learnsched_slope(const Staircase *s, const Table *t, const float *x, const float *g,
                       float *out) {
+    Curve *curves = new_curves(s, t, SLOPES, 0);
     FOR_BLOCKS {
-        float u[BLOCK], f[BLOCK];
+        float u[BLOCK], f[BLOCK], *sum_of[3] = {f};
         Span b = span(t, block, per_row);
         if (!b.soft) {
             for (long i = 0; i < b.length; i++) out[b.start + i] = 0;
             continue;
         }
         load(t, &b, x, u);
-        sum_slopes(s, 0, b.inverse, u, f, 0, 0, b.length);
+        sums(s, curve_of(t, &b, curves), SLOPES, 0, b.inverse, u, sum_of, b.length);
         for (long i = 0; i < b.length; i++)
             out[b.start + i] = f[i] * b.inverse * g[b.start + i];
     }
+    free_curves(t, curves);
 }
 
 /* of_std = sum of g scale dE/dstd over what shares a std */
 void learnsched_std_slope(const Staircase *s, const Table *t, const float *x, const float *g,
                           float *of_std) {
-    double *sums = new_sums(t);
+    double *totals = new_totals(t);
+    Curve *curves = new_curves(s, t, STD_SLOPES, 0);
     FOR_BLOCKS {
-        float u[BLOCK], zf[BLOCK];
+        float u[BLOCK], zf[BLOCK], *sum_of[3] = {zf};
         Span b = span(t, block, per_row);
         double sum = 0;
         if (b.soft) {
             load(t, &b, x, u);
-            sum_std_slopes(s, 0, b.inverse, u, zf, 0, 0, b.length);
+            sums(s, curve_of(t, &b, curves), STD_SLOPES, 0, b.inverse, u, sum_of, b.length);
             for (long i = 0; i < b.length; i++) zf[i] *= g[b.start + i];
             sum = total(zf, b.length) * -(double)b.inverse * b.scale;
         }
-        sums[block] = sum;
+        totals[block] = sum;
     }
-    add_up(t, sums, of_std);
+    add_up(t, totals, of_std);
+    free_curves(t, curves);
 }
 
 /* From the adjoint of g E' those of g, x and std. */
 void learnsched_slope_adjoint(const Staircase *s, const Table *t, const float *x, const float *g,
                               const float *adjoint, float *of_g, float *of_x, float *of_std) {
-    double *sums = new_sums(t);
+    double *totals = new_totals(t);
+    Curve *curves = new_curves(s, t, SLOPES, 1);
     FOR_BLOCKS {
-        float u[BLOCK], f[BLOCK], df[BLOCK], zdf[BLOCK];
+        float u[BLOCK], f[BLOCK], df[BLOCK], zdf[BLOCK], *sum_of[3] = {f, df, zdf};
         Span b = span(t, block, per_row);
         long at = b.start;
         double sum = 0;
         if (b.soft) {
             load(t, &b, x, u);
-            sum_slopes(s, 1, b.inverse, u, f, df, zdf, b.length);
+            sums(s, curve_of(t, &b, curves), SLOPES, 1, b.inverse, u, sum_of, b.length);
             float square = b.inverse * b.inverse, in_x = square / b.scale;
             for (long i = 0; i < b.length; i++) {
                 float o = adjoint[at + i], both = o * g[at + i];
@@ -448,23 +576,25 @@ void learnsched_slope_adjoint(const Staircase *s, const Table *t, const float *x
         } else {
             for (long i = 0; i < b.length; i++) of_g[at + i] = of_x[at + i] = 0;
         }
-        sums[block] = sum;
+        totals[block] = sum;
     }
-    add_up(t, sums, of_std);
+    add_up(t, totals, of_std);
+    free_curves(t, curves);
 }
 
 /* From the adjoint of learnsched_std_slope's result, one a std, those of g, x and std. */
 void learnsched_std_slope_adjoint(const Staircase *s, const Table *t, const float *x, const float *g,
                                   const float *adjoint, float *of_g, float *of_x, float *of_std) {
-    double *sums = new_sums(t);
+    double *totals = new_totals(t);
+    Curve *curves = new_curves(s, t, STD_SLOPES, 1);
     FOR_BLOCKS {
-        float u[BLOCK], zf[BLOCK], mixed[BLOCK], in_std[BLOCK];
+        float u[BLOCK], zf[BLOCK], mixed[BLOCK], in_std[BLOCK], *sum_of[3] = {zf, mixed, in_std};
         Span b = span(t, block, per_row);
         long at = b.start;
         double sum = 0;
         if (b.soft) {
             load(t, &b, x, u);
-            sum_std_slopes(s, 1, b.inverse, u, zf, mixed, in_std, b.length);
+            sums(s, curve_of(t, &b, curves), STD_SLOPES, 1, b.inverse, u, sum_of, b.length);
             float o = adjoint[b.row * t->std_stride], square = b.inverse * b.inverse;
             float by_g = -o * b.inverse * b.scale, by_x = -o * square;
             for (long i = 0; i < b.length; i++) {
@@ -476,7 +606,8 @@ void learnsched_std_slope_adjoint(const Staircase *s, const Table *t, const floa
         } else {
             for (long i = 0; i < b.length; i++) of_g[at + i] = of_x[at + i] = 0;
         }
-        sums[block] = sum;
+        totals[block] = sum;
     }
-    add_up(t, sums, of_std);
+    add_up(t, totals, of_std);
+    free_curves(t, curves);
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import learnsched as ls
 from learnsched import kernels, native
@@ -260,3 +261,181 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path):
     (tmp_path / "learnsched").chmod(0o777)
     result = run_python(SHOW, LEARNSCHED_CACHE=str(tmp_path))
     assert "can be written by others" in result.stdout
+
+
+# ---------------------------------------------------------------- many thresholds
+
+smooth = pytest.mark.parametrize("noise", ["normal", "logistic"])
+many = pytest.mark.parametrize(
+    "levels", [unsigned(8), signed(4), power_of_two(4)], ids=lambda levels: levels.name
+)
+
+
+@compiled
+@smooth
+@many
+@pytest.mark.parametrize("std", [0.2, 0.3, 0.6, 4.0])
+def test_many_thresholds_are_summed_to_rounding_whatever_the_size(levels, noise, std, composed):
+    std = torch.tensor(std * levels.step)
+    generator = torch.Generator().manual_seed(0)
+    width = levels.values[-1] - levels.values[0]
+    x = levels.values[0] + width * (1.4 * torch.rand(6000, generator=generator) - 0.2)
+    x = torch.cat([x, levels.values[0] + 2 * levels.step * torch.randn(6000, generator=generator)])
+    one = torch.ones_like(x)
+    fixed = levels, std, 0.0, noise_shape(noise), None
+    value, slope = kernels.value(x, *fixed), kernels.slope(one, x, *fixed)
+    wide = levels, std.double(), 0.0, noise_shape(noise), None
+    truth = composed(kernels.value, x.double(), *wide)
+    true_slope = composed(kernels.slope, one.double(), x.double(), *wide)
+    largest = max(map(abs, levels.values))
+    rounding = 1e-7 * largest + 2e-6 * (levels.step + float(std))
+    assert (value - truth).abs().max() < rounding
+    assert (slope - true_slope).abs().max() < 3e-6 * true_slope.max()
+    # a few entries are summed threshold by threshold
+    few = torch.cat([kernels.value(part, *fixed) for part in x.split(50)])
+    torch.testing.assert_close(few, value, rtol=0, atol=2 * rounding)
+
+
+@compiled
+@smooth
+def test_far_from_many_thresholds_the_end_levels_are_exact(noise):
+    far = torch.tensor([-math.inf, -1e30, -1e4, -50.0, 400.0, 1e4, 1e30, math.inf, math.nan])
+    x = torch.cat([far, torch.linspace(-3, 260, 20_000)])
+    fixed = x, unsigned(8), torch.tensor(0.4), 0.0, noise_shape(noise), None
+    value = kernels.value(*fixed)
+    assert value[:8].tolist() == [0.0] * 4 + [255.0] * 4
+    assert value[8].isnan()
+    assert value[9:].isfinite().all()
+    slope = kernels.slope(torch.ones_like(x), *fixed)
+    assert slope[:8].abs().max() < 1e-20
+
+
+# ---------------------------------------------------------------- transforms
+
+LEADING = {"value": 0, "slope": 1, "std_slope": 1, "slope_adjoint": 2, "std_slope_adjoint": 2}
+CASES = [(n, w) for n in native.NAMES for w in ("all", "x", "std", "leading", "scale")]
+CASES.remove(("value", "leading"))
+
+
+@compiled
+@pytest.mark.parametrize(("name", "which"), CASES)
+def test_operators_under_vmap_equal_one_by_one(name, which):
+    x, grad, outer, std, mean, scale = inputs(ternary(), (4, 5, 6))
+    outer = torch.ones(4) if name == "std_slope_adjoint" else outer
+    leading = {0: (), 1: (grad,), 2: (outer, grad)}[LEADING[name]]
+    full = (*leading, x, std.flatten(), mean.flatten(), scale.flatten())
+    names = (*["leading"] * len(leading), "x", "std", "mean", "scale")
+    dims = [0 if which in ("all", n) else None for n in names]
+    args = [a if d == 0 else a[1] for a, d in zip(full, dims, strict=True)]
+    operator = getattr(torch.ops.learnsched, name)
+
+    def call(*tensors):
+        return operator(*tensors, ternary().values, ternary().thresholds, "normal")
+
+    ours = as_tuple(torch.func.vmap(call, in_dims=tuple(dims))(*args))
+    members = [
+        as_tuple(call(*(a[i] if d == 0 else a for a, d in zip(args, dims, strict=True))))
+        for i in range(4)
+    ]
+    for result, parts in zip(ours, zip(*members, strict=True), strict=True):
+        torch.testing.assert_close(result, torch.stack(parts))
+
+
+def soft(x, std):
+    return ls.annealed_quantize(x, unsigned(2), forward_std=std, backward_std=0.6)
+
+
+def test_torch_compile_sees_through_vmap_over_noise_and_stays_right_around_a_gradient():
+    x = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
+    std = torch.tensor([0.0, 0.2, 0.5, 1.3])
+    mapped = torch.func.vmap(soft)
+    torch._dynamo.reset()
+    traced = torch.compile(mapped, backend="aot_eager", fullgraph=True)(x, std)
+    torch.testing.assert_close(traced, mapped(x, std))
+    gradient = torch.func.grad(lambda x, std: soft(x, std).square().sum(), argnums=(0, 1))
+    compiled_gradient = torch.compile(gradient, backend="aot_eager")
+    for a, b in zip(compiled_gradient(x, std[1]), gradient(x, std[1]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_jacobians_by_batched_gradients_are_diagonal(dtype):
+    x = torch.randn(7, dtype=dtype, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = soft(x, 0.3)
+    (slope,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    (batched,) = torch.autograd.grad(y, x, torch.eye(7, dtype=dtype), is_grads_batched=True)
+    torch.testing.assert_close(batched, slope.diag())
+    jacobian = torch.func.jacrev(lambda x: soft(x, 0.3))(x.detach())
+    torch.testing.assert_close(jacobian, slope.diag())
+
+
+@pytest.mark.parametrize("noise", ["uniform", "normal"])
+def test_autocast_leaves_the_quantizer_in_single_precision(noise):
+    x = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    options = {"forward_std": 0.3, "backward_std": 0.6, "noise": noise}
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = ls.annealed_quantize(x, unsigned(2), **options)
+    assert torch.equal(inside, ls.annealed_quantize(x, unsigned(2), **options))
+
+
+# ---------------------------------------------------------------- nothing waits for a device
+
+
+def network():
+    layers = [
+        torch.nn.Linear(8, 6),
+        torch.nn.BatchNorm1d(6),
+        torch.nn.ReLU(),
+        torch.nn.Linear(6, 3),
+    ]
+    model = ls.quantize_(torch.nn.Sequential(*layers), ternary(), unsigned(2), skip=())
+    for name, buffer in model.named_buffers():
+        if name.endswith("forward_std"):
+            buffer.fill_(0.3)
+    return model
+
+
+def train_one_step(model, device):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x, y = torch.randn(5, 8, device=device), torch.zeros(5, dtype=torch.int64, device=device)
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+def test_a_training_step_reads_no_value_of_a_device():
+    # tensors of this device have no values: reading one raises
+    model = network().to("meta")
+    train_one_step(model, "meta")
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@compiled
+@pytest.mark.filterwarnings("ignore:no batch norm")
+def test_a_training_step_reads_no_value_of_a_tensor():
+    class Counting(TorchDispatchMode):
+        reads = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.reads += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    model = network()
+    with Counting() as mode:
+        train_one_step(model, "cpu")
+        assert mode.reads == 0
+        torch.ones(()).item()
+    assert mode.reads == 1
+
+
+@pytest.mark.parametrize("forward_std", [0.0, 0.3])
+def test_nothing_but_x_and_the_noise_is_saved_for_backward(forward_std):
+    x = torch.randn(1000, requires_grad=True)
+    std, saved = torch.tensor(forward_std), []
+
+    def keep(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ls.annealed_quantize(x, unsigned(2), forward_std=std, backward_std=std)
+    assert {t.data_ptr() for t in saved if t.numel() > 1} == {x.data_ptr()}

@@ -4,8 +4,12 @@
 
 Alternatives take turns, round after round; a ratio is the median over rounds of the ratio within a
 round, so that a busy machine slows all of them alike. With one thread on a CPU the time is that of the
-processor, which others cannot lengthen by much. Brevitas' quantizers are measured too where they are
-installed. Runs on a GPU if there is one.
+processor, which others cannot lengthen by much. Brevitas' and torchao's quantizers are measured too
+where they are installed. Runs on a GPU if there is one.
+
+The floor of an operation is the time to move its tensors once at the speed of a plain copy, measured in
+the same rounds: a forward pass reads one and writes one; with the backward pass, which reads x and the
+gradient and writes one, five.
 """
 
 from __future__ import annotations
@@ -14,23 +18,39 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import learnsched as ls
 from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.speed_networks import (
+    Action,
+    Network,
+    Operation,
+    cnn,
+    mlp,
+    peer_operations,
+    quantized,
+    resnet,
+    training_step,
+    training_steps,
+)
 from learnsched.files import write_text
-
-# Computes something once; what it returns is thrown away.
-Action = Callable[[], object]
 
 _ELEMENTS = 1_000_000
 _SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
+_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+_NETWORKS = (mlp(), cnn(), resnet())
+_DEPTHS = tuple(cnn((32,) * depth, batch=16) for depth in (2, 4, 8))
+_WIDTHS = tuple(cnn((width,) * 4, batch=16) for width in (16, 32, 64))
+_SECTIONS = ("operations", "steps", "depth", "width", "scaling", "levels", "memory")
+# Tensors that an operation moves, in those that a copy does.
+_FORWARD, _BOTH, _DOUBLE = 1.0, 2.5, 2.5
 
 
 def take_turns(actions: dict[str, Action], rounds: int) -> dict[str, list[float]]:
@@ -58,23 +78,28 @@ def ratios(seconds: dict[str, list[float]], reference: str) -> dict[str, float]:
 
 
 def operations(elements: int, seed: int, rounds: int) -> list[dict[str, Any]]:
-    """Forward, forward and backward, and double backward of single operations, in ReLUs."""
+    """Forward, forward and backward, and double backward of single operations, in ReLUs and floors."""
     device = _device()
     generator = torch.Generator().manual_seed(seed)
     x, grad = (torch.randn(elements, generator=generator).to(device) for _ in range(2))
     leaf = x.clone().requires_grad_()
-    functions = _functions(device)
-    forward = take_turns({name: partial(_no_grad, f, x) for name, f in functions.items()}, rounds)
-    both = take_turns(
-        {name: partial(_both, f, leaf, grad) for name, f in functions.items()},
-        rounds,
+    functions = _functions(device, elements)
+    copy = {"copy": _copy(x)}
+    forward = take_turns(
+        copy | {name: partial(_no_grad, f, x) for name, f in functions.items()}, rounds
     )
-    in_forward, in_both = ratios(forward, "ReLU"), ratios(both, "ReLU")
+    both = take_turns(
+        copy | {name: partial(_both, f, leaf, grad) for name, f in functions.items()}, rounds
+    )
+    forward_relus, both_relus = ratios(forward, "ReLU"), ratios(both, "ReLU")
+    forward_copies, both_copies = ratios(forward, "copy"), ratios(both, "copy")
     rows = [
         {
             "operation": name,
-            "forward in ReLUs": in_forward[name],
-            "forward and backward in ReLUs": in_both[name],
+            "forward in ReLUs": forward_relus[name],
+            "forward and backward in ReLUs": both_relus[name],
+            "forward in floors": forward_copies[name] / _FORWARD,
+            "forward and backward in floors": both_copies[name] / _BOTH,
             "nanoseconds an element": 1e9 * statistics.median(forward[name]) / elements,
         }
         for name in functions
@@ -82,9 +107,21 @@ def operations(elements: int, seed: int, rounds: int) -> list[dict[str, Any]]:
     return [*rows, *_double_backward(leaf, grad, rounds)]
 
 
-def _functions(device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
+def bandwidth(elements: int, rounds: int) -> float:
+    """Bytes a second that a copy reads and writes."""
+    x = torch.randn(elements, device=_device())
+    seconds = statistics.median(take_turns({"copy": _copy(x)}, rounds)["copy"])
+    return 2 * x.nbytes / seconds
+
+
+def _copy(x: Tensor) -> Action:
+    target = torch.empty_like(x)
+    return partial(target.copy_, x)
+
+
+def _functions(device: torch.device, elements: int) -> dict[str, Operation]:
     two_bit, zero = ls.unsigned(2), torch.zeros((), device=device)
-    functions: dict[str, Callable[[Tensor], Tensor]] = {"ReLU": torch.relu}
+    functions: dict[str, Operation] = {"ReLU": torch.relu}
     functions["fake_quantize"] = lambda x: torch.fake_quantize_per_tensor_affine(x, 1.0, 0, 0, 3)
     for noise in ("uniform", "normal"):
         functions[f"composed {noise}"] = partial(_composed, noise=noise)
@@ -93,11 +130,11 @@ def _functions(device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
         for noise in ("uniform", "triangular", "normal", "logistic"):
             std = torch.full((), 0.3, device=device)
             functions[f"{noise} {levels.name}"] = _quantizer(levels, noise, std)
-    functions.update(_peer_operations())
+    functions.update(peer_operations(elements))
     return functions
 
 
-def _quantizer(levels: ls.LevelSet, noise: str, std: Tensor) -> Callable[[Tensor], Tensor]:
+def _quantizer(levels: ls.LevelSet, noise: str, std: Tensor) -> Operation:
     backward = torch.full_like(std, 0.6)
     return lambda x: ls.annealed_quantize(
         x, levels, forward_std=std, backward_std=backward, noise=noise
@@ -113,18 +150,6 @@ def _composed(x: Tensor, noise: str) -> Tensor:
     return y
 
 
-def _peer_operations() -> dict[str, Callable[[Tensor], Tensor]]:
-    found: dict[str, Callable[[Tensor], Tensor]] = {}
-    try:
-        import brevitas.nn as qnn
-    except ImportError:
-        pass
-    else:
-        module = qnn.QuantReLU(bit_width=2, max_val=3.0)
-        found["Brevitas QuantReLU, 2 bits"] = lambda x: module(x)
-    return found
-
-
 def _double_backward(leaf: Tensor, grad: Tensor, rounds: int) -> list[dict[str, Any]]:
     """Of the gradient to x, as meta-training asks for it: adjoints of grad, x and both stds."""
     rows = []
@@ -135,6 +160,7 @@ def _double_backward(leaf: Tensor, grad: Tensor, rounds: int) -> list[dict[str, 
         (first,) = torch.autograd.grad(y, leaf, outer, create_graph=True)
         seconds = take_turns(
             {
+                "copy": _copy(grad),
                 "backward": partial(torch.autograd.grad, y, leaf, grad, retain_graph=True),
                 "double backward": partial(
                     torch.autograd.grad, first, (leaf, outer, std), grad, retain_graph=True
@@ -142,98 +168,45 @@ def _double_backward(leaf: Tensor, grad: Tensor, rounds: int) -> list[dict[str, 
             },
             rounds,
         )
-        ratio = ratios(seconds, "backward")["double backward"]
-        rows.append({"operation": f"double backward, normal {levels.name}", "in backwards": ratio})
+        rows.append(
+            {
+                "operation": f"double backward, normal {levels.name}",
+                "in backwards": ratios(seconds, "backward")["double backward"],
+                "in floors": ratios(seconds, "copy")["double backward"] / _DOUBLE,
+            }
+        )
     return rows
 
 
-def steps(seed: int, rounds: int) -> list[dict[str, Any]]:
+def steps(seed: int, rounds: int, networks: Sequence[Network] = _NETWORKS) -> list[dict[str, Any]]:
     """Whole training steps of networks, against the same networks in floating point."""
     rows = []
-    for name, (make, shape) in _NETWORKS.items():
-        actions: dict[str, Action] = {}
-        for kind in ("float", "hard", "annealed"):
-            torch.manual_seed(seed)
-            model = make(nn.Conv2d, nn.ReLU).to(_device())
-            if kind != "float":
-                x = torch.randn(shape, device=_device())
-                model = ls.quantize_(model, ls.ternary(), ls.unsigned(2), example_input=x)
-                _set_noise(model, 0.3 if kind == "annealed" else 0.0)
-            actions[kind] = _training_step(model, shape)
-        actions.update(_peer_steps(make, shape, seed))
-        seconds = take_turns(actions, rounds)
+    for network in networks:
+        seconds = take_turns(training_steps(network, seed, _device()), rounds)
         for kind, ratio in ratios(seconds, "float").items():
             median = statistics.median(seconds[kind])
-            rows.append({"network": name, "kind": kind, "in float steps": ratio, "seconds": median})
+            rows.append(
+                {"network": network.name, "kind": kind, "in float steps": ratio, "seconds": median}
+            )
     return rows
 
 
-def _set_noise(model: nn.Module, std: float) -> None:
-    for name, buffer in model.named_buffers():
-        if name.endswith("forward_std"):
-            buffer.fill_(std)
+def memory(elements: int) -> list[dict[str, Any]]:
+    """Bytes an element that operations keep for their backward pass, x itself included."""
+    x = torch.randn(elements, device=_device(), requires_grad=True)
+    rows = []
+    for name, function in _functions(_device(), elements).items():
+        kept: dict[int, int] = {}
 
+        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
 
-def _training_step(model: nn.Module, shape: tuple[int, ...]) -> Action:
-    x = torch.randn(shape, device=_device())
-    y = torch.randint(10, shape[:1], device=_device())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-    return step
-
-
-def _mlp(convolution: Any, activation: Any) -> nn.Module:
-    layers: list[nn.Module] = [nn.Flatten()]
-    for inputs in (784, 256, 256):
-        layers += [nn.Linear(inputs, 256, bias=False), nn.BatchNorm1d(256), activation()]
-    return nn.Sequential(*layers, nn.Linear(256, 10))
-
-
-def _cnn(convolution: Any, activation: Any) -> nn.Module:
-    layers: list[nn.Module] = []
-    channels = 3
-    for index, width in enumerate((32, 32, 64, 64, 128, 128)):
-        stride = 2 if index in (2, 4) else 1
-        layers += [
-            convolution(channels, width, 3, stride=stride, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            activation(),
-        ]
-        channels = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
-
-
-_NETWORKS: dict[str, tuple[Callable[[Any, Any], nn.Module], tuple[int, ...]]] = {
-    "MLP, 3 hidden layers of 256, batch 64": (_mlp, (64, 1, 28, 28)),
-    "CNN, 6 convolutions, 32×32, batch 32": (_cnn, (32, 3, 32, 32)),
-}
-
-
-def _peer_steps(
-    make: Callable[[Any, Any], nn.Module], shape: tuple[int, ...], seed: int
-) -> dict[str, Action]:
-    try:
-        import brevitas.nn as qnn
-    except ImportError:
-        return {}
-    if make is not _cnn:
-        return {}
-    torch.manual_seed(seed)
-
-    def convolution(*args: Any, **options: Any) -> nn.Module:
-        module: nn.Module = qnn.QuantConv2d(*args, weight_bit_width=2, **options)
-        return module
-
-    def activation() -> nn.Module:
-        module: nn.Module = qnn.QuantReLU(bit_width=2)
-        return module
-
-    return {"Brevitas": _training_step(make(convolution, activation), shape)}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = function(x)
+        rows.append({"operation": name, "bytes saved an element": sum(kept.values()) / elements})
+        del result
+    return rows
 
 
 def scheduler(seed: int, rounds: int) -> dict[str, float]:
@@ -243,12 +216,11 @@ def scheduler(seed: int, rounds: int) -> dict[str, float]:
         ("straight-through", ls.policies.StraightThrough()),
         ("learned", ls.load_pretrained("default")),
     ):
-        torch.manual_seed(seed)
-        shape = (32, 3, 32, 32)
-        model = ls.quantize_(_cnn(nn.Conv2d, nn.ReLU).to(_device()), ls.ternary(), ls.unsigned(2))
+        network = cnn()
+        model = quantized(network, seed, _device())
         epochs = rounds + 2
         scheduler = ls.QuantizationScheduler(model, policy, epochs, steps_per_epoch=100)
-        step = _training_step(model, shape)
+        step = training_step(model, network, _device())
         seconds = take_turns(
             {"step": step, "schedule": partial(scheduler.step, {"train_loss": 1.0})}, rounds
         )
@@ -277,12 +249,32 @@ def scaling(seed: int, rounds: int, sizes: Sequence[int] = _SIZES) -> list[dict[
     return rows
 
 
+def levels_scaling(seed: int, rounds: int, elements: int = _ELEMENTS) -> list[dict[str, Any]]:
+    """Forward, and forward and backward, of the normal quantizer over the bits, in those of 2 bits."""
+    device = _device()
+    generator = torch.Generator().manual_seed(seed)
+    x, grad = (torch.randn(elements, generator=generator).to(device) for _ in range(2))
+    leaf = x.clone().requires_grad_()
+    std = torch.full((), 0.3, device=device)
+    rows: list[dict[str, Any]] = [{"bits": bits} for bits in _BITS]
+    for noise in ("uniform", "triangular", "normal", "logistic"):
+        functions = {str(bits): _quantizer(ls.unsigned(bits), noise, std) for bits in _BITS}
+        forward = take_turns({k: partial(_no_grad, f, x) for k, f in functions.items()}, rounds)
+        both = take_turns({k: partial(_both, f, leaf, grad) for k, f in functions.items()}, rounds)
+        in_forward, in_both = ratios(forward, "2"), ratios(both, "2")
+        for row in rows:
+            row[f"{noise} forward"] = in_forward[str(row["bits"])]
+            row[f"{noise} forward and backward"] = in_both[str(row["bits"])]
+    return rows
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Operations in ReLUs, and time over the number of elements."""
+    """Operations in ReLUs, time over the number of elements, and over the number of levels."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplot_mosaic([["left", "top"], ["left", "bottom"]], width_ratios=(3, 2))
+    left, right, bottom = axes["left"], axes["top"], axes["bottom"]
     rows = [
         r for r in result["operations"] if r.get("forward in ReLUs") and r["operation"] != "ReLU"
     ]
@@ -312,6 +304,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
     right.set_xlabel("elements")
     right.set_ylabel("time of the forward pass (ns an element)")
     right.legend(frameon=False, fontsize=8, title="2 bits, normal noise")
+    for noise, style in (("uniform", "k:^"), ("normal", "k-o"), ("logistic", "k--s")):
+        bits = [row["bits"] for row in result["levels"]]
+        both = [row[f"{noise} forward and backward"] for row in result["levels"]]
+        bottom.plot(bits, both, style, markersize=4, label=noise)
+    bottom.set_ylim(bottom=0)
+    bottom.set_xlabel("bits of the level set")
+    bottom.set_ylabel("forward and backward\n(in those of 2 bits)")
+    bottom.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -324,12 +324,12 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _both(function: Callable[[Tensor], Tensor], leaf: Tensor, grad: Tensor) -> object:
+def _both(function: Operation, leaf: Tensor, grad: Tensor) -> object:
     return torch.autograd.grad(function(leaf), leaf, grad)
 
 
 @torch.no_grad()
-def _no_grad(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _no_grad(function: Operation, x: Tensor) -> Tensor:
     return function(x)
 
 
@@ -353,18 +353,24 @@ def main() -> None:
         "threads": options.threads,
         "seed": options.seed,
         "operations": operations(_ELEMENTS, options.seed, rounds),
+        "copy, bytes a second": bandwidth(_ELEMENTS, rounds),
         "steps": steps(options.seed, max(5, rounds // 3)),
+        "depth": steps(options.seed, max(3, rounds // 5), _DEPTHS),
+        "width": steps(options.seed, max(3, rounds // 5), _WIDTHS),
         "scheduler": scheduler(options.seed, 8),
         "scaling": scaling(options.seed, rounds),
+        "levels": levels_scaling(options.seed, max(5, rounds // 2)),
+        "memory": memory(_ELEMENTS),
     }
     print(f"{result['kernels']}, device {result['device']}, {options.threads} threads")
-    for section in ("operations", "steps", "scaling"):
+    for section in _SECTIONS:
         for row in result[section]:
             print(
                 "  ".join(
                     f"{k}: {v:.3g}" if isinstance(v, float) else f"{v}" for k, v in row.items()
                 )
             )
+    print(f"copy: {result['copy, bytes a second'] / 1e9:.3g} GB/s")
     print("scheduler, share of an epoch of 100 steps:", result["scheduler"])
     if options.json:
         write_text(options.json, json.dumps(result, indent=1) + "\n")
