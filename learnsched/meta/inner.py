@@ -196,9 +196,7 @@ class InnerLoop:
             if damped:
                 moved = [p + (m - s) for p, m, s in zip(parameters, moved, seen, strict=True)]
             if decay:
-                moved = [
-                    m - decay * r * p for m, r, p in zip(moved, rate, parameters, strict=True)
-                ]
+                moved = [m - decay * r * p for m, r, p in zip(moved, rate, parameters, strict=True)]
                 if not track:
                     moved = [m.detach().requires_grad_() for m in moved]
             parameters = list(moved)
