@@ -23,7 +23,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -35,7 +35,14 @@ from torch import Tensor
 from learnsched.benchmarks.environment import describe
 from learnsched.data import DataSet, load
 from learnsched.files import write_text
-from learnsched.meta.estimators import Rollout, Unrolled, policy_rollout, run_forward
+from learnsched.meta.estimators import (
+    Inner,
+    Rollout,
+    ScheduleEstimate,
+    Unrolled,
+    policy_rollout,
+    run_forward,
+)
 from learnsched.meta.evolution import EvolutionStrategies, project, tangent_basis
 from learnsched.meta.hybrid import Hybrid
 from learnsched.meta.tasks import Task
@@ -49,7 +56,7 @@ _KNOTS = 2
 _HORIZON = 10
 _BUDGET = EvolutionStrategies(8, knots=_KNOTS, by_layer=False, seed=1_000_003, ridge=0.1)
 
-ESTIMATORS = {
+ESTIMATORS: dict[str, Callable[[Inner, Rollout], ScheduleEstimate]] = {
     "unrolled": Unrolled(),
     "unrolled, damped by ½": Unrolled(damping=0.5),
     "unrolled, first order": Unrolled(damping=0.0),
