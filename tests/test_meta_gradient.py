@@ -165,11 +165,13 @@ def project_far_from_thresholds(inner, table, epoch):
 
 
 def test_gradients_in_what_came_before_a_projection_are_true():
-    inner = smooth(factor=0.02)  # so that weights stay far from the thresholds
+    # Slow enough that weights stay far from the thresholds. Gradients are small then: SGD, smoother
+    # than Adam, allows a step whose rounding they stand out of.
+    inner = smooth("momentum", factor=0.2)
     table = wide_table(inner)
     project_far_from_thresholds(inner, table, 1)
     check(inner, table, [FRACTION], slice(1, 2))
-    check(inner, table, [W_FORWARD, W_BACKWARD, A_FORWARD, A_BACKWARD], slice(0, 1))
+    check(inner, table, [W_FORWARD, W_BACKWARD, A_FORWARD, A_BACKWARD], slice(0, 1), step=3e-4)
 
 
 class Feedback:
@@ -218,7 +220,7 @@ def fresh_policy():
 
 
 def test_the_gradient_chains_to_the_meta_network_and_equals_that_of_perturbed_networks():
-    inner, policy = smooth(), fresh_policy()
+    inner, policy = smooth("momentum"), fresh_policy()
     rollout = policy_rollout(policy, inner.run, 2)
     parameters = list(policy.network.parameters())
     gradient = Unrolled()(inner, rollout).parameter_gradient(parameters)
