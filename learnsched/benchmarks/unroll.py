@@ -1,13 +1,15 @@
 """Time and peak memory of one unrolled gradient: recomputed epochs, one full graph, TorchOpt.
 
     python -m learnsched.benchmarks.unroll [--quick] [--seed N] [--json PATH] [--rounds N]
+                                           [--optimizer adam|momentum]
 
 All three differentiate the same runs of the same networks under the same schedule:
 
 - *recomputed* is :class:`learnsched.meta.estimators.Unrolled`, which keeps one epoch's graph at a time;
 - *full graph* is the same inner loop with one graph over the whole run;
-- *torchopt* is that with TorchOpt's differentiable Adam in place of ``higher``, if it is installed. Its
-  ε stands elsewhere in the formula, so gradients agree, but not to rounding.
+- *torchopt* is that with TorchOpt's differentiable optimizers in place of ``higher``, if it is installed.
+  Its Adam has ε elsewhere in the formula, which is another run where gradients are small; momentum is
+  the same formula in both, so there the gradients must agree.
 
 Each measurement has a process of its own, since a peak never falls; methods take turns, so that other
 load on the machine meets all alike. Times are CPU seconds of one thread, of the second gradient.
@@ -35,11 +37,12 @@ from learnsched.data import load
 from learnsched.files import write_text
 from learnsched.meta.estimators import Unrolled, table_rollout, terminal_settings
 from learnsched.meta.inner import InnerLoop, InnerState, member_losses
+from learnsched.meta.inner_optimizers import Adam
 from learnsched.meta.tasks import Task
 from learnsched.policies import BaseCurve
 from learnsched.schedule import plan
 
-_RATE = 0.01
+_RATES = {"adam": 0.01, "momentum": 0.1}
 _MEMBERS = 8
 
 
@@ -60,7 +63,10 @@ def full_graph(inner: InnerLoop, table: Tensor) -> Tensor:
 
 def torchopt_graph(inner: InnerLoop, table: Tensor) -> Tensor:
     """The same gradient from one graph, its updates made by TorchOpt."""
-    return _TorchOptLoop(inner.population, inner.batches, inner.learning_rate).gradient(table)
+    loop = _TorchOptLoop(
+        inner.population, inner.batches, inner.learning_rate, optimizer=inner.optimizer
+    )
+    return loop.gradient(table)
 
 
 class _TorchOptLoop(InnerLoop):
@@ -69,13 +75,17 @@ class _TorchOptLoop(InnerLoop):
 
         leaf = table.clone().requires_grad_()
         total = self.batches.order.shape[:2].numel()
-        # TorchOpt has no cosine schedule, but takes a function of the number of steps.
-        optimizer = torchopt.adam(
-            lambda count: 0.5 * _RATE * (1 + torch.cos(torch.pi * count / total)),
-            eps=1e-6,
-            eps_root=1e-14,
-            moment_requires_grad=True,
-        )
+        maximum = float(self.learning_rate[0])
+
+        def rate(count: Tensor) -> Tensor:  # TorchOpt has no cosine schedule, but takes a function
+            return 0.5 * maximum * (1 + torch.cos(torch.pi * count / total))
+
+        if isinstance(self.optimizer, Adam):
+            optimizer = torchopt.adam(
+                rate, eps=self.optimizer.eps, eps_root=1e-14, moment_requires_grad=True
+            )
+        else:
+            optimizer = torchopt.sgd(rate, momentum=0.9, moment_requires_grad=True)
         state = _with_graph(self)
         names = [name for name, _ in self.population.named_parameters()]
         parameters = dict(zip(names, state.tensors, strict=False))
@@ -116,12 +126,12 @@ def _with_graph(inner: InnerLoop) -> InnerState:
     return InnerState(tuple(t.requires_grad_() for t in state.tensors), state.step)
 
 
-def measure(method: str, horizon: int, steps: int, seed: int) -> dict[str, Any]:
+def measure(method: str, optimizer: str, horizon: int, steps: int, seed: int) -> dict[str, Any]:
     """CPU seconds of the gradient, MiB that it adds to the process's peak, and the gradient."""
     torch.set_num_threads(1)
     task = Task(
-        "cnn2d", "digits", 6, 4, horizon, steps, 32, "ternary/2-bit", (_RATE,) * _MEMBERS, False,
-        seed,
+        "cnn2d", "digits", 6, 4, horizon, steps, 32, "ternary/2-bit", (_RATES[optimizer],) * _MEMBERS,
+        False, seed, optimizer=optimizer,
     )  # fmt: skip
     inner = task.build(load("digits"))
     rows = plan(BaseCurve(), inner.run).table.float()
@@ -134,6 +144,7 @@ def measure(method: str, horizon: int, steps: int, seed: int) -> dict[str, Any]:
     METHODS[method](inner, table)
     return {
         "method": method,
+        "optimizer": optimizer,
         "horizon": horizon,
         "steps": steps,
         "seconds": time.process_time() - start,
@@ -182,13 +193,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two steps an epoch, one round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--optimizer", choices=_RATES, default="adam")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--horizon", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     steps = 2 if options.quick else 5
     if options.method:
-        print(json.dumps(measure(options.method, options.horizon, steps, options.seed)))
+        print(
+            json.dumps(
+                measure(options.method, options.optimizer, options.horizon, steps, options.seed)
+            )
+        )
         return
     methods = list(METHODS)
     if importlib.util.find_spec("torchopt") is None:
@@ -224,7 +240,7 @@ def main() -> None:
 def _in_a_process(method: str, horizon: int, options: argparse.Namespace) -> dict[str, Any]:
     command = [
         sys.executable, "-m", "learnsched.benchmarks.unroll", "--method", method,
-        "--horizon", str(horizon), "--seed", str(options.seed), *["--quick"] * options.quick,
+        "--horizon", str(horizon), "--seed", str(options.seed), "--optimizer", options.optimizer, *["--quick"] * options.quick,
     ]  # fmt: skip
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     row: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
