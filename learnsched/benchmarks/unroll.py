@@ -7,9 +7,9 @@ All three differentiate the same runs of the same networks under the same schedu
 
 - *recomputed* is :class:`learnsched.meta.estimators.Unrolled`, which keeps one epoch's graph at a time;
 - *full graph* is the same inner loop with one graph over the whole run;
-- *torchopt* is that with TorchOpt's differentiable optimizers in place of ``higher``, if it is installed.
-  Its Adam has ε elsewhere in the formula, which is another run where gradients are small; momentum is
-  the same formula in both, so there the gradients must agree.
+- *torchopt* is that with TorchOpt's differentiable optimizers in place of ``higher``, if it is
+  installed. Its Adam has ε elsewhere in the formula, which is another run where gradients are small;
+  momentum is the same formula in both, so there the gradients must agree.
 
 Each measurement has a process of its own, since a peak never falls; methods take turns, so that other
 load on the machine meets all alike. Times are CPU seconds of one thread, of the second gradient.
@@ -240,7 +240,8 @@ def main() -> None:
 def _in_a_process(method: str, horizon: int, options: argparse.Namespace) -> dict[str, Any]:
     command = [
         sys.executable, "-m", "learnsched.benchmarks.unroll", "--method", method,
-        "--horizon", str(horizon), "--seed", str(options.seed), "--optimizer", options.optimizer, *["--quick"] * options.quick,
+        "--horizon", str(horizon), "--seed", str(options.seed),
+        "--optimizer", options.optimizer, *["--quick"] * options.quick,
     ]  # fmt: skip
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     row: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
