@@ -17,7 +17,10 @@ def run(name, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gradient", "unroll", "curve_search", "transfer", "ablation"])
+@pytest.mark.parametrize(
+    "name",
+    ["gradient", "unroll", "curve_search", "transfer", "ablation", "population", "outer_steps"],
+)
 def test_a_quick_run_writes_its_rows(name, tmp_path):
     path = tmp_path / "rows.json"
     printed = run(name, "--quick", "--json", str(path))

@@ -1,24 +1,33 @@
-"""Is the meta-gradient right? The unrolled gradient against evolution strategies, in the real regime.
+"""Is the meta-gradient right? Each estimator against converged evolution strategies, on hard losses.
 
-    python -m learnsched.benchmarks.gradient [--quick] [--seed N] [--json PATH]
-                                             [--noise NAME ...] [--steps N ...] [--width N ...]
+    python -m learnsched.benchmarks.gradient [--quick] [--seed N] [--json PATH] [--plot PATH]
+                                             [--noise NAME ...] [--optimizer NAME ...]
+                                             [--steps N ...] [--width N ...] [--artefact NAME]
 
-Both estimate the gradient of the hard network's validation loss with respect to a schedule of a few
+All estimate the gradient of the hard network's validation loss with respect to a schedule of a few
 coordinates: the values of each output at the beginning and at the end of the run, all layers alike.
-Each seed is a network with its own data order. Evolution strategies have noise of their own: the
-agreement of one half of their pairs with the other says how much, and what agreement a perfect
-gradient could reach.
+Each seed is a network with its own data order. Noise shapes, optimizers and widths after the first are
+measured one at a time, the others at their first. Gradients are taken at the hand-coded base curve
+that meta-training starts from, and with ``--artefact`` also at that learned policy.
+
+Evolution strategies have noise of their own: the agreement of one half of the reference's pairs with
+the other says how much, and what agreement a perfect gradient could reach (Spearman–Brown).
+
+With ``--json``, rows are written after each one, and those that are there already are not measured
+again: an interrupted run goes on, and another grid adds to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,51 +35,107 @@ from torch import Tensor
 from learnsched.benchmarks.environment import describe
 from learnsched.data import DataSet, load
 from learnsched.files import write_text
-from learnsched.meta.estimators import Unrolled, policy_rollout, run_forward
+from learnsched.meta.estimators import (
+    Inner,
+    Rollout,
+    ScheduleEstimate,
+    Unrolled,
+    policy_rollout,
+    run_forward,
+)
 from learnsched.meta.evolution import EvolutionStrategies, project, tangent_basis
+from learnsched.meta.hybrid import Hybrid
 from learnsched.meta.tasks import Task
-from learnsched.policies import BaseCurve, LearnedPolicy, MetaNetwork
+from learnsched.policies import LearnedPolicy, MetaNetwork
+from learnsched.pretrained import load_pretrained
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _KNOTS = 2
+_HORIZON = 10
+_BUDGET = EvolutionStrategies(8, knots=_KNOTS, by_layer=False, seed=1_000_003, ridge=0.1)
 
-ESTIMATORS = {"unrolled": Unrolled(), "unrolled, damped by ½": Unrolled(damping=0.5)}
+ESTIMATORS: dict[str, Callable[[Inner, Rollout], ScheduleEstimate]] = {
+    "unrolled": Unrolled(),
+    "unrolled, damped by ½": Unrolled(damping=0.5),
+    "unrolled, first order": Unrolled(damping=0.0),
+    "unrolled, windows of 2 epochs": Unrolled(damping=0.5, truncation=2),
+    "evolution, 8 pairs": _BUDGET,
+    "hybrid, damped and 8 pairs": Hybrid(Unrolled(damping=0.5), _BUDGET),
+}
+
+# Maxima of the cosine schedule that train the networks of this benchmark well.
+RATES = {"adam": 0.01, "adamw": 0.01, "momentum": 0.1, "sgd": 1.0}
+START = "base curve"
 
 
-def measure(
-    data: DataSet,
-    *,
-    noise: str,
-    horizon: int,
-    steps: int,
-    width: int,
-    learning_rate: float,
-    seeds: int,
-    pairs: int,
-    seed: int,
-    base: BaseCurve,
-) -> dict[str, Any]:
-    """Agreement of the two estimators on one kind of run.
+@dataclass(frozen=True)
+class Cell:
+    """One kind of run.
+
+    Attributes:
+        policy: the schedule at which gradients are taken, :data:`START` or an artefact.
+        noise: shape of the noise.
+        optimizer: of the inner loop.
+        steps: optimizer steps of the run.
+        width: channels of the four-layer network.
+    """
+
+    policy: str
+    noise: str
+    optimizer: str
+    steps: int
+    width: int
+
+    def task(self, seeds: int, seed: int) -> Task:
+        """The networks, one a seed."""
+        return Task(
+            family="cnn1d", data="mnist1d", width=self.width, depth=4, horizon=_HORIZON,
+            steps=self.steps // _HORIZON, batch=32, bits="ternary/2-bit",
+            learning_rates=(RATES[self.optimizer],) * seeds, fine_tuning=False, seed=seed,
+            optimizer=self.optimizer,
+        )  # fmt: skip
+
+    def learned_policy(self) -> LearnedPolicy:
+        """The policy; a fresh network is its base curve."""
+        if self.policy == START:
+            return LearnedPolicy(MetaNetwork(), open_loop=True)
+        return load_pretrained(self.policy)
+
+
+def cells(
+    policies: Sequence[str],
+    noises: Sequence[str],
+    optimizers: Sequence[str],
+    steps: Sequence[int],
+    widths: Sequence[int],
+) -> Iterator[Cell]:
+    """The first of each property at every number of steps, then the others one at a time."""
+    centre = [
+        Cell(policy, noises[0], optimizers[0], s, widths[0]) for s in steps for policy in policies
+    ]
+    yield from centre
+    for cell in centre:
+        yield from (Cell(**{**asdict(cell), "noise": noise}) for noise in noises[1:])
+        yield from (Cell(**{**asdict(cell), "optimizer": name}) for name in optimizers[1:])
+        yield from (Cell(**{**asdict(cell), "width": width}) for width in widths[1:])
+
+
+def measure(data: DataSet, cell: Cell, *, seeds: int, pairs: int, seed: int) -> dict[str, Any]:
+    """Agreement of the estimators with the reference on one kind of run.
 
     Args:
         data: MNIST-1D.
-        noise: shape of the noise.
-        horizon: epochs.
-        steps: optimizer steps of the run.
-        width: channels of the four-layer network.
-        learning_rate: maximum of the cosine schedule.
+        cell: the kind of run.
         seeds: networks, each with a gradient of its own.
         pairs: antithetic pairs of the reference, for each network.
         seed: of all random numbers.
-        base: the schedule at which gradients are taken.
     """
-    task = Task(
-        "cnn1d", "mnist1d", width, 4, horizon, steps // horizon, 32, "ternary/2-bit",
-        (learning_rate,) * seeds, False, seed,
-    )  # fmt: skip
-    inner = task.build(data, noise=noise)
-    policy = LearnedPolicy(MetaNetwork(), base, open_loop=True)
+    inner = cell.task(seeds, seed).build(data, noise=cell.noise)
+    policy = cell.learned_policy()
 
-    def rollout() -> Any:
+    def rollout() -> Rollout:
         return policy_rollout(policy, inner.run, seeds)
 
     start = time.perf_counter()
@@ -87,7 +152,7 @@ def measure(
     rows = []
     for name, estimator in ESTIMATORS.items():
         start = time.perf_counter()
-        ours = project(basis, estimator(inner, rollout()).gradient)
+        ours = project(basis, estimator(inner, policy_rollout(policy, inner.run, seeds)).gradient)
         rows.append(
             {
                 "estimator": name,
@@ -100,10 +165,8 @@ def measure(
             }
         )
     return {
-        "noise": noise,
-        "steps": steps,
-        "width": width,
-        "learning_rate": learning_rate,
+        **asdict(cell),
+        "learning_rate": RATES[cell.optimizer],
         "reference": {
             "seconds": reference_seconds,
             "agreement": _cosine(*halves).tolist(),
@@ -125,34 +188,104 @@ def _outliers(gradients: Tensor) -> float:
     return float((~(norms <= 10 * norms.nanmedian())).float().mean())
 
 
+def attainable(agreement: float) -> float:
+    """The cosine of a perfect gradient with a reference whose halves agree so far; 0 if they do not.
+
+    Example:
+        >>> attainable(1.0), round(attainable(0.6), 3), attainable(-0.1)
+        (1.0, 0.866, 0.0)
+    """
+    return math.sqrt(2 * agreement / (1 + agreement)) if agreement > 0 else 0.0
+
+
 def table(rows: Sequence[dict[str, Any]], *, head: bool = True) -> str:
-    """A Markdown table of the measurements; the reference's agreement is of one half with the other."""
+    """A Markdown table; a perfect gradient's line has the reference's cost."""
     lines = []
     if head:
         lines = [
-            "| noise | steps | width | estimator | cosine, mean over seeds | cosine of the mean "
-            "| norm ratio | outliers | s |",
-            "| --- |" + " --- |" * 8,
+            "| at | noise | optimizer | steps | width | estimator | cosine, mean over seeds "
+            "| cosine of the mean | norm ratio | outliers | s |",
+            "| --- |" + " --- |" * 10,
         ]
     for row in rows:
-        run = f"| {row['noise']} | {row['steps']} | {row['width']}"
+        run = " | ".join(str(row[n]) for n in ("policy", "noise", "optimizer", "steps", "width"))
         reference = row["reference"]
         for found in row["estimators"]:
             ratio = _median(found["norms"]) / max(_median(reference["norms"]), 1e-12)
             lines.append(
-                f"{run} | {found['estimator']} | {fmean(found['cosines']):.2f} "
-                f"| {found['cosine_of_mean']:.2f} | {ratio:.2f} | {100 * found['outliers']:.0f} % "
+                f"| {run} | {found['estimator']} | {fmean(found['cosines']):.2f} "
+                f"| {found['cosine_of_mean']:.2f} | {ratio:.2g} | {100 * found['outliers']:.0f} % "
                 f"| {found['seconds']:.0f} |"
             )
+        limits = [
+            attainable(a) for a in (fmean(reference["agreement"]), reference["agreement_of_mean"])
+        ]
         lines.append(
-            f"{run} | (reference, its halves) | {fmean(reference['agreement']):.2f} "
-            f"| {reference['agreement_of_mean']:.2f} | | | {reference['seconds']:.0f} |"
+            f"| {run} | (a perfect one) | {limits[0]:.2f} | {limits[1]:.2f} | 1 | 0 % "
+            f"| {reference['seconds']:.0f} |"
         )
     return "\n".join(lines)
 
 
 def _median(values: Sequence[float]) -> float:
     return float(torch.tensor(values).nanmedian())
+
+
+def plot(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Cosine of the mean gradient over the number of steps, one panel a policy.
+
+    The rows shown are those of the first row's noise, optimizer and width. The hatched region lies
+    above what a perfect gradient could reach.
+    """
+    from matplotlib.figure import Figure
+
+    same = ("noise", "optimizer", "width")
+    rows = [r for r in rows if all(r[n] == rows[0][n] for n in same)]
+    policies = sorted({r["policy"] for r in rows}, key=lambda name: name != START)
+    figure = Figure(figsize=(3.4 * len(policies), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(policies), sharey=True, squeeze=False)[0]
+    styles = [(m, d) for d in ("-", "--", ":") for m in ("o", "s", "^")]
+    for panel, policy in zip(panels, policies, strict=True):
+        mine = sorted((r for r in rows if r["policy"] == policy), key=lambda r: r["steps"])
+        steps = [r["steps"] for r in mine]
+        for index, (marker, dashes) in zip(range(len(ESTIMATORS)), styles, strict=False):
+            cosines = [r["estimators"][index]["cosine_of_mean"] for r in mine]
+            shade = str(0.6 * index / len(ESTIMATORS))
+            name = mine[0]["estimators"][index]["estimator"]
+            panel.plot(steps, cosines, dashes, marker=marker, ms=4, lw=1, color=shade, label=name)
+        limits = [attainable(r["reference"]["agreement_of_mean"]) for r in mine]
+        panel.fill_between(
+            steps, limits, 1.02, facecolor="none", edgecolor="0.7", hatch="////", lw=0,
+            label="out of a perfect gradient's reach",
+        )  # fmt: skip
+        panel.axhline(0, color="0.5", lw=0.6)
+        panel.set_xscale("log")
+        panel.set_xticks(steps, [str(s) for s in steps], minor=False)
+        panel.minorticks_off()
+        panel.set_ylim(-1.02, 1.02)
+        panel.set_xlabel("inner optimizer steps")
+        panel.set_title(f"at the {policy}" if policy == START else f"at {policy!r}", fontsize=9)
+    panels[0].set_ylabel("cosine of the mean gradient\nwith the reference")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+    return figure
+
+
+def _read(path: Path | None, settings: dict[str, int]) -> list[dict[str, Any]]:
+    """The rows that a file holds already.
+
+    Raises:
+        ValueError: they were measured with other settings.
+    """
+    if path is None or not path.exists():
+        return []
+    stored = json.loads(path.read_text())
+    if {name: stored.get(name) for name in settings} != settings:
+        raise ValueError(
+            f"{path} holds rows of other settings than {settings}; choose another file"
+        )
+    rows: list[dict[str, Any]] = stored["rows"]
+    return rows
 
 
 def main() -> None:
@@ -162,45 +295,42 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="short runs, few seeds and pairs")
     parser.add_argument("--noise", nargs="+", default=["normal", "logistic", "triangular"])
-    parser.add_argument("--steps", nargs="+", type=int, default=[50, 150])
-    parser.add_argument("--width", nargs="+", type=int, default=[8])
-    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument(
+        "--optimizer", nargs="+", choices=RATES, default=["adam", "momentum", "sgd"]
+    )
+    parser.add_argument("--steps", nargs="+", type=int, default=[50, 150, 400, 800])
+    parser.add_argument("--width", nargs="+", type=int, default=[8, 16])
+    parser.add_argument("--artefact", help="measure at this learned policy too")
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the rows here, after each one")
+    parser.add_argument("--plot", type=Path, help="draw the rows here")
     options = parser.parse_args()
     if options.quick:
-        options.noise, options.steps, options.seeds, options.pairs = ["normal"], [30], 2, 16
+        options.noise, options.optimizer, options.width = ["normal"], ["adam", "sgd"], [6]
+        options.steps, options.seeds, options.pairs = [20], 2, 8
     torch.set_num_threads(1)
+    settings = {name: getattr(options, name) for name in ("seed", "seeds", "pairs")}
+    try:
+        rows = _read(options.json, settings)
+    except ValueError as error:
+        parser.error(str(error))
+    policies = [START, options.artefact] if options.artefact else [START]
+    grid = cells(policies, options.noise, options.optimizer, options.steps, options.width)
+    done = [Cell(**{name: row[name] for name in Cell.__annotations__}) for row in rows]
     data = load("mnist1d")
-    rows: list[dict[str, Any]] = []
-    for width in options.width:
-        for steps in options.steps:
-            for noise in options.noise:
-                rows.append(
-                    measure(
-                        data,
-                        noise=noise,
-                        horizon=10,
-                        steps=steps,
-                        width=width,
-                        learning_rate=options.learning_rate,
-                        seeds=options.seeds,
-                        pairs=options.pairs,
-                        seed=options.seed,
-                        base=BaseCurve(),
-                    )
-                )
-                if options.json:
-                    content = {
-                        "environment": describe(),
-                        "seed": options.seed,
-                        "pairs": options.pairs,
-                        "rows": rows,
-                    }
-                    write_text(options.json, json.dumps(content, indent=1) + "\n")
-                print(table(rows[-1:], head=len(rows) == 1), flush=True)
+    print(table(rows), flush=True)
+    for cell in grid:
+        if cell in done:
+            continue
+        rows.append(measure(data, cell, **settings))
+        print(table(rows[-1:], head=False), flush=True)
+        if options.json:
+            content = {"environment": describe(), **settings, "rows": rows}
+            write_text(options.json, json.dumps(content, indent=1) + "\n")
+    if options.plot:
+        plot(rows).savefig(options.plot, dpi=200)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
-"""Gradients of the outer loss with respect to a schedule.
+"""Gradients of the outer loss with respect to a schedule, and through it to a policy's network.
 
-An estimator knows the inner loop only as a protocol: state in, state out. It gives one gradient for
-each member of a task in *schedule space*, shape (horizon, members, layers, fields); what chains it
-through a policy's network is the same for all estimators, as telemetry carries no gradient.
+An estimator knows the inner loop only as a protocol: state in, state out. Most give one gradient for
+each member of a task in *schedule space*, shape (horizon, members, layers, fields), and chain it
+through the policy's network with telemetry held at what it was: telemetry carries no gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from learnsched.meta.inner import InnerState
 from learnsched.policies.learned import LearnedPolicy
@@ -51,9 +53,33 @@ class Inner(Protocol):
         ...
 
 
+class Estimate(Protocol):
+    """Gradients of the members' outer losses, in whatever space the estimator works.
+
+    Attributes:
+        loss: outer loss of each member, shape ``(members,)``.
+    """
+
+    @property
+    def loss(self) -> Tensor: ...
+
+    @property
+    def norms(self) -> Tensor:
+        """Norm of each member's gradient, shape ``(members,)``."""
+        ...
+
+    def clipped(self, limit: float | Tensor) -> Estimate:
+        """Each member's gradient scaled down to the limit's norm; 0 where something is not finite."""
+        ...
+
+    def parameter_gradient(self, parameters: Sequence[Tensor]) -> Tensor:
+        """The mean over members in the policy's parameters, shape ``(total size,)``."""
+        ...
+
+
 @dataclass(frozen=True)
-class Estimate:
-    """A gradient in schedule space.
+class ScheduleEstimate:
+    """Gradients in schedule space.
 
     Attributes:
         settings: the schedule that was run, still attached to the policy's graph, shape
@@ -71,11 +97,49 @@ class Estimate:
         """Norm of each member's gradient, shape ``(members,)``."""
         return self.gradient.transpose(0, 1).flatten(1).norm(dim=1)
 
+    def clipped(self, limit: float | Tensor) -> ScheduleEstimate:
+        """See :meth:`Estimate.clipped`."""
+        usable = torch.where(self.loss.isfinite().view(1, -1, 1, 1), self.gradient, 0.0)
+        return replace(self, gradient=clipped(usable, limit))
+
+    def parameter_gradient(self, parameters: Sequence[Tensor]) -> Tensor:
+        """See :meth:`Estimate.parameter_gradient`; frees the policy's graph."""
+        gradients = torch.autograd.grad(
+            self.settings,
+            list(parameters),
+            self.gradient / len(self.loss),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return torch.cat([g.flatten() for g in gradients])
+
+
+class ParametricRollout(Protocol):
+    """A rollout whose parameters can be changed."""
+
+    @property
+    def parameters(self) -> Tensor:
+        """All of them, flat, detached."""
+        ...
+
+    def __call__(self, epoch: int, telemetry: Telemetry) -> Tensor: ...
+
+    def changed(self, changes: Tensor) -> Rollout:
+        """The settings of all members under each of several changes, one change after the other.
+
+        Args:
+            changes: added to the parameters, shape ``(changes, parameters)``.
+
+        Returns:
+            a rollout of ``changes × members`` members.
+        """
+        ...
+
 
 class Estimator(Protocol):
     """What gives the gradient of the outer loss of each member of a task."""
 
-    def __call__(self, inner: Inner, rollout: Rollout) -> Estimate:
+    def __call__(self, inner: Inner, rollout: ParametricRollout) -> Estimate:
         """Run the inner loop under the rollout's schedule and estimate the gradient."""
         ...
 
@@ -88,12 +152,18 @@ class Unrolled:
     each epoch again, last one first, and hands the adjoint of the state on (checkpointing at epochs;
     ``torch.utils.checkpoint`` does not nest with the gradients inside the inner loop).
 
+    With a truncation, the run is cut into windows of as many epochs, the last one whole. The state is
+    carried from window to window, the adjoint is not: the settings of a window get the gradient of the
+    outer loss that the network would have at the window's end if it were hardened there. Windows bound
+    how far a chaotic run can blow a gradient up, and teach a policy to be good soon.
+
     Args:
         damping: factor on the second-order path, in [0, 1]. Less than 1 contracts chaotic runs, whose
             gradients explode, at the price of a bias.
+        truncation: epochs of a window, at least 1; the whole run if None.
 
     Raises:
-        ValueError: the damping leaves [0, 1].
+        ValueError: an argument is out of range.
 
     Example:
         >>> from learnsched.data import load
@@ -109,20 +179,27 @@ class Unrolled:
     """
 
     damping: float = 1.0
+    truncation: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.damping <= 1:
             raise ValueError(f"damping must be in [0, 1], got {self.damping}")
+        if self.truncation is not None and self.truncation < 1:
+            raise ValueError(f"truncation must be at least one epoch, got {self.truncation}")
 
-    def __call__(self, inner: Inner, rollout: Rollout) -> Estimate:
+    def __call__(self, inner: Inner, rollout: Rollout) -> ScheduleEstimate:
         states, table, _ = run_forward(inner, rollout)
         last = inner.run.horizon - 1
-        settings = table[last].detach().requires_grad_()
-        leaves = _leaves(states[-1])
-        loss = inner.outer_loss(InnerState(leaves, states[-1].step), settings)
-        adjoint, at_end = _pullback([loss], [torch.ones_like(loss)], leaves, settings)
-        gradients = [at_end]
+        window = self.truncation or inner.run.horizon
+        gradients = []
         for epoch in range(last, -1, -1):
+            if (last - epoch) % window == 0:
+                hard = terminal_settings(table[epoch], inner.run, last).detach().requires_grad_()
+                leaves = _leaves(states[epoch + 1])
+                at_end = inner.outer_loss(InnerState(leaves, states[epoch + 1].step), hard)
+                adjoint, of_hard = _pullback([at_end], [torch.ones_like(at_end)], leaves, hard)
+                if epoch == last:
+                    loss, of_last = at_end.detach(), of_hard
             settings = table[epoch].detach().requires_grad_()
             leaves = _leaves(states[epoch])
             state, _ = inner.epoch(
@@ -134,8 +211,8 @@ class Unrolled:
             )
             adjoint, of_settings = _pullback(list(state.tensors), adjoint, leaves, settings)
             gradients.append(of_settings)
-        gradients[1] = gradients[1] + gradients[0]
-        return Estimate(table, torch.stack(gradients[:0:-1]), loss.detach())
+        gradients[0] = gradients[0] + of_last
+        return ScheduleEstimate(table, torch.stack(gradients[::-1]), loss)
 
 
 def clipped(gradient: Tensor, limit: float | Tensor) -> Tensor:
@@ -201,8 +278,52 @@ def terminal_settings(settings: Tensor, run: RunInfo, epoch: int) -> Tensor:
     return torch.where(keep, settings, end)
 
 
-def policy_rollout(policy: LearnedPolicy, run: RunInfo, members: int) -> Rollout:
+class PolicyRollout:
     """The settings of a learned policy for runs that are trained together; epoch 0 starts anew.
+
+    Args:
+        policy: what makes the settings.
+        run: what is trained.
+        members: runs.
+    """
+
+    def __init__(self, policy: LearnedPolicy, run: RunInfo, members: int) -> None:
+        self._policy, self._run, self._members = policy, run, members
+        self._state: dict[str, Tensor] = {}
+
+    @property
+    def parameters(self) -> Tensor:
+        """The network's parameters, flat, detached."""
+        return parameters_to_vector(self._policy.network.parameters()).detach()
+
+    def __call__(self, epoch: int, telemetry: Telemetry) -> Tensor:
+        if epoch == 0:
+            self._state = self._policy.initial_state(self._run, (self._members,))
+        settings, self._state = self._policy.tensors(self._run, epoch, telemetry, self._state)
+        return settings
+
+    def changed(self, changes: Tensor) -> Rollout:
+        """See :meth:`ParametricRollout.changed`."""
+        rollouts = []
+        for change in changes:
+            policy = copy.copy(self._policy)
+            policy.network = copy.deepcopy(self._policy.network).requires_grad_(False)
+            vector_to_parameters(self.parameters + change, policy.network.parameters())
+            rollouts.append(PolicyRollout(policy, self._run, self._members))
+
+        def rollout(epoch: int, telemetry: Telemetry) -> Tensor:
+            parts = [
+                field.split(self._members)
+                for field in (telemetry.loss, telemetry.loss_trend, telemetry.weight_error)
+            ]
+            each = zip(rollouts, *parts, strict=True)
+            return torch.cat([one(epoch, Telemetry(*seen)) for one, *seen in each])
+
+        return rollout
+
+
+def policy_rollout(policy: LearnedPolicy, run: RunInfo, members: int) -> PolicyRollout:
+    """The settings of a learned policy for ``members`` runs that are trained together.
 
     Example:
         >>> from learnsched.data import load
@@ -216,16 +337,7 @@ def policy_rollout(policy: LearnedPolicy, run: RunInfo, members: int) -> Rollout
         >>> settings.shape, settings.requires_grad  # members, layers, fields
         (torch.Size([2, 2, 7]), True)
     """
-    state: dict[str, Tensor] = {}
-
-    def rollout(epoch: int, telemetry: Telemetry) -> Tensor:
-        nonlocal state
-        if epoch == 0:
-            state = policy.initial_state(run, (members,))
-        settings, state = policy.tensors(run, epoch, telemetry, state)
-        return settings
-
-    return rollout
+    return PolicyRollout(policy, run, members)
 
 
 def table_rollout(table: Tensor) -> Rollout:

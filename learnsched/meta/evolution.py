@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from learnsched.meta.estimators import (
-    Estimate,
     Inner,
     Rollout,
+    ScheduleEstimate,
     run_forward,
     table_rollout,
 )
@@ -83,7 +83,7 @@ class EvolutionStrategies:
         if not (positive and 0 <= self.ridge < math.inf):
             raise ValueError(f"both std must be positive and ridge at least 0, got {self}")
 
-    def __call__(self, inner: Inner, rollout: Rollout) -> Estimate:
+    def __call__(self, inner: Inner, rollout: Rollout) -> ScheduleEstimate:
         with torch.enable_grad():
             _, table, _ = run_forward(inner, rollout)
         centre = table.detach()
@@ -103,7 +103,7 @@ class EvolutionStrategies:
         losses = [self._losses(inner, centre, sign * change) for sign in (1.0, -1.0)]
         difference = (losses[0] - losses[1]) / 2
         ours = regression(noise, difference, self.ridge)
-        return Estimate(
+        return ScheduleEstimate(
             table,
             lift(basis, ours).permute(1, 0, 2, 3),
             (losses[0] + losses[1]).mean(0) / 2,

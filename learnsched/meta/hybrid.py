@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from learnsched.meta.estimators import Estimate, Inner, Rollout, Unrolled, clipped
+from learnsched.meta.estimators import (
+    Inner,
+    Rollout,
+    ScheduleEstimate,
+    Unrolled,
+    clipped,
+)
 from learnsched.meta.evolution import LEARNED_FIELDS, EvolutionStrategies, project, tangent_basis
 
 
@@ -47,7 +53,7 @@ class Hybrid:
     unrolled: Unrolled = field(default_factory=lambda: Unrolled(damping=0.5))
     evolution: EvolutionStrategies = field(default_factory=lambda: EvolutionStrategies(pairs=8))
 
-    def __call__(self, inner: Inner, rollout: Rollout) -> Estimate:
+    def __call__(self, inner: Inner, rollout: Rollout) -> ScheduleEstimate:
         ours = self.unrolled(inner, rollout)
         theirs = self.evolution(inner, rollout)
         if ours.gradient.shape[1] < 2:
@@ -63,7 +69,9 @@ class Hybrid:
             project(basis, precise).unflatten(1, (len(LEARNED_FIELDS), -1)),
             project(basis, theirs.gradient).unflatten(1, (len(LEARNED_FIELDS), -1)),
         )
-        return Estimate(ours.settings, torch.lerp(theirs.gradient, precise, share), theirs.loss)
+        return ScheduleEstimate(
+            ours.settings, torch.lerp(theirs.gradient, precise, share), theirs.loss
+        )
 
 
 def share_of_precise(precise: Tensor, unbiased: Tensor) -> Tensor:

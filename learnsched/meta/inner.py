@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from learnsched.annealed import quantize_unchecked
 from learnsched.incremental import hold, priority, soft_membership
+from learnsched.meta.inner_optimizers import Adam, InnerOptimizer
 from learnsched.meta.population import CARRIED, Population
 from learnsched.modules import WeightQuantizer
 from learnsched.schedule import FIELDS, RunInfo, Telemetry
@@ -24,16 +25,13 @@ from learnsched.schedule import FIELDS, RunInfo, Telemetry
 _FRACTION = FIELDS.index("fraction")
 _WEIGHT_BACKWARD = FIELDS.index("weight_backward_std")
 
-# Adam divides by the root of the second moment, whose derivative is infinite at 0: start above.
-_SECOND_MOMENT = 1e-14
-
 
 @dataclass(frozen=True)
 class InnerState:
     """All that an epoch hands to the next: as a flat tuple of tensors for autograd, and a count.
 
     Attributes:
-        tensors: parameters, Adam's first and second moments, carried quantizer buffers.
+        tensors: parameters, the optimizer's moments one after the other, carried quantizer buffers.
         step: optimizer steps taken.
     """
 
@@ -80,8 +78,7 @@ class InnerLoop:
         fine_tuning: whether the networks were trained as float networks before.
         partition: the order in which INQ takes weights.
         membership_width: width of the soft INQ membership; 0 freezes whole weights.
-        eps: Adam's ε. Larger than torch's default: it bounds the derivative of an update.
-        weight_decay: Adam's.
+        optimizer: what trains the networks; Adam if None.
         seed: of what an estimator draws.
         rates: factor on the learning rate in place of the cosine, shape ``(horizon * steps,
             members)``.
@@ -96,8 +93,7 @@ class InnerLoop:
         fine_tuning: bool = False,
         partition: str = "settled",
         membership_width: float = 0.05,
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
+        optimizer: InnerOptimizer | None = None,
         seed: int = 0,
         rates: Tensor | None = None,
     ) -> None:
@@ -110,15 +106,14 @@ class InnerLoop:
         self.membership_width = membership_width
         horizon, steps = batches.order.shape[:2]
         self.run = RunInfo(population.layers, horizon, steps, fine_tuning)
-        # One group a parameter, so that each can have a learning rate of its own shape.
-        groups = [{"params": [p]} for p in population.parameters()]
-        self._optimizer = torch.optim.Adam(groups, lr=0.0, eps=eps, weight_decay=weight_decay)
-        self._count = len(groups)
+        self.optimizer = optimizer or Adam()
+        self._patched = self.optimizer.build(population.parameters())
+        self._count = len(self._patched.param_groups)
+        self._carried_from = (1 + len(self.optimizer.moments)) * self._count
         self._position = {name: i for i, (name, _) in enumerate(population.named_parameters())}
 
     def repeated(self, count: int) -> InnerLoop:
         """``count`` copies of the members, of the same weights, data and learning rates."""
-        group = self._optimizer.param_groups[0]
         return InnerLoop(
             self.population.repeated(count),
             self.batches.repeated(count),
@@ -126,8 +121,7 @@ class InnerLoop:
             fine_tuning=self.run.fine_tuning,
             partition=self.partition,
             membership_width=self.membership_width,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
+            optimizer=self.optimizer,
             seed=self.seed,
             rates=None if self.rates is None else self.rates.repeat(1, count),
         )
@@ -135,14 +129,13 @@ class InnerLoop:
     def initial(self) -> InnerState:
         """The state before the first epoch."""
         parameters = [p.detach().clone() for p in self.population.parameters()]
-        first = [torch.zeros_like(p) for p in parameters]
-        second = [torch.full_like(p, _SECOND_MOMENT) for p in parameters]
+        moments = zip(*(self.optimizer.start(p) for p in parameters), strict=True)
         carried = [
             getattr(self.population, self.population.key(f"{quantizer}.{name}")).clone()
             for _, quantizer, _, _ in self.population.weights
             for name in CARRIED
         ]
-        return InnerState((*parameters, *first, *second, *carried), 0)
+        return InnerState((*parameters, *(t for kind in moments for t in kind), *carried), 0)
 
     @torch.enable_grad()
     def epoch(
@@ -169,23 +162,24 @@ class InnerLoop:
         """
         count = self._count
         parameters = list(state.tensors[:count])
-        carried = self._freeze(parameters, state.tensors[3 * count :], settings, epoch)
+        carried = self._freeze(parameters, state.tensors[self._carried_from :], settings, epoch)
         replaced = {**self.population.noise_buffers(settings), **self._carried_buffers(carried)}
         model = higher.monkeypatch(
             self.population, copy_initial_weights=False, track_higher_grads=track
         )
         optimizer = higher.optim.get_diff_optim(
-            self._optimizer, self.population.parameters(), fmodel=model, track_higher_grads=track
+            self._patched, self.population.parameters(), fmodel=model, track_higher_grads=track
         )
+        names = self.optimizer.moments
         for i in range(count):
             optimizer.state[i][0] = {
                 "step": state.step,
-                "exp_avg": state.tensors[count + i],
-                "exp_avg_sq": state.tensors[2 * count + i],
+                **{n: state.tensors[(k + 1) * count + i] for k, n in enumerate(names)},
             }
         # Frozen values come from the parameters too: the inner gradient must not flow through them.
         parameters = [p.clone() if track else p.detach().requires_grad_() for p in parameters]
         damped = track and damping != 1
+        decay = self.optimizer.decoupled_decay
         losses = []
         steps = self.batches.order.shape[1]
         for step in range(steps):
@@ -201,11 +195,13 @@ class InnerLoop:
             moved = optimizer.step(loss.sum(), params=seen, override={"lr": rate})
             if damped:
                 moved = [p + (m - s) for p, m, s in zip(parameters, moved, seen, strict=True)]
+            if decay:
+                moved = [m - decay * r * p for m, r, p in zip(moved, rate, parameters, strict=True)]
+                if not track:
+                    moved = [m.detach().requires_grad_() for m in moved]
             parameters = list(moved)
             losses.append(loss.detach())
-        moments = [
-            optimizer.state[i][0][name] for name in ("exp_avg", "exp_avg_sq") for i in range(count)
-        ]
+        moments = [optimizer.state[i][0][name] for name in names for i in range(count)]
         tensors = (*parameters, *moments, *carried)
         if not track:
             tensors = tuple(t.detach() for t in tensors)
@@ -264,7 +260,7 @@ class InnerLoop:
         return Telemetry(losses[-1] / losses[0], losses[-1] / before, error)
 
     def _call(self, model: nn.Module, state: InnerState, settings: Tensor, x: Tensor) -> Tensor:
-        carried = self._carried_buffers(state.tensors[3 * self._count :])
+        carried = self._carried_buffers(state.tensors[self._carried_from :])
         replaced = {**self.population.noise_buffers(settings), **carried}
         result: Tensor = model(x, replaced, params=list(state.tensors[: self._count]))
         return result
@@ -333,7 +329,7 @@ class InnerLoop:
         """
         error = self.learning_rate.new_zeros(self.population.members, len(self.population.layers))
         parameters = list(state.tensors[: self._count])
-        carried = state.tensors[3 * self._count :]
+        carried = state.tensors[self._carried_from :]
         for place, (name, _, quantizer, layer) in enumerate(self.population.weights):
             weight = self._weight(parameters, name)
             membership, held, held_scale, scale_held = carried[4 * place : 4 * place + 4]

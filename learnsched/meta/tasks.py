@@ -18,6 +18,7 @@ from learnsched.convert import LayerConfig, quantize_, quantized_layers
 from learnsched.data import DataSet
 from learnsched.levels import LevelSet, binary, ternary, unsigned
 from learnsched.meta.inner import Batches, InnerLoop
+from learnsched.meta.inner_optimizers import OPTIMIZERS
 from learnsched.meta.networks import cnn1d, cnn2d, mlp, residual, vgg
 from learnsched.meta.population import Population
 from learnsched.noise import noise_shape
@@ -60,6 +61,7 @@ class Task:
         seed: of initial weights, order of the data, and held-out batches.
         runs: how many seeds the members have; member i has the seed of member ``i % runs``. All
             differ if 0.
+        optimizer: of the inner loop, a key of :data:`learnsched.meta.inner_optimizers.OPTIMIZERS`.
 
     Example:
         >>> from learnsched.data import load
@@ -83,14 +85,16 @@ class Task:
     fine_tuning: bool
     seed: int
     runs: int = 0
+    optimizer: str = "adam"
 
     @property
     def name(self) -> str:
         """What distinguishes the task in tables, seeds and learning rates left out."""
         start = ", fine-tuned" if self.fine_tuning else ""
+        optimizer = "" if self.optimizer == "adam" else f", {self.optimizer}"
         return (
             f"{self.data} {self.family} {self.depth}×{self.width}, {self.bits}, "
-            f"{self.horizon}×{self.steps} steps{start}"
+            f"{self.horizon}×{self.steps} steps{start}{optimizer}"
         )
 
     def build(
@@ -119,7 +123,14 @@ class Task:
             config: level sets and scale rules, in place of the level sets of ``self.bits`` with
                 their customary rules. A scale rule of activations is given standard normal ones.
             mode: the forward value, ``expectation``, ``mode`` or ``random``.
+
+        Raises:
+            ValueError: the family or the optimizer is unknown.
         """
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"unknown optimizer {self.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}"
+            )
         members = len(self.learning_rates)
         runs = self.runs or members
         x, y = data.train.x, data.train.y
@@ -163,7 +174,7 @@ class Task:
             fine_tuning=self.fine_tuning,
             partition=partition,
             membership_width=membership_width,
-            eps=eps,
+            optimizer=OPTIMIZERS[self.optimizer](eps),
             seed=self.seed,
         )
 

@@ -25,7 +25,6 @@ from learnsched.meta import distribution
 from learnsched.meta.estimators import (
     Estimator,
     Unrolled,
-    clipped,
     policy_rollout,
     run_forward,
     terminal_settings,
@@ -193,25 +192,16 @@ class MetaTrainer:
     def _task_gradient(self, task: Task) -> dict[str, Tensor]:
         """The clipped gradient of a task, summed over members and flat over parameters."""
         inner = task.build(self.data[task.data], device=self.device)
-        members = len(task.learning_rates)
-        rollout = policy_rollout(self.policy, inner.run, members)
+        rollout = policy_rollout(self.policy, inner.run, len(task.learning_rates))
         estimate = self.estimator(inner, rollout)
         norms = estimate.norms
         finite = norms.isfinite() & estimate.loss.isfinite()
         limit = self.config.clip * self._typical_norm
         if math.isnan(limit):
             limit = self.config.clip * float(norms[finite].median()) if bool(finite.any()) else 1.0
-        usable = torch.where(finite.view(1, -1, 1, 1), estimate.gradient, 0.0)
-        adjoint = clipped(usable, limit) / members
-        gradients = torch.autograd.grad(
-            estimate.settings,
-            list(self._parameters.values()),
-            adjoint,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        gradient = estimate.clipped(limit).parameter_gradient(list(self._parameters.values()))
         return {
-            "gradient": torch.cat([g.flatten() for g in gradients]).cpu(),
+            "gradient": gradient.cpu(),
             "norms": torch.where(finite, norms, math.inf).cpu(),
             "losses": estimate.loss.cpu(),
         }
