@@ -29,8 +29,8 @@ def main() -> None:
     stored = json.loads((HERE / "held_out.json").read_text())
     plot_comparison(by_task(stored["records"]), HERE / "held_out.png")
     write_text(HERE / "held_out.md", table(stored["records"]) + "\n")
-    log = [json.loads(line) for line in (HERE / "learning_curve.jsonl").read_text().splitlines()]
-    plot_learning_curve(log, HERE / "learning_curve.png")
+    lines = (HERE / "standard-0" / "log.jsonl").read_text().splitlines()
+    plot_learning_curve([json.loads(line) for line in lines], HERE / "learning_curve.png")
 
 
 if __name__ == "__main__":
