@@ -57,6 +57,10 @@ AXES: dict[str, tuple[str, dict[str, Task]]] = {
         "weights/activations",
         {b: replace(CENTRE, bits=b) for b in ("ternary/2-bit", "ternary/ternary", "binary/binary")},
     ),
+    "optimizer": (
+        "inner",
+        {o: replace(CENTRE, optimizer=o) for o in ("adam", "adamw", "momentum", "sgd")},
+    ),
     "data": (
         "data set and network",
         {
@@ -68,6 +72,8 @@ AXES: dict[str, tuple[str, dict[str, Task]]] = {
     ),
 }
 
+# Rates are searched from here to 25 times as much.
+_LOWEST_RATE = {"adam": 2e-3, "adamw": 2e-3, "momentum": 2e-2, "sgd": 1e-1}
 _SHOWN = Budget(rounds=2, trials=8, trial_runs=2, runs=12)
 _QUICK = Budget(rounds=1, trials=2, trial_runs=1, runs=2)
 
@@ -91,7 +97,8 @@ def measure(task: Task, method: Method, policy: Policy | None, budget: Budget) -
     """Validation accuracy of every learning rate, and test accuracy of fresh seeds at the best."""
     data = load(task.data)
     count = budget.trials
-    rates = [2e-3 * 25 ** (i / max(1, count - 1)) for i in range(count)]
+    lowest = _LOWEST_RATE[task.optimizer]
+    rates = [lowest * 25 ** (i / max(1, count - 1)) for i in range(count)]
     validation = train(
         method, task, data, rates, [policy] * count, budget.trial_runs, data.validation
     ).mean(1)
