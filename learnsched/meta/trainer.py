@@ -257,7 +257,10 @@ class MetaTrainer:
         )
         path = self.folder / "config.json"
         if path.exists():
-            if json.loads(path.read_text()) != json.loads(config):
+            stored = json.loads(path.read_text())
+            for task in stored["trainer"]["validation"]:
+                task.setdefault("optimizer", "adam")  # runs begun before tasks named one
+            if stored != json.loads(config):
                 raise FileExistsError(
                     f"{self.folder} holds a run of another configuration ({path}); "
                     "choose another folder, or the same preset, seed and options as before"
