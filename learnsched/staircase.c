@@ -145,10 +145,11 @@ static const float reach[2][4] = {{UNIFORM_WIDTH, TRIANGULAR_WIDTH, 5.4f, 9.2f},
  * z (2 f + z f'). */
 enum { VALUES, SLOPES, STD_SLOPES };
 
-/* ---- n <= 3 thresholds at a time, n and noise known to the compiler ---- */
+/* ---- n <= 3 thresholds at a time, n and noise known to the compiler ----
+ * restrict: without it, sums in three arrays are not vectorised. */
 
-INLINE void add_values(const int noise, const int n, const float *t, const float *g, float inverse,
-                       const float *u, float *out, long length) {
+INLINE void add_values(const int noise, const int n, const float *restrict t, const float *restrict g,
+                       float inverse, const float *restrict u, float *restrict out, long length) {
     for (long i = 0; i < length; i++) {
         float sum = out[i];
         if (noise == NORMAL) {
@@ -164,8 +165,9 @@ INLINE void add_values(const int noise, const int n, const float *t, const float
 }
 
 /* sums of f, f' and z f' */
-INLINE void add_slopes(const int noise, const int n, const int all, const float *t, const float *g,
-                       float inverse, const float *u, float *f, float *df, float *zdf, long length) {
+INLINE void add_slopes(const int noise, const int n, const int all, const float *restrict t,
+                       const float *restrict g, float inverse, const float *restrict u,
+                       float *restrict f, float *restrict df, float *restrict zdf, long length) {
     for (long i = 0; i < length; i++) {
         float a = f[i], b = all ? df[i] : 0, c = all ? zdf[i] : 0;
         for (int k = 0; k < n; k++) {
@@ -181,8 +183,9 @@ INLINE void add_slopes(const int noise, const int n, const int all, const float 
 }
 
 /* sums of z f, and if all of f + z f' and z (2 f + z f') */
-INLINE void add_std_slopes(const int noise, const int n, const int all, const float *t, const float *g,
-                           float inverse, const float *u, float *zf, float *in_x, float *in_std,
+INLINE void add_std_slopes(const int noise, const int n, const int all, const float *restrict t,
+                           const float *restrict g, float inverse, const float *restrict u,
+                           float *restrict zf, float *restrict in_x, float *restrict in_std,
                            long length) {
     for (long i = 0; i < length; i++) {
         float a = zf[i], b = all ? in_x[i] : 0, c = all ? in_std[i] : 0;
