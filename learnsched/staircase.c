@@ -390,7 +390,7 @@ static void sums(const Staircase *s, const Curve *c, int kind, int all, float in
 
 /* ---- the hard staircase, to the bit ---- */
 
-static void harden(const Staircase *s, float *u, float *out, long length) {
+INLINE void harden(const Staircase *s, float *restrict u, float *restrict out, long length) {
     float low = s->values[0], high = s->values[s->count];
     for (long i = 0; i < length; i++) u[i] = not_a_number(u[i]) ? low : u[i];
     if (s->whole && s->count > 4) {
@@ -506,11 +506,11 @@ void learnsched_value(const Staircase *s, const Table *t, const float *x, float 
     FOR_BLOCKS {
         float u[BLOCK];
         Span b = span(t, block, per_row);
-        float *out[3] = {y + b.start};
+        float *out = y + b.start, *sum_of[3] = {out};
         load(t, &b, x, u);
-        if (b.soft) sums(s, curve_of(t, &b, curves), VALUES, 0, b.inverse, u, out, b.length);
-        else harden(s, u, out[0], b.length);
-        if (t->scale) for (long i = 0; i < b.length; i++) out[0][i] *= b.scale;
+        if (b.soft) sums(s, curve_of(t, &b, curves), VALUES, 0, b.inverse, u, sum_of, b.length);
+        else harden(s, u, out, b.length);
+        if (t->scale) for (long i = 0; i < b.length; i++) out[i] *= b.scale;
     }
     free_curves(t, curves);
 }
