@@ -189,7 +189,7 @@ def plot_learning_curve(
         norms.yaxis.set_major_formatter("{x:g}")  # the style writes no mathematics
         for panel in (losses, norms):
             panel.set_xlabel("outer step")
-            panel.legend()
+            panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)  # off the points
         save_figure(figure, path)
     return figure
 

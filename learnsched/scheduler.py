@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import operator
@@ -382,7 +383,9 @@ class QuantizationScheduler:
             else:
                 losses += losses[-1:]
         first, before, last = (losses[0], losses[-2:][0], losses[-1]) if losses else (1.0,) * 3
-        return _LazyTelemetry(_ratio(last, first), _ratio(last, before), self._weight_errors)
+        return _LazyTelemetry(
+            _ratio(last, first), _ratio(last, before), functools.cache(self._weight_errors)
+        )
 
     def _weight_errors(self) -> Tensor:
         errors = [
@@ -423,7 +426,7 @@ def _check_optimizer(optimizer: object) -> None:
 
 @dataclass(frozen=True)
 class _LazyTelemetry(Telemetry):
-    """Measures the weights only for a policy that reads their error."""
+    """Measures the weights only for a policy that reads their error, and once (``measure`` keeps it)."""
 
     weight_error: Tensor = field(init=False)
     measure: Callable[[], Tensor]

@@ -10,7 +10,6 @@ learn. The learning rate of every variant is searched on validation data, with t
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,12 @@ import torch
 from torch import Tensor
 
 from learnsched.benchmarks import methods as field
-from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.environment import stored_records, write_results
 from learnsched.benchmarks.held_out import HELD_OUT
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.search import Budget
 from learnsched.benchmarks.transfer import transfer
-from learnsched.files import write_text
-from learnsched.intervals import bootstrap_interval
+from learnsched.intervals import interval
 from learnsched.meta import distribution
 from learnsched.meta.estimators import Rollout, table_rollout
 from learnsched.meta.inner import InnerLoop
@@ -111,7 +109,7 @@ def variants(policy: LearnedPolicy) -> list[Method]:
 
 def table(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
     """Markdown: accuracy of the whole in %, then what each variant loses, paired over seeds."""
-    found = {(r["cell"], r["method"]): 100 * np.asarray(r["test"]) for r in records}
+    found = {(r["cell"], r["method"]): np.asarray(r["test"]) for r in records}
     names = list(dict.fromkeys(r["method"] for r in records))
     lines = ["| variant | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
     for name in names:
@@ -120,10 +118,9 @@ def table(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
             whole = found[HELD_OUT[task].name, names[0]]
             here = found[HELD_OUT[task].name, name]
             if name == names[0]:
-                row.append(f"{whole.mean():.1f}")
+                row.append(f"{100 * whole.mean():.1f}")
                 continue
-            low, high = bootstrap_interval(here - whole)
-            row.append(f"{(here - whole).mean():+.1f} [{low:+.1f}, {high:+.1f}]")
+            row.append(interval(here - whole).text("+"))
         lines.append(f"| {name} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
@@ -142,20 +139,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     distribution.start()
     torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
     tasks = TASKS[:1] if options.quick else TASKS
-    done: list[dict[str, Any]] = []
-    if options.json and options.json.exists():
-        done = json.loads(options.json.read_text())["records"]
 
     def keep(records: list[dict[str, Any]]) -> None:
-        if options.json and distribution.rank() == 0:
-            content = {"environment": describe(), "records": records}
-            write_text(options.json, json.dumps(content, indent=1) + "\n")
+        if distribution.rank() == 0:
+            write_results(options.json, {"records": records})
 
     records = transfer(
         [(method, None) for method in variants(load_pretrained(options.artefact))],
         {"task": {name: HELD_OUT[name] for name in tasks}},
         _QUICK if options.quick else _SHOWN,
-        done=done,
+        done=stored_records(options.json),
         progress=keep,
     )
     if distribution.rank() == 0:

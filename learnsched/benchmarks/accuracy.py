@@ -32,7 +32,7 @@ import torch
 from learnsched.benchmarks import held_out, plain
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.cells import GRIDS, Cell
-from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.environment import describe, write_results
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.search import Budget, search
 from learnsched.benchmarks.spaces import Trial
@@ -342,9 +342,8 @@ def execute(options: argparse.Namespace, choose: Callable[[str], list[Entry]]) -
         )
 
     run(jobs[index - 1 :: count], grid.budget, folder, seed=options.seed, progress=show)
-    if options.json:
-        content = {"environment": _environment(), "seed": options.seed, "records": read(folder)}
-        write_text(options.json, json.dumps(content, indent=1) + "\n")
+    content = {"environment": _environment(), "seed": options.seed, "records": read(folder)}
+    write_results(options.json, content)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.environment import describe, write_results
 from learnsched.benchmarks.held_out import train
 from learnsched.benchmarks.methods import Method
 from learnsched.data import DataSet, load
-from learnsched.files import write_text
 from learnsched.meta import distribution
 from learnsched.meta.estimators import run_forward, table_rollout
 from learnsched.meta.tasks import Task
@@ -220,8 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     curves_found = [BaseCurve(**found["curve"]) for found in content["rounds"]]
     content["verified"] = verify(curves_found, 2 if options.quick else 8, options.seed)
     if distribution.rank() == 0:
-        if options.json:
-            write_text(options.json, json.dumps(content, indent=1) + "\n")
+        write_results(options.json, content)
         print("accuracy in %: default curve, first round, second round")
         for row in content["verified"]:
             print(" ".join(f"{100 * a:5.1f}" for a in row["accuracy"]), row["task"])

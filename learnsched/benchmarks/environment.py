@@ -1,13 +1,18 @@
-"""What a result was made with: versions, machine, date and commit."""
+"""Results as files, with what they were made with: versions, machine, date and commit."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+from learnsched.files import write_text
 
 
 def describe() -> dict[str, str | int]:
@@ -23,6 +28,21 @@ def describe() -> dict[str, str | int]:
         "processor": _processor(),
         "cores": os.cpu_count() or 0,
     }
+
+
+def write_results(path: Path | None, content: Mapping[str, Any]) -> None:
+    """Write results and their ``environment``, unless they bring one; without a path, nothing."""
+    if path is not None:
+        whole = {"environment": describe()} | dict(content)
+        write_text(path, json.dumps(whole, indent=1) + "\n")
+
+
+def stored_records(path: Path | None) -> list[dict[str, Any]]:
+    """The ``records`` of an interrupted run's results; none without a file."""
+    if path is None or not path.exists():
+        return []
+    records: list[dict[str, Any]] = json.loads(path.read_text())["records"]
+    return records
 
 
 def _commit() -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
 import statistics
 import tempfile
@@ -31,14 +30,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import learnsched as ls
-from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.environment import describe, write_results
 from learnsched.data import DataSet, load
 from learnsched.export import QuantizedInput
 from learnsched.export.check import pytorch_codes
 from learnsched.export.inspect import inspect
 from learnsched.export.reference import run
 from learnsched.export.trace import trace
-from learnsched.files import write_text
 
 _BATCHES = (1, 64)
 _PART = 500
@@ -303,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "steps": steps,
             "rows": rows,
         }
-        write_text(options.json, json.dumps(content, indent=1) + "\n")
+        write_results(options.json, content)
 
 
 if __name__ == "__main__":

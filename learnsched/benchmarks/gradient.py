@@ -32,9 +32,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.environment import write_results
 from learnsched.data import DataSet, load
-from learnsched.files import write_text
+from learnsched.figure_style import paper_style, save_figure
 from learnsched.meta.estimators import (
     Inner,
     Rollout,
@@ -326,11 +326,10 @@ def main() -> None:
             continue
         rows.append(measure(data, cell, **settings))
         print(table(rows[-1:], head=False), flush=True)
-        if options.json:
-            content = {"environment": describe(), **settings, "rows": rows}
-            write_text(options.json, json.dumps(content, indent=1) + "\n")
+        write_results(options.json, {**settings, "rows": rows})
     if options.plot:
-        plot(rows).savefig(options.plot, dpi=200)
+        with paper_style():
+            save_figure(plot(rows), options.plot)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ round train as one population.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -22,11 +21,10 @@ import numpy as np
 import torch
 
 from learnsched.benchmarks import methods as field
-from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.environment import describe, stored_records, write_results
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.search import Budget, Found, search
 from learnsched.data import DataSet, load
-from learnsched.files import write_text
 from learnsched.intervals import bootstrap_interval
 from learnsched.meta import distribution
 from learnsched.meta.estimators import run_forward
@@ -130,14 +128,13 @@ def compare(
     ]
     data = {name: load(name) for name in {task.data for _, task, _ in jobs}}
     records = [dict(record) for record in done]
-    rank, world = distribution.rank(), distribution.world_size()
-    for first in range(0, len(jobs), world):
-        batch = jobs[first : first + world]
-        mine = {}
-        if rank < len(batch):
-            name, task, method = batch[rank]
-            mine[rank] = _record(name, task, method, data[task.data], budget, seed)
-        for record in distribution.gather(mine, len(batch)):
+
+    def work(job: tuple[str, Task, Method]) -> dict[str, Any]:
+        name, task, method = job
+        return _record(name, task, method, data[task.data], budget, seed)
+
+    for made in distribution.shared(jobs, work):
+        for record in made:
             records.append(record)
             if progress is not None:
                 progress(record)
@@ -238,21 +235,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.hand_coded:
         policy = load_pretrained(options.artefact)
         methods = [field.learned(policy), field.start_of(policy), *methods]
-    done: list[dict[str, Any]] = []
-    if options.json and options.json.exists():
-        done = json.loads(options.json.read_text())["records"]
-
-    def write(records: Sequence[Mapping[str, Any]]) -> None:
-        if options.json and distribution.rank() == 0:
-            content = {"environment": describe(), "seed": options.seed, "records": list(records)}
-            write_text(options.json, json.dumps(content, indent=1) + "\n")
+    done = stored_records(options.json)
 
     def keep(record: dict[str, Any]) -> None:
         mean = sum(record["test"]) / len(record["test"])
         if distribution.rank() == 0:
             print(f"{record['task']:20} {record['method']:32} {100 * mean:5.1f} %", flush=True)
-        done.append(record)
-        write(done)
+            done.append(record)
+            write_results(options.json, {"seed": options.seed, "records": done})
 
     records = compare(
         methods,

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.environment import write_results
 from learnsched.files import write_text
 from learnsched.meta import distribution
 from learnsched.meta.presets import PRESETS
@@ -147,15 +147,10 @@ def main() -> None:
     )
     for entry in profile["top"]:
         print(f"  {100 * entry['share']:4.1f} %  {entry['name']}, {entry['calls']} calls")
-    if options.json:
-        content = {
-            "environment": describe(),
-            "preset": options.preset,
-            "seed": options.seed,
-            "rows": rows,
-            "profile": profile,
-        }
-        write_text(options.json, json.dumps(content, indent=1) + "\n")
+    write_results(
+        options.json,
+        {"preset": options.preset, "seed": options.seed, "rows": rows, "profile": profile},
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ are CPU seconds of one thread a network, of the fastest round.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,19 +20,16 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.environment import write_results
 from learnsched.convert import quantize_
 from learnsched.data import DataSet, load
-from learnsched.files import write_text
 from learnsched.levels import ternary, unsigned
 from learnsched.meta.estimators import Unrolled, policy_rollout, run_forward
-from learnsched.meta.networks import cnn1d, cnn2d, mlp
 from learnsched.meta.tasks import Task
 from learnsched.policies import BaseCurve, LearnedPolicy, MetaNetwork
 from learnsched.scheduler import QuantizationScheduler
 
 MEMBERS = 32
-_FAMILIES = {"mlp": mlp, "cnn1d": cnn1d, "cnn2d": cnn2d}
 NETWORKS = (
     ("mnist1d", "cnn1d", 12, 4),
     ("mnist1d", "cnn1d", 16, 6),
@@ -60,9 +56,7 @@ def differentiated(task: Task, data: DataSet) -> None:
 
 def plain(task: Task, data: DataSet) -> None:
     """Train one network in an ordinary loop."""
-    torch.manual_seed(task.seed)
-    inputs = data.shape[-1] if task.family != "mlp" else data.train.x[0].numel()
-    model = _FAMILIES[task.family](inputs, task.width, task.depth, data.classes)
+    (model, *_), _ = task.floats(data)
     quantize_(model, ternary(), unsigned(2), example_input=data.train.x[:1])
     optimizer = torch.optim.Adam(model.parameters(), lr=task.learning_rates[0])
     scheduler = QuantizationScheduler(model, BaseCurve(), epochs=task.horizon)
@@ -155,9 +149,7 @@ def main() -> None:
             )
         )
         print(table(rows[-1:], head=len(rows) == 1), flush=True)
-        if options.json:
-            content = {"environment": describe(), "seed": options.seed, "rows": rows}
-            write_text(options.json, json.dumps(content, indent=1) + "\n")
+        write_results(options.json, {"seed": options.seed, "rows": rows})
 
 
 if __name__ == "__main__":

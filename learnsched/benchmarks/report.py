@@ -38,12 +38,12 @@ from learnsched.benchmarks.statistics import (
     difference,
     gap_closed,
     importances,
-    interval,
     mean,
     overall_gap_closed,
     share_to_match,
 )
 from learnsched.files import write_text
+from learnsched.intervals import interval
 
 Cells = Mapping[str, Mapping[str, Record]]
 

@@ -15,19 +15,19 @@ gradient and writes one, five.
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import learnsched as ls
-from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.environment import write_results
 from learnsched.benchmarks.speed_networks import (
     Action,
     Network,
@@ -40,7 +40,10 @@ from learnsched.benchmarks.speed_networks import (
     training_step,
     training_steps,
 )
-from learnsched.files import write_text
+from learnsched.figure_style import paper_style, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _ELEMENTS = 1_000_000
 _SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
@@ -270,9 +273,14 @@ def levels_scaling(seed: int, rounds: int, elements: int = _ELEMENTS) -> list[di
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Operations in ReLUs, time over the number of elements, and over the number of levels."""
+    with paper_style():
+        save_figure(_drawn(result), path)
+
+
+def _drawn(result: dict[str, Any]) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplot_mosaic([["left", "top"], ["left", "bottom"]], width_ratios=(3, 2))
     left, right, bottom = axes["left"], axes["top"], axes["bottom"]
     rows = [
@@ -285,34 +293,37 @@ def plot(result: dict[str, Any], path: Path) -> None:
     ):
         values = [row[key] for row in rows]
         left.barh([p + offset for p in places], values, 0.4, color=colour, label=key[:-9])
-    left.set_yticks(list(places), [row["operation"] for row in rows], fontsize=8)
+    left.set_yticks(list(places), [row["operation"] for row in rows])
     left.invert_yaxis()
     left.set_xscale("log")
     left.set_xlim(left=1)
     ticks = [1, 2, 5, 10, 20, 50, 100]
     left.set_xticks(ticks, [str(tick) for tick in ticks])
     left.set_xticks([], minor=True)
-    left.set_xlabel("time / time of a ReLU of $10^6$ elements")
+    left.set_xlabel("time / time of a ReLU of 10⁶ elements")
     left.grid(axis="x", color="0.9")
     left.set_axisbelow(True)
-    left.legend(frameon=False, fontsize=8)
+    left.legend()
     for name, style in (("composed", "k:^"), ("normal", "k-o"), ("ReLU", "k--s")):
         x = [row["elements"] for row in result["scaling"]]
         right.plot(x, [row[name] for row in result["scaling"]], style, markersize=4, label=name)
     right.set_xscale("log")
     right.set_yscale("log")
+    right.set_xticks(x, ["10" + "⁰¹²³⁴⁵⁶⁷⁸⁹"[round(math.log10(n))] for n in x])
+    right.set_yticks([1, 10, 100], ["1", "10", "100"])
     right.set_xlabel("elements")
-    right.set_ylabel("time of the forward pass (ns an element)")
-    right.legend(frameon=False, fontsize=8, title="2 bits, normal noise")
+    right.set_ylabel("forward pass\n/ ns an element")
+    right.set_ylim(top=3000)  # room for the legend
+    right.legend(title="2 bits, normal noise", loc="upper center")
     for noise, style in (("uniform", "k:^"), ("normal", "k-o"), ("logistic", "k--s")):
         bits = [row["bits"] for row in result["levels"]]
         both = [row[f"{noise} forward and backward"] for row in result["levels"]]
         bottom.plot(bits, both, style, markersize=4, label=noise)
     bottom.set_ylim(bottom=0)
     bottom.set_xlabel("bits of the level set")
-    bottom.set_ylabel("forward and backward\n(in those of 2 bits)")
-    bottom.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    bottom.set_ylabel("forward and backward\n/ those of 2 bits")
+    bottom.legend()
+    return figure
 
 
 def _device() -> torch.device:
@@ -347,7 +358,6 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rounds = 7 if options.quick else 31
     result: dict[str, Any] = {
-        "environment": describe(),
         "kernels": ls.show_config().split(" (")[0],
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": options.threads,
@@ -372,8 +382,7 @@ def main() -> None:
             )
     print(f"copy: {result['copy, bytes a second'] / 1e9:.3g} GB/s")
     print("scheduler, share of an epoch of 100 steps:", result["scheduler"])
-    if options.json:
-        write_text(options.json, json.dumps(result, indent=1) + "\n")
+    write_results(options.json, result)
     if options.plot:
         plot(result, options.plot)
 

@@ -9,7 +9,6 @@ sizes; the speed-up is that over one member alone.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,8 +18,7 @@ from typing import Any
 import torch
 
 from learnsched.benchmarks.cells import GRIDS, Cell
-from learnsched.benchmarks.environment import describe
-from learnsched.files import write_text
+from learnsched.benchmarks.environment import write_results
 from learnsched.meta.estimators import run_forward, table_rollout
 from learnsched.policies import StraightThrough
 from learnsched.schedule import plan
@@ -90,9 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
          *((r["cell"], str(r["members"]), f"{r['ms']:.2f}", f"{r['speed_up']:.1f}") for r in rows)],
         left=1,
     ))  # fmt: skip
-    if options.json:
-        content = {"environment": describe(), "seed": options.seed, "rows": rows}
-        write_text(options.json, json.dumps(content, indent=1) + "\n")
+    write_results(options.json, {"seed": options.seed, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -10,43 +10,13 @@ from typing import Any
 import numpy as np
 
 from learnsched.benchmarks.accuracy import HAND_CODED, LEARNED, RELAXED
-from learnsched.intervals import bootstrap_interval
+from learnsched.intervals import Interval, interval
 
 Record = Mapping[str, Any]
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 # Where the relaxed network is less than this ahead, the share of the gap means nothing.
 SMALLEST_GAP = 0.005
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its bootstrap 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def text(self, sign: str = "") -> str:
-        """In points, as in tables."""
-        low, high = 100 * self.low, 100 * self.high
-        return f"{100 * self.mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
-
-
-def interval(values: Sequence[float] | Array) -> Interval:
-    """Mean of values and its bootstrap 95 % interval, by percentiles.
-
-    Raises:
-        ValueError: there are no values.
-
-    Example:
-        >>> interval([0.5, 0.5])
-        Interval(mean=0.5, low=0.5, high=0.5)
-    """
-    array = np.asarray(values, dtype=np.float64)
-    if not array.size:
-        raise ValueError("an interval needs at least one value")
-    return Interval(float(array.mean()), *bootstrap_interval(array))
 
 
 def by_cell(records: Sequence[Record]) -> dict[str, dict[str, Record]]:

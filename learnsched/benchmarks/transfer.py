@@ -10,7 +10,6 @@ is; the learning rate alone is searched anew everywhere, with the same rates for
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +21,12 @@ import numpy as np
 import torch
 
 from learnsched.benchmarks import methods as field
-from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.environment import stored_records, write_results
 from learnsched.benchmarks.held_out import train, tune
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.search import Budget
 from learnsched.data import load
 from learnsched.figure_style import DASHES, MARKERS, paper_style, save_figure
-from learnsched.files import write_text
 from learnsched.intervals import bootstrap_interval
 from learnsched.meta import distribution
 from learnsched.meta.tasks import Task
@@ -141,15 +139,8 @@ def transfer(
         for method, policy in rows
         if (task.name, method.name) not in finished
     }
-    jobs = list(todo.values())
-    rank, world = distribution.rank(), distribution.world_size()
-    for first in range(0, len(jobs), world):
-        batch = jobs[first : first + world]
-        mine = {}
-        if rank < len(batch):
-            task, method, policy = batch[rank]
-            mine[rank] = measure(task, method, policy, budget)
-        records += distribution.gather(mine, len(batch))
+    for made in distribution.shared(list(todo.values()), lambda job: measure(*job, budget)):
+        records += made
         if progress is not None:
             progress(records)
     return records
@@ -241,23 +232,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
     axes = options.axes or (["depth"] if options.quick else list(AXES))
     budget = _QUICK if options.quick else _SHOWN
-    done: list[dict[str, Any]] = []
-    if options.json and options.json.exists():
-        done = json.loads(options.json.read_text())["records"]
 
     def keep(records: list[dict[str, Any]]) -> None:
         if distribution.rank() == 0:
             last = records[-1]
             print(f"{last['cell']}: {last['method']} {100 * np.mean(last['test']):.1f}", flush=True)
-            if options.json:
-                content = {"environment": describe(), "seed": options.seed, "records": records}
-                write_text(options.json, json.dumps(content, indent=1) + "\n")
+            write_results(options.json, {"seed": options.seed, "records": records})
 
     rows = compared(load_pretrained(options.artefact), budget, options.seed)
     tasks = {axis: AXES[axis][1] for axis in axes}
     if options.quick:
         tasks = {axis: dict(list(values.items())[:2]) for axis, values in tasks.items()}
-    records = transfer(rows, tasks, budget, done=done, progress=keep)
+    records = transfer(rows, tasks, budget, done=stored_records(options.json), progress=keep)
     if distribution.rank() == 0:
         print(table(records, axes))
         if options.plot:

@@ -32,9 +32,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.environment import write_results
 from learnsched.data import load
-from learnsched.files import write_text
 from learnsched.meta.estimators import Unrolled, table_rollout, terminal_settings
 from learnsched.meta.inner import InnerLoop, InnerState, member_losses
 from learnsched.meta.inner_optimizers import Adam
@@ -227,14 +226,7 @@ def main() -> None:
     for row in rows:
         del row["gradient"]
     print("\n".join(lines := summary(rows)))
-    if options.json:
-        content = {
-            "environment": describe(),
-            "seed": options.seed,
-            "summary": lines,
-            "rows": rows,
-        }
-        write_text(options.json, json.dumps(content, indent=1) + "\n")
+    write_results(options.json, {"seed": options.seed, "summary": lines, "rows": rows})
 
 
 def _in_a_process(method: str, horizon: int, options: argparse.Namespace) -> dict[str, Any]:

@@ -6,12 +6,13 @@ Without ``torch.distributed`` there is one rank, and nothing is exchanged.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
 
 T = TypeVar("T")
+Job = TypeVar("Job")
 
 
 def start() -> None:
@@ -58,6 +59,24 @@ def gather(mine: Mapping[int, T], count: int) -> list[T]:
     dist.all_gather_object(parts, dict(mine))
     merged = {index: result for part in parts for index, result in part.items()}
     return [merged[i] for i in range(count)]
+
+
+def shared(jobs: Sequence[Job], work: Callable[[Job], T]) -> Iterator[list[T]]:
+    """Results of jobs in their order, on every rank; a round at a time, in which a rank does one.
+
+    Args:
+        jobs: the same on every rank.
+        work: from a job to its result.
+
+    Example:
+        >>> list(shared([1, 2], lambda job: 10 * job))
+        [[10], [20]]
+    """
+    place, world = rank(), world_size()
+    for first in range(0, len(jobs), world):
+        batch = jobs[first : first + world]
+        mine = {place: work(batch[place])} if place < len(batch) else {}
+        yield gather(mine, len(batch))
 
 
 def _active() -> bool:

@@ -223,8 +223,19 @@ def clipped(gradient: Tensor, limit: float | Tensor) -> Tensor:
         limit: the largest norm, positive.
     """
     norms = gradient.transpose(0, 1).flatten(1).norm(dim=1)
-    factor = torch.where(norms.isfinite(), (limit / norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
-    return torch.nan_to_num(gradient, posinf=0.0, neginf=0.0) * factor.view(1, -1, 1, 1)
+    factor = clip_factors(norms, limit).view(1, -1, 1, 1)
+    return torch.nan_to_num(gradient, posinf=0.0, neginf=0.0) * factor
+
+
+def clip_factors(norms: Tensor, limit: float | Tensor) -> Tensor:
+    """What brings gradients of these norms down to a limit, at most 1; 0 where one is not finite."""
+    return torch.where(norms.isfinite(), (limit / norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
+
+
+def perturbation_generator(seed: int, inner_seed: int) -> torch.Generator:
+    """The random numbers of an evolution strategy, from its own seed and the inner loop's."""
+    mixed = (1_000_003 * seed + inner_seed) % 2**32  # the generator reads no more than 32 bits
+    return torch.Generator().manual_seed(mixed)
 
 
 def run_forward(

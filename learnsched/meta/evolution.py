@@ -17,6 +17,7 @@ from learnsched.meta.estimators import (
     Inner,
     Rollout,
     ScheduleEstimate,
+    perturbation_generator,
     run_forward,
     table_rollout,
 )
@@ -94,9 +95,7 @@ class EvolutionStrategies:
             absolute=self.std,
             relative=self.relative_std,
         )
-        # the generator reads no more than 32 bits
-        mixed = (1_000_003 * self.seed + inner.seed) % 2**32
-        generator = torch.Generator().manual_seed(mixed)
+        generator = perturbation_generator(self.seed, inner.seed)
         members, count = basis.shape[:2]
         noise = torch.randn(self.pairs, members, count, generator=generator).to(centre)
         change = torch.einsum("mcthf,pmc->pmthf", basis, noise)

@@ -13,7 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from learnsched.meta.estimators import Inner, ParametricRollout, Rollout, run_forward
+from learnsched.meta.estimators import (
+    Inner,
+    ParametricRollout,
+    Rollout,
+    clip_factors,
+    perturbation_generator,
+    run_forward,
+)
 
 
 @dataclass(frozen=True)
@@ -36,9 +43,8 @@ class ParameterEstimate:
     def clipped(self, limit: float | Tensor) -> ParameterEstimate:
         """Each member's gradient scaled down to the limit's norm; 0 where something is not finite."""
         finite = self.norms.isfinite() & self.loss.isfinite()
-        factor = torch.where(finite, (limit / self.norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
         usable = torch.where(finite.unsqueeze(1), self.gradient, 0.0)
-        return replace(self, gradient=usable * factor.unsqueeze(1))
+        return replace(self, gradient=usable * clip_factors(self.norms, limit).unsqueeze(1))
 
     def parameter_gradient(self, parameters: Sequence[Tensor]) -> Tensor:
         """The mean over members, shape ``(parameters,)``.
@@ -113,6 +119,5 @@ class ParameterEvolution:
 
 def perturbations(pairs: int, like: Tensor, seed: int, inner_seed: int) -> Tensor:
     """Standard normal, shape ``(pairs, parameters)``; the same for the same seeds."""
-    mixed = (1_000_003 * seed + inner_seed) % 2**32  # the generator reads no more than 32 bits
-    generator = torch.Generator().manual_seed(mixed)
+    generator = perturbation_generator(seed, inner_seed)
     return torch.randn(pairs, like.numel(), generator=generator).to(like)

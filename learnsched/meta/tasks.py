@@ -131,15 +131,10 @@ class Task:
             raise ValueError(
                 f"unknown optimizer {self.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}"
             )
-        members = len(self.learning_rates)
-        runs = self.runs or members
         x, y = data.train.x, data.train.y
-        generators = [torch.Generator().manual_seed(_mixed(self.seed, run)) for run in range(runs)]
-        member_run = torch.arange(members) % runs
-        order = torch.stack([self._order(len(y), g) for g in generators])[member_run]
-        picked = torch.stack(
-            [torch.randint(len(data.validation.y), (held_out,), generator=g) for g in generators]
-        )[member_run]
+        models, order, picked = self._drawn(data, held_out)
+        member_run = torch.arange(len(models)) % len(order)
+        order, picked = order[member_run], picked[member_run]
         batches = Batches(
             x.to(device),
             y.to(device),
@@ -148,9 +143,6 @@ class Task:
             data.validation.y[picked].to(device),
         )
         maxima = torch.tensor(self.learning_rates, device=device)
-        models = self._models(data, runs)
-        if self.fine_tuning:
-            self._pretrain_members(models, data, generators)
         config = config or LayerConfig(*BITS[self.bits])
         for model in models:
             quantize_(
@@ -185,17 +177,21 @@ class Task:
             networks, trained already if the task is one of fine-tuning; indices of training examples,
             shape ``(runs, horizon, steps, batch)``, where member i has those of run ``i % runs``.
         """
+        models, order, _ = self._drawn(data, _HELD_OUT)
+        return models, order
+
+    def _drawn(self, data: DataSet, held_out: int) -> tuple[list[nn.Module], Tensor, Tensor]:
+        """Float networks of the members; of the runs, batches and indices of held-out examples."""
         runs = self.runs or len(self.learning_rates)
         generators = [torch.Generator().manual_seed(_mixed(self.seed, run)) for run in range(runs)]
         order = torch.stack([self._order(len(data.train), g) for g in generators])
-        for (
-            generator
-        ) in generators:  # as build does, so that fine-tuning starts from the same weights
-            torch.randint(len(data.validation), (_HELD_OUT,), generator=generator)
+        picked = torch.stack(
+            [torch.randint(len(data.validation), (held_out,), generator=g) for g in generators]
+        )
         models = self._models(data, runs)
         if self.fine_tuning:
             self._pretrain_members(models, data, generators)
-        return models, order
+        return models, order, picked
 
     def _pretrain_members(
         self, models: list[nn.Module], data: DataSet, generators: Sequence[torch.Generator]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from learnsched.annealed import MODES
 from learnsched.noise import noise_shape
+from learnsched.policies.straight_through import geometric
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
 # Logistic noise of scale 1/3 step.
@@ -76,6 +77,6 @@ class RelaxedQuantization:
 
     def _setting(self, progress: float) -> Setting:
         elapsed = min(progress / self.end, 1.0)
-        backward = self.std ** (1 - elapsed) * self.std_end**elapsed
+        backward = geometric(self.std, self.std_end, elapsed)
         forward = backward if elapsed < 1 else 0.0
         return Setting(forward, backward, forward, backward)

@@ -91,13 +91,18 @@ class StraightThrough:
     def _setting(self, progress: float) -> Setting:
         return Setting(
             weight_forward_std=self.weight_sample_std,
-            weight_backward_std=_between(*self._weight, progress),
-            activation_backward_std=_between(*self._activation, progress),
+            weight_backward_std=geometric(*self._weight, progress),
+            activation_backward_std=geometric(*self._activation, progress),
         )
 
 
-def _between(start: float, end: float | None, progress: float) -> float:
-    """From start to end, by equal factors over equal shares of the run."""
+def geometric(start: float, end: float | None, progress: float) -> float:
+    """From start to end, by equal factors over equal shares of the run; the start if there is no end.
+
+    Example:
+        >>> geometric(4.0, 1.0, 0.5)
+        2.0
+    """
     if end is None or start <= 0 or progress == 0:
         return start
     return end if progress == 1 or end <= 0 else start ** (1 - progress) * end**progress
