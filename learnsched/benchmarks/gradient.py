@@ -242,7 +242,7 @@ def plot(rows: Sequence[dict[str, Any]]) -> Figure:
     same = ("noise", "optimizer", "width")
     rows = [r for r in rows if all(r[n] == rows[0][n] for n in same)]
     policies = sorted({r["policy"] for r in rows}, key=lambda name: name != START)
-    figure = Figure(figsize=(3.4 * len(policies), 3.2), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 3.4 * len(policies)), 3.4), layout="constrained")
     panels = figure.subplots(1, len(policies), sharey=True, squeeze=False)[0]
     styles = [(m, d) for d in ("-", "--", ":") for m in ("o", "s", "^")]
     for panel, policy in zip(panels, policies, strict=True):
