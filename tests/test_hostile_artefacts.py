@@ -185,7 +185,7 @@ def spoiled_card(data, dice):
     card[dice.choice(("format", "feature_schema"))] = dice.choice(
         (0, 1, 99, -1, None, "2", [2], 2.5, 1e308, {"a": 1})
     )
-    if (card["format"], card["feature_schema"]) == (2, 2):
+    if (card["format"], card["feature_schema"]) == (2, 3):
         card["format"] = 3
     return vouched(load(data), card)
 
@@ -208,9 +208,10 @@ def spoiled_config(data, dice):
         [[]],
     )
     keys = dice.choice((
-        ("hidden",), ("embedding",), ("base",), ("domain",), ("base", "weight_hard_from"),
-        ("base", "weight_backward_std"), ("base", "nothing"), ("domain", "depth"),
-        ("domain", "../depth"), (),
+        ("hidden",), ("embedding",), ("base",), ("domain",), ("base", 0, "curve"),
+        ("base", 0, "curve", "weight_hard_from"), ("base", 0, "curve", "weight_backward_std"),
+        ("base", 0, "curve", "nothing"), ("base", 0, "fine_tuning"), ("base", 0, "weight_levels"),
+        ("base", 0, "nothing"), ("domain", "depth"), ("domain", "../depth"), (),
     ))  # fmt: skip
     place = card
     for key in ("config", *keys)[:-1]:

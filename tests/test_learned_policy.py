@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learnsched.policies import BaseCurve, Domain, LearnedPolicy, MetaNetwork
+from learnsched.policies import BaseCurve, BaseCurves, Case, Domain, LearnedPolicy, MetaNetwork
 from learnsched.policies.learned import leaky_clamp
 from learnsched.schedule import FIELDS, LayerInfo, RunInfo, Telemetry, plan
 
@@ -99,9 +99,8 @@ def test_outputs_stay_in_their_ranges_whatever_the_network(seed, spread, layers,
     assert found.shape == (horizon, layers, len(FIELDS))
     assert found.isfinite().all()
     assert ((found[..., STDS] >= 0) & (found[..., STDS] <= 1)).all()
-    rows = torch.tensor(
-        [policy.base.at(run_of(layers, horizon).progress(e)) for e in range(horizon)]
-    )
+    run = run_of(layers, horizon)
+    rows = torch.tensor([BaseCurve().at(run.progress(epoch)) for epoch in range(horizon)])
     ratio = found[..., BACKWARD] / rows[:, None, [1, 3]]
     assert ((ratio >= 1 / 6.001) & (ratio <= 6.001)).all()
     fraction = found[..., FRACTION]
@@ -283,7 +282,7 @@ def test_the_configuration_goes_through_json(open_loop):
     policy = trained(hidden=7, embedding=3, base=base, domain=DOMAIN, open_loop=open_loop)
     twin = LearnedPolicy.from_config(json.loads(json.dumps(policy.config())))
     assert twin.config() == policy.config()
-    assert twin.base == base
+    assert twin.base == BaseCurves.everywhere(base)
     assert twin.domain == DOMAIN
     assert twin.open_loop is open_loop
     assert repr(twin) == repr(policy)
@@ -324,3 +323,46 @@ def test_impossible_domains_are_refused(seen):
 
 def test_the_network_is_small():
     assert sum(p.numel() for p in MetaNetwork().parameters()) < 10_000
+
+
+CURVES = BaseCurves((
+    Case(3, 4, False, BaseCurve(power=0.5)), Case(3, 4, True, BaseCurve(power=0.6)),
+    Case(3, 3, True, BaseCurve(power=0.7)), Case(2, 2, False, BaseCurve(power=0.8)),
+    Case(2, 2, True, BaseCurve(power=0.9)),
+))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "fine_tuning", "expected"),
+    [
+        (3, 4, False, 0.5),
+        (3, 4, True, 0.6),
+        (3, 3, False, 0.7),  # levels come before the regime
+        (2, 2, False, 0.8),
+        (2, 2, True, 0.9),
+        (3, 256, True, 0.6),
+        (2, 256, False, 0.5),
+        (0, 3, False, 0.7),
+        (0, 0, True, 0.6),  # nothing is known: the regime decides
+    ],
+)
+def test_a_run_gets_the_curve_of_the_nearest_case(weight, activation, fine_tuning, expected):
+    layers = (
+        LayerInfo("first", 9, weight, activation), LayerInfo("middle", 9, weight, activation),
+        LayerInfo("last", 9, weight, 0),
+    )  # fmt: skip
+    run = RunInfo(layers, 4, 10, fine_tuning)
+    assert CURVES.nearest(run).power == expected
+    fresh = LearnedPolicy(MetaNetwork(4, 3), CURVES)
+    alone = LearnedPolicy(MetaNetwork(4, 3), CURVES.nearest(run))
+    assert torch.equal(rollout(fresh, run), rollout(alone, run))
+    own = plan(CURVES, run)
+    assert torch.equal(own.table, plan(CURVES.nearest(run), run).table)
+
+
+def test_base_curves_go_through_json_and_are_not_empty():
+    assert BaseCurves.from_config(json.loads(json.dumps(CURVES.config()))) == CURVES
+    with pytest.raises(ValueError, match="at least one case"):
+        BaseCurves(())
+    with pytest.raises(ValueError, match="at least 2 levels"):
+        Case(3, 1, False, BaseCurve())

@@ -10,6 +10,7 @@ from learnsched import Fixed, ternary, unsigned
 from learnsched.benchmarks import spaces
 from learnsched.benchmarks.held_out import train
 from learnsched.benchmarks.methods import (
+    SIGNED_ACTIVATIONS,
     TWN_LEVELS,
     Method,
     float_network,
@@ -137,7 +138,7 @@ def test_the_published_setting_lies_in_the_ranges(name):
 @pytest.mark.parametrize("std", [0.3, 3.0])
 @pytest.mark.parametrize("bits", BITS)
 def test_backward_noise_of_what_is_known_to_be_strong_lies_in_the_ranges(bits, std):
-    for m in (*hand_coded(bits), parametric()):
+    for m in (*hand_coded(bits), parametric(bits)):
         if m.name.startswith(("ANA 2022", "RQ")):
             continue  # one noise forward and backward, as published
         policy = m.suggest(
@@ -145,6 +146,15 @@ def test_backward_noise_of_what_is_known_to_be_strong_lies_in_the_ranges(bits, s
         )
         setting = policy.settings(RUN, 0, None, None)[0][0]
         assert setting.activation_backward_std == pytest.approx(std)
+
+
+@pytest.mark.parametrize("bits", SIGNED_ACTIVATIONS)
+def test_every_method_may_give_signed_activations_narrow_backward_noise(bits):
+    for m in (*hand_coded(bits), parametric(bits)):
+        if m.name.startswith(("ANA 2022", "RQ")):
+            continue  # one noise forward and backward, as published
+        policy = m.suggest(Draw(activation_backward_std=0.06, backward_std=0.3))
+        assert policy.settings(RUN, 0, None, None)[0][0].activation_backward_std == 0.06, m.name
 
 
 @pytest.mark.parametrize("end", [0.3, 1.0])

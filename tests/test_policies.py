@@ -300,6 +300,8 @@ MADE = {
         annealed=st.sampled_from(["forward", "both", "neither"]),
     ),
     "BaseCurve": st.builds(policies.BaseCurve, power=st.floats(0.1, 5), freeze_from=share(0, 0.9)),
+    "BaseCurves": st.builds(
+        policies.BaseCurves.everywhere, st.builds(policies.BaseCurve, power=st.floats(0.1, 5))),
     "IncrementalQuantization": st.builds(
         policies.IncrementalQuantization, st.sampled_from([2, 3, 4, 5, (0.1, 1.0)]),
         start=share(0, 0.99),

@@ -170,7 +170,15 @@ def config(**changes):
 
 
 def in_base(**changes):
-    return lambda path: config(base={**trained().config()["base"], **changes})(path)
+    def damage(path):
+        [case] = trained().config()["base"]
+        config(base=[{**case, "curve": {**case["curve"], **changes}}])(path)
+
+    return damage
+
+
+def in_case(**changes):
+    return lambda path: config(base=[{**trained().config()["base"][0], **changes}])(path)
 
 
 class Harmful:
@@ -195,7 +203,7 @@ SPOILED = {
         with_metadata(card="0" * 64 + "\n{}"), "card of .* is damaged or was altered"),
     "a card that vouches for no tensors": (lambda p: rewrite(p, sha256=None), "are not those that"),
     "another schema": (lambda p: rewrite(p, feature_schema=99),
-                       "has feature_schema 99, this version of learnsched reads 2; install"),
+                       "has feature_schema 99, this version of learnsched reads 3; install"),
     "no schema": (lambda p: rewrite(p, feature_schema=None), "has feature_schema None"),
     "another format": (lambda p: rewrite(p, format=1), "has format 1, this version"),
     "an empty card": (with_card(""), "card of .* cannot be read"),
@@ -212,6 +220,11 @@ SPOILED = {
     "other units": (config(hidden=6), r"expected torch\.float32 \(\d+"),
     "an open question": (config(open_loop="no"), "open_loop is true or false, not 'no'"),
     "no base": (config(base=""), "does not hold a learned policy"),
+    "no base curve": (config(base=[]), "1 to 64 base curves, not 0"),
+    "too many base curves": (config(base=[{}] * 65), "1 to 64 base curves, not 65"),
+    "a regime in words": (in_case(fine_tuning="no"), "fine_tuning is true or false"),
+    "levels in words": (in_case(weight_levels="3"), "finite numbers"),
+    "a single level": (in_case(activation_levels=1), "at least 2 levels"),
     "a base in words": (in_base(power="0.5"), "finite numbers"),
     "a base of truth": (in_base(power=True), "finite numbers"),
     "a base out of range": (in_base(power=0), "out of its range"),
@@ -343,7 +356,7 @@ def test_a_card_edited_by_hand_is_put_into_its_artefact(path):
 
 REFUSED = {
     "other tensors": {"sha256": "0" * 64},
-    "another schema": {"feature_schema": 3},
+    "another schema": {"feature_schema": 2},
     "another size": {"config": trained().config() | {"hidden": 7}},
 }
 

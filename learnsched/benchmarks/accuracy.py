@@ -86,7 +86,7 @@ def entries(bits: str, policy: LearnedPolicy | None, name: str = "learned") -> l
         name: of the learned policy.
     """
     found = [_entry(method, HAND_CODED) for method in field.hand_coded(bits)]
-    found.append(_entry(field.parametric(), PARAMETRIC))
+    found.append(_entry(field.parametric(bits), PARAMETRIC))
     found.append(_entry(field.upper_bound(), RELAXED))
     found.append(Entry("float", FLOAT, functools.partial(plain.train, plain.adam)))
     if policy is not None:

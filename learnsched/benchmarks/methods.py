@@ -30,6 +30,7 @@ from learnsched.schedule import Policy, RunInfo, plan
 
 TERNARY = ("ternary/2-bit", "ternary/ternary")
 BINARY = ("binary/binary", "binary/2-bit")
+SIGNED_ACTIVATIONS = ("ternary/ternary", "binary/binary")
 
 # TWN's thresholds are ±0.7 times the mean magnitude Δ/0.7 (equation 6), its levels ± the mean of what
 # lies beyond; here by the ratio that the two have for normal weights.
@@ -143,7 +144,14 @@ def hand_coded(bits: str = "ternary/2-bit") -> list[Method]:
     """
     if bits not in BITS:
         raise ValueError(f"unknown bits {bits!r}; choose one of {', '.join(BITS)}")
-    return [method for method in (*rivals(), *_others()) if bits in method.bits]
+    return [_within(m, bits) for m in (*rivals(), *_others()) if bits in m.bits]
+
+
+def _within(method: Method, bits: str) -> Method:
+    """The method with the ranges of its parameters that suit the activations."""
+    if method.suggest is None or bits not in SIGNED_ACTIVATIONS:
+        return method
+    return replace(method, suggest=spaces.with_narrow_activations(method.suggest))
 
 
 def _others() -> list[Method]:
@@ -242,9 +250,10 @@ def _others() -> list[Method]:
     ]  # fmt: skip
 
 
-def parametric() -> Method:
+def parametric(bits: str = "ternary/2-bit") -> Method:
     """A search over all the numbers of the closed form: how far parameters without learning go."""
-    return Method("parametric curve", BaseCurve.noise, BaseCurve.partition, spaces.base_curve)
+    method = Method("parametric curve", BaseCurve.noise, BaseCurve.partition, spaces.base_curve)
+    return _within(method, bits)
 
 
 def upper_bound() -> Method:

@@ -8,7 +8,7 @@ from learnsched.meta.estimators import Estimator, Unrolled
 from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.tasks import Mix, Task
 from learnsched.meta.trainer import TrainerConfig
-from learnsched.policies import BaseCurve, Domain
+from learnsched.policies import BaseCurve, BaseCurves, Domain
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Preset:
 
     steps: int
     trainer: TrainerConfig
-    base: BaseCurve
+    base: BaseCurves
     estimator: Estimator
 
     @property
@@ -46,7 +46,7 @@ class Preset:
         )
 
 
-_BASE = BaseCurve()
+_BASE = BaseCurves.everywhere(BaseCurve())
 
 _QUICK_MIX = Mix(
     architectures=(

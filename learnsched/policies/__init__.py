@@ -3,6 +3,7 @@
 from learnsched.policies.annealing import AdditiveNoiseAnnealing
 from learnsched.policies.annealing_grid import annealing_grid
 from learnsched.policies.base_curve import BaseCurve
+from learnsched.policies.base_curves import BaseCurves, Case
 from learnsched.policies.incremental import IncrementalQuantization
 from learnsched.policies.learned import Domain, LearnedPolicy, MetaNetwork
 from learnsched.policies.piecewise_affine import PiecewiseAffine
@@ -13,6 +14,8 @@ from learnsched.policies.straight_through import StraightThrough
 __all__ = [
     "AdditiveNoiseAnnealing",
     "BaseCurve",
+    "BaseCurves",
+    "Case",
     "Domain",
     "IncrementalQuantization",
     "LearnedPolicy",

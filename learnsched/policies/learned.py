@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from learnsched.policies.base_curve import BaseCurve, depths
+from learnsched.policies.base_curves import BaseCurves
 from learnsched.schedule import FIELDS, RunInfo, Setting, Telemetry
 
 # Raised with every change of the features or outputs; artefacts of another schema are refused.
-FEATURE_SCHEMA = 2
+FEATURE_SCHEMA = 3
 
 _KNOTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _STATIC = 11 + len(_KNOTS)
@@ -115,7 +116,7 @@ class LearnedPolicy:
 
     Args:
         network: the meta-network.
-        base: the curve that its outputs are offsets from.
+        base: the curve that its outputs are offsets from; one for each kind of run, or for all.
         domain: what meta-training has seen.
         open_loop: show the network no telemetry.
 
@@ -133,13 +134,14 @@ class LearnedPolicy:
     def __init__(
         self,
         network: MetaNetwork,
-        base: BaseCurve | None = None,
+        base: BaseCurves | BaseCurve | None = None,
         domain: Domain | None = None,
         *,
         open_loop: bool = False,
     ) -> None:
         self.network = network
-        self.base = base or BaseCurve()
+        base = base or BaseCurve()
+        self.base = BaseCurves.everywhere(base) if isinstance(base, BaseCurve) else base
         self.domain = domain or Domain()
         self.open_loop = open_loop
         self.metrics: tuple[str, ...] = () if open_loop else ("train_loss",)
@@ -153,7 +155,7 @@ class LearnedPolicy:
             "hidden": self.network.hidden,
             "embedding": self.network.embedding,
             "open_loop": self.open_loop,
-            "base": asdict(self.base),
+            "base": self.base.config(),
             "domain": {name: list(seen) for name, seen in asdict(self.domain).items()},
         }
 
@@ -166,7 +168,8 @@ class LearnedPolicy:
         """
         domain = Domain(**{name: (low, high) for name, (low, high) in config["domain"].items()})
         network = MetaNetwork(config["hidden"], config["embedding"])
-        return cls(network, BaseCurve(**config["base"]), domain, open_loop=config["open_loop"])
+        base = BaseCurves.from_config(config["base"])
+        return cls(network, base, domain, open_loop=config["open_loop"])
 
     def begin(self, run: RunInfo) -> dict[str, Tensor]:
         """The state before the first epoch; warns if the run lies outside the domain."""
@@ -219,7 +222,8 @@ class LearnedPolicy:
         )
         raw, hidden = self.network(features, state["hidden"])
         offset = torch.tanh(raw)
-        rows = [self.base.at(progress, depth) for depth in depths(len(run.layers))]
+        curve = self.base.nearest(run)
+        rows = [curve.at(progress, depth) for depth in depths(len(run.layers))]
         base = torch.tensor(rows, dtype=like.dtype, device=like.device).unbind(-1)
         fraction = torch.maximum(state["fraction"], leaky_clamp(base[4] + offset[..., 4]))
         columns = (

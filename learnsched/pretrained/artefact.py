@@ -23,6 +23,7 @@ _HERE = Path(__file__).parent
 # A meta-network has a few thousand parameters; anything much larger is not one.
 _MOST_BYTES = 4_000_000
 _MOST_UNITS = 256
+_MOST_CASES = 64
 
 
 class ArtefactError(ValueError):
@@ -250,9 +251,17 @@ def _policy(config: Any) -> LearnedPolicy:
             raise ValueError(f"a meta-network has 1 to {_MOST_UNITS} units, not {units!r}")
     if type(config["open_loop"]) is not bool:
         raise ValueError(f"open_loop is true or false, not {config['open_loop']!r}")
-    numbers = [*config["base"].values(), *(n for r in config["domain"].values() for n in r)]
+    if not 1 <= len(config["base"]) <= _MOST_CASES:
+        raise ValueError(f"a policy has 1 to {_MOST_CASES} base curves, not {len(config['base'])}")
+    if not all(type(case["fine_tuning"]) is bool for case in config["base"]):
+        raise ValueError("fine_tuning is true or false")
+    numbers = [
+        *(n for case in config["base"] for n in case["curve"].values()),
+        *(case[key] for case in config["base"] for key in ("weight_levels", "activation_levels")),
+        *(n for seen in config["domain"].values() for n in seen),
+    ]
     if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
-        raise ValueError("the base curve and the domain are made of finite numbers")
+        raise ValueError("base curves and the domain are made of finite numbers")
     policy = LearnedPolicy.from_config(config)
     if policy.config() != config:
         raise ValueError(f"the configuration is not whole: {config}")

@@ -1,0 +1,122 @@
+"""A base curve for each kind of run: what is best differs between level sets and regimes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from learnsched.policies.base_curve import BaseCurve
+from learnsched.schedule import RunInfo, Setting, Telemetry
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of run, and its curve.
+
+    Attributes:
+        weight_levels: how many levels weights have, at least 2.
+        activation_levels: how many levels activations have, at least 2.
+        fine_tuning: whether runs start from a float network.
+        curve: what to do there.
+
+    Raises:
+        ValueError: a number of levels is below 2.
+
+    Example:
+        >>> Case(3, 4, False, BaseCurve()).activation_levels
+        4
+    """
+
+    weight_levels: int
+    activation_levels: int
+    fine_tuning: bool
+    curve: BaseCurve
+
+    def __post_init__(self) -> None:
+        if min(self.weight_levels, self.activation_levels) < 2:
+            raise ValueError(f"a quantizer has at least 2 levels, see Case, in {self}")
+
+
+@dataclass(frozen=True)
+class BaseCurves:
+    """The curve of the nearest case; a :class:`~learnsched.schedule.Policy` of its own.
+
+    Nearest in the logarithm of the numbers of levels, averaged over the layers that have them; among
+    equals, of the same regime; among these, the first.
+
+    Attributes:
+        cases: at least one.
+
+    Raises:
+        ValueError: there is no case.
+
+    Example:
+        >>> from learnsched.schedule import LayerInfo
+        >>> run = RunInfo((LayerInfo("fc", 10, 3, 3),), horizon=5)
+        >>> two_bit, ternary = BaseCurve(power=1.0), BaseCurve(power=2.0)
+        >>> curves = BaseCurves((Case(3, 4, False, two_bit), Case(3, 3, False, ternary)))
+        >>> curves.nearest(run).power
+        2.0
+    """
+
+    cases: tuple[Case, ...]
+
+    noise = BaseCurve.noise
+    partition = BaseCurve.partition
+    metrics = ()
+
+    def __post_init__(self) -> None:
+        if not self.cases:
+            raise ValueError("base curves need at least one case")
+
+    @classmethod
+    def everywhere(cls, curve: BaseCurve) -> BaseCurves:
+        """The same curve for every run."""
+        return cls((Case(3, 4, False, curve),))
+
+    @classmethod
+    def from_config(cls, config: Sequence[dict[str, Any]]) -> BaseCurves:
+        """The reverse of :meth:`config`.
+
+        Raises:
+            KeyError, TypeError, ValueError: the configuration is not one of :meth:`config`.
+        """
+        return cls(tuple(Case(**{**c, "curve": BaseCurve(**c["curve"])}) for c in config))
+
+    def config(self) -> list[dict[str, Any]]:
+        """The cases as JSON data."""
+        return [asdict(case) for case in self.cases]
+
+    def nearest(self, run: RunInfo) -> BaseCurve:
+        """The curve for a run."""
+        weights = _mean_log([layer.weight_levels for layer in run.layers])
+        activations = _mean_log([layer.activation_levels for layer in run.layers])
+
+        def distance(case: Case) -> tuple[float, bool]:
+            gaps = [
+                0.0 if mean is None else abs(mean - math.log2(levels))
+                for mean, levels in (
+                    (weights, case.weight_levels),
+                    (activations, case.activation_levels),
+                )
+            ]
+            return sum(gaps), case.fine_tuning != run.fine_tuning
+
+        return min(self.cases, key=distance).curve
+
+    def begin(self, run: RunInfo) -> None:
+        """No state."""
+
+    def settings(
+        self, run: RunInfo, epoch: int, telemetry: Telemetry, state: None
+    ) -> tuple[Sequence[Setting], None]:
+        """Those of the nearest case's curve."""
+        return self.nearest(run).settings(run, epoch, telemetry, state)
+
+
+def _mean_log(levels: Sequence[int]) -> float | None:
+    """Mean logarithm to base 2 of the numbers that are not 0, rounded: equal cases must tie."""
+    logs = [math.log2(count) for count in levels if count]
+    return round(sum(logs) / len(logs), 9) if logs else None
