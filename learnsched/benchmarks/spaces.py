@@ -58,7 +58,7 @@ class _NarrowActivations:
     trial: Trial
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        if name.startswith("activation_backward"):
+        if log and name.startswith("activation_backward"):
             low /= _NARROWER
         return self.trial.suggest_float(name, low, high, log=log)
 
