@@ -1,12 +1,13 @@
-"""Is there a better fixed curve? A search over a family of schedules, the rival of meta-training.
+"""Which fixed curve is best? A search over a family of schedules, for each pair of level sets.
 
-    torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.curve_search [--quick]
-                                                                  [--seed N] [--json PATH]
+    torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.curve_search [--bits BITS]
+                                                         [--quick] [--seed N] [--json PATH]
 
-Random curves train on every task of a list, each with a learning rate of its own; a quadratic in all
-coordinates is fitted to their validation accuracy, seed by seed and task by task around its mean; its
-maximum is the curve that is found. A second round draws from the half as wide box around the first
-maximum. What was found is compared with the default curve on fresh seeds.
+The rival of meta-training, and what gives it a base to start from. Random curves train on every task
+of a list, each with a learning rate of its own; a quadratic in all coordinates is fitted to their
+validation accuracy, seed by seed and task by task around its mean; its maximum is the curve that is
+found. Further rounds draw from the half as wide box around the last maximum. What was found is compared
+with the plain base curve on fresh seeds, each at its best of three learning rates.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,52 +35,66 @@ from learnsched.policies.base_curve import BaseCurve
 from learnsched.schedule import plan
 
 # Name of a coordinate: lowest, highest, and whether it is searched in logarithms.
-BOX: dict[str, tuple[float, float, bool]] = {
+Box = dict[str, tuple[float, float, bool]]
+
+_BOX: Box = {
     "weight_forward_std": (0.0, 0.6, False),
     "activation_forward_std": (0.0, 0.6, False),
     "weight_hard_from": (0.3, 1.0, False),
     "activation_hard_from": (0.3, 1.0, False),
     "power": (0.5, 2.5, True),
-    "weight_backward_std": (0.6, 4.0, True),
-    "weight_backward_end": (0.3, 3.0, True),
-    "activation_backward_std": (0.3, 1.5, True),
-    "activation_backward_end": (0.2, 1.0, True),
+    "weight_backward_std": (0.4, 4.0, True),
+    "weight_backward_end": (0.15, 2.0, True),
+    "activation_backward_std": (0.15, 2.0, True),
+    "activation_backward_end": (0.1, 1.2, True),
     "freeze_from": (0.4, 0.97, False),
     "hard_tilt": (-0.8, 0.8, False),
     "weight_backward_tilt": (-1.2, 1.2, False),
     "activation_backward_tilt": (-1.2, 1.2, False),
     "learning_rate": (0.012, 0.05, True),
 }
-
-
-def _task(family: str, width: int, depth: int, horizon: int, steps: int, tuned: bool) -> Task:
-    return Task(
-        family, "mnist1d", width, depth, horizon, steps, 64, "ternary/2-bit", (), tuned, 900_000
-    )
-
-
-TASKS = (
-    _task("cnn1d", 8, 4, 8, 20, False),
-    _task("cnn1d", 8, 4, 8, 20, True),
-    _task("cnn1d", 12, 4, 10, 16, False),
-    _task("cnn1d", 6, 5, 12, 12, True),
-    _task("cnn1d", 8, 5, 12, 12, False),
-    _task("mlp", 32, 4, 12, 12, False),
-    _task("cnn1d", 6, 3, 6, 15, False),
-    _task("cnn1d", 10, 3, 6, 20, True),
-)
+BOXES: dict[str, Box] = {
+    "ternary/2-bit": _BOX,
+    "ternary/ternary": _BOX,
+    "binary/binary": {
+        **_BOX,
+        "activation_backward_std": (0.05, 1.0, True),
+        "activation_backward_end": (0.03, 1.0, True),
+    },
+}
 _SEEDS = 4
+_RATES = (0.012, 0.022, 0.04)
 
 
-def curves(points: Tensor) -> tuple[list[BaseCurve], list[float]]:
-    """Curves and learning rates of points in the unit cube, shape ``(count, len(BOX))``."""
+def tasks(bits: str) -> tuple[Task, ...]:
+    """What curves are tried on: like meta-training's, of none of its seeds."""
+    rows = (
+        ("mnist1d", "cnn1d", 8, 4, 8, 25, False),
+        ("mnist1d", "cnn1d", 12, 4, 10, 30, False),
+        ("mnist1d", "cnn1d", 8, 5, 12, 16, True),
+        ("mnist1d", "cnn1d", 12, 6, 12, 25, False),
+        ("mnist1d", "cnn1d", 16, 4, 12, 32, True),
+        ("digits", "cnn2d", 8, 4, 8, 20, False),
+        ("mnist1d", "mlp", 32, 4, 12, 20, False),
+    )
+    return tuple(
+        Task(
+            family, data, width, depth, horizon, steps, 64 if data == "mnist1d" else 32, bits, (),
+            fine_tuning, 700_000,
+        )
+        for data, family, width, depth, horizon, steps, fine_tuning in rows
+    )  # fmt: skip
+
+
+def curves(points: Tensor, box: Box) -> tuple[list[BaseCurve], list[float]]:
+    """Curves and learning rates of points in the unit cube, shape ``(count, len(box))``."""
     found, rates = [], []
     for point in points.tolist():
         numbers = {
             name: math.exp(math.log(low) + u * math.log(high / low))
             if logarithmic
             else low + u * (high - low)
-            for u, (name, (low, high, logarithmic)) in zip(point, BOX.items(), strict=True)
+            for u, (name, (low, high, logarithmic)) in zip(point, box.items(), strict=True)
         }
         rates.append(numbers.pop("learning_rate"))
         found.append(BaseCurve(**numbers))
@@ -88,7 +103,7 @@ def curves(points: Tensor) -> tuple[list[BaseCurve], list[float]]:
 
 def accuracies(task: Task, data: DataSet, points: Tensor, seed: int) -> Tensor:
     """Validation accuracy of each point; point i has the seed of point ``i % 4``."""
-    found, rates = curves(points)
+    found, rates = curves(points, BOXES[task.bits])
     final = replace(task, learning_rates=tuple(rates), runs=_SEEDS, seed=task.seed + seed)
     inner = final.build(data, membership_width=0.0, eps=1e-8)
     tables = torch.stack([plan(curve, inner.run).table.float() for curve in found], dim=1)
@@ -138,60 +153,76 @@ def maximum(coefficients: Tensor, low: Tensor, high: Tensor, seed: int) -> tuple
     return points[best].detach(), float(value[best])
 
 
-def search(count: int, seed: int) -> dict[str, Any]:
-    """Two rounds over all tasks; what was found and how."""
-    data = load("mnist1d")
-    low, high = torch.zeros(len(BOX)).double(), torch.ones(len(BOX)).double()
+def search(bits: str, count: int, rounds: int, seed: int) -> dict[str, Any]:
+    """All rounds over all tasks; what each found.
+
+    Args:
+        bits: a key of :data:`BOXES`.
+        count: curves of a task and round.
+        rounds: each but the first in half the box of the one before.
+        seed: of the curves and their runs.
+    """
+    box, rows = BOXES[bits], tasks(bits)
+    data = _data()
+    low, high = torch.zeros(len(box)).double(), torch.ones(len(box)).double()
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
-    rounds = []
-    for turn in range(2):
+    found = []
+    for turn in range(rounds):
         mine = {}
-        for index in range(distribution.rank(), len(TASKS), distribution.world_size()):
+        for index in range(distribution.rank(), len(rows), distribution.world_size()):
             start = time.perf_counter()
-            sobol = torch.quasirandom.SobolEngine(len(BOX), scramble=True, seed=97 * seed + index)
-            points = low + (high - low) * sobol.draw(count * (turn + 1))[-count:].double()
-            value = accuracies(TASKS[index], data, points, 1000 * seed + turn)
+            sobol = torch.quasirandom.SobolEngine(
+                len(box), scramble=True, seed=10_000 * seed + 1000 * turn + index
+            )
+            points = low + (high - low) * sobol.draw(count).double()
+            task = rows[index]
+            value = accuracies(task, data[task.data], points, 1000 * (seed + 1) + turn)
             mine[index] = (points, value)
             print(
-                f"round {turn + 1}, {TASKS[index].name}: mean {value.mean():.3f}, "
+                f"round {turn + 1}, {task.name}: mean {value.mean():.3f}, "
                 f"{time.perf_counter() - start:.0f} s",
                 flush=True,
             )
-        for index, (points, value) in enumerate(distribution.gather(mine, len(TASKS))):
-            group = (turn * len(TASKS) + index) * _SEEDS + torch.arange(len(points)) % _SEEDS
+        for index, (points, value) in enumerate(distribution.gather(mine, len(rows))):
+            group = (turn * len(rows) + index) * _SEEDS + torch.arange(len(points)) % _SEEDS
             seen.append((points, value, group))
         points, values, groups = (torch.cat(parts) for parts in zip(*seen, strict=True))
         coefficients = fit(points, values, groups)
         best, gain = maximum(coefficients, low, high, seed)
-        [curve], [rate] = curves(best.unsqueeze(0))
-        rounds.append({"curve": asdict(curve), "learning_rate": rate, "predicted_gain": gain})
+        [curve], [rate] = curves(best.unsqueeze(0), box)
+        found.append({"curve": asdict(curve), "learning_rate": rate, "predicted_gain": gain})
         half = (high - low) / 4
         low, high = (best - half).clamp(min=0), (best + half).clamp(max=1)
-    return {"rounds": rounds, "runs": 2 * count * len(TASKS)}
+    return {"rounds": found, "runs": rounds * count * len(rows)}
 
 
-def verify(found: Sequence[BaseCurve], seeds: int, seed: int) -> list[dict[str, Any]]:
-    """Validation accuracy on fresh seeds, each task at its better learning rate of two.
+def verify(bits: str, compared: Mapping[str, BaseCurve], seeds: int, seed: int) -> list[Any]:
+    """Validation accuracy on fresh seeds, each task at its best learning rate of three.
 
     Args:
-        found: curves to compare with the default one, which comes first in the rows.
+        bits: of the tasks.
+        compared: curves by name.
         seeds: runs of each curve, task and learning rate.
         seed: of the runs.
     """
-    data = load("mnist1d")
-    compared = [BaseCurve(), *found]
-    rates = (0.02, 0.04)
+    data, rows = _data(), tasks(bits)
     method = Method("curve", BaseCurve.noise, BaseCurve.partition)
-    repeated = [curve for curve in compared for _ in rates]
+    repeated = [curve for curve in compared.values() for _ in _RATES]
     mine = {}
-    for index in range(distribution.rank(), len(TASKS), distribution.world_size()):
-        fresh = replace(TASKS[index], seed=31_337 + seed)
+    for index in range(distribution.rank(), len(rows), distribution.world_size()):
+        task = replace(rows[index], seed=31_337 + seed)
+        known = data[task.data]
         accuracy = train(
-            method, fresh, data, rates * len(compared), repeated, seeds, data.validation
+            method, task, known, _RATES * len(compared), repeated, seeds, known.validation
         )
-        mean = accuracy.mean(1).view(len(compared), len(rates)).amax(1)
-        mine[index] = {"task": TASKS[index].name, "accuracy": mean.tolist()}
-    return distribution.gather(mine, len(TASKS))
+        mean = accuracy.mean(1).view(len(compared), len(_RATES)).amax(1)
+        accuracies = dict(zip(compared, mean.tolist(), strict=True))
+        mine[index] = {"task": task.name, "accuracy": accuracies}
+    return distribution.gather(mine, len(rows))
+
+
+def _data() -> dict[str, DataSet]:
+    return {name: load(name) for name in ("digits", "mnist1d")}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -199,30 +230,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--bits", choices=BOXES, default="ternary/2-bit")
     parser.add_argument("--count", type=int, default=256, help="curves for each task and round")
-    parser.add_argument("--quick", action="store_true", help="few curves and seeds")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="few curves, rounds and seeds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--json",
         type=Path,
-        help="write what was found here; a search that is there is not repeated",
+        help="write what was found here, by bits; a search that is there is not repeated",
     )
     options = parser.parse_args(arguments)
     distribution.start()
     torch.set_num_threads(1)
-    content: dict[str, Any] = {}
+    count, rounds, seeds = (4, 1, 2) if options.quick else (options.count, options.rounds, 6)
+    stored: dict[str, Any] = {}
     if options.json and options.json.exists():
-        content = json.loads(options.json.read_text())
-    if "rounds" not in content:
-        found = search(8 if options.quick else options.count, options.seed)
-        content = {"environment": describe(), "seed": options.seed, **found}
-    curves_found = [BaseCurve(**found["curve"]) for found in content["rounds"]]
-    content["verified"] = verify(curves_found, 2 if options.quick else 8, options.seed)
+        stored = json.loads(options.json.read_text())
+    content = stored.get(options.bits) or {
+        "environment": describe(),
+        "seed": options.seed,
+        **search(options.bits, count, rounds, options.seed),
+    }
+    last = BaseCurve(**content["rounds"][-1]["curve"])
+    compared = {"plain": BaseCurve(), "found": last}
+    content["verified"] = verify(options.bits, compared, seeds, options.seed)
     if distribution.rank() == 0:
-        write_results(options.json, content)
-        print("accuracy in %: default curve, first round, second round")
+        write_results(options.json, {**stored, options.bits: content})
+        print("accuracy in %: plain curve, found curve")
         for row in content["verified"]:
-            print(" ".join(f"{100 * a:5.1f}" for a in row["accuracy"]), row["task"])
+            print(" ".join(f"{100 * a:5.1f}" for a in row["accuracy"].values()), row["task"])
     distribution.stop()
 
 

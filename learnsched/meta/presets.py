@@ -8,7 +8,7 @@ from learnsched.meta.estimators import Estimator, Unrolled
 from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.tasks import Mix, Task
 from learnsched.meta.trainer import TrainerConfig
-from learnsched.policies import BaseCurve, BaseCurves, Domain
+from learnsched.policies import BaseCurve, BaseCurves, Case, Domain
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,56 @@ class Preset:
         )
 
 
-_BASE = BaseCurves.everywhere(BaseCurve())
+# Where meta-training starts, for each pair of level sets and regime: what `python -m
+# learnsched.benchmarks.curve_search` found, rounded, and towards the middle where tasks disagree.
+_TWO_BIT = BaseCurve()
+_TERNARY = BaseCurve(
+    weight_forward_std=0.6,
+    activation_forward_std=0.19,
+    weight_hard_from=0.93,
+    activation_hard_from=1.0,
+    power=2.5,
+    weight_backward_std=4.0,
+    weight_backward_end=0.67,
+    activation_backward_std=0.34,
+    activation_backward_end=0.1,
+    freeze_from=0.97,
+    hard_tilt=0.3,
+    weight_backward_tilt=-1.2,
+    activation_backward_tilt=1.17,
+)
+_TERNARY_TUNED = BaseCurve(
+    weight_forward_std=0.3,
+    activation_forward_std=0.1,
+    weight_hard_from=0.7,
+    activation_hard_from=0.7,
+    weight_backward_std=2.5,
+    weight_backward_end=0.7,
+    activation_backward_std=0.29,
+    activation_backward_end=0.12,
+    freeze_from=0.9,
+)
+_BINARY = BaseCurve(
+    weight_forward_std=0.0,
+    activation_forward_std=0.4,
+    weight_hard_from=0.4,
+    activation_hard_from=0.9,
+    power=0.9,
+    weight_backward_std=2.7,
+    weight_backward_end=0.5,
+    activation_backward_std=0.6,
+    activation_backward_end=0.1,
+    freeze_from=0.9,
+)
+_BASE = BaseCurves(
+    (
+        Case(3, 4, False, _TWO_BIT),
+        Case(3, 4, True, _TWO_BIT),
+        Case(3, 3, False, _TERNARY),
+        Case(3, 3, True, _TERNARY_TUNED),
+        Case(2, 2, False, _BINARY),
+    )
+)
 
 _QUICK_MIX = Mix(
     architectures=(
@@ -84,9 +133,9 @@ _STANDARD_MIX = Mix(
 
 
 def _validation(
-    members: int, *tasks: tuple[str, str, int, int, int, int, bool]
+    members: int, *tasks: tuple[str, str, str, int, int, int, int, bool]
 ) -> tuple[Task, ...]:
-    """Tasks by data, family, width, depth, horizon, steps an epoch and fine-tuning."""
+    """Tasks by bits, data, family, width, depth, horizon, steps an epoch and fine-tuning."""
     return tuple(
         Task(
             family=family,
@@ -96,12 +145,14 @@ def _validation(
             horizon=horizon,
             steps=steps,
             batch=64,
-            bits="ternary/2-bit",
+            bits=bits,
             learning_rates=(0.015, 0.04) * (members // 2),
             fine_tuning=fine_tuning,
             seed=1_000_000 + index,
         )
-        for index, (data, family, width, depth, horizon, steps, fine_tuning) in enumerate(tasks)
+        for index, (bits, data, family, width, depth, horizon, steps, fine_tuning) in enumerate(
+            tasks
+        )
     )
 
 
@@ -110,7 +161,7 @@ PRESETS: dict[str, Preset] = {
         steps=12,
         trainer=TrainerConfig(
             mix=_QUICK_MIX,
-            validation=_validation(8, ("mnist1d", "cnn1d", 8, 4, 8, 12, False)),
+            validation=_validation(8, ("ternary/2-bit", "mnist1d", "cnn1d", 8, 4, 8, 12, False)),
             learning_rate=0.002,
             average=0.8,
             validate_every=4,
@@ -123,12 +174,16 @@ PRESETS: dict[str, Preset] = {
         trainer=TrainerConfig(
             mix=_STANDARD_MIX,
             validation=_validation(
-                24,
-                ("mnist1d", "cnn1d", 8, 4, 8, 20, False),
-                ("mnist1d", "cnn1d", 10, 4, 8, 20, True),
-                ("mnist1d", "cnn1d", 16, 4, 20, 30, False),
-                ("mnist1d", "cnn1d", 12, 5, 16, 25, True),
-                ("mnist1d", "mlp", 32, 4, 12, 15, False),
+                16,
+                ("ternary/2-bit", "mnist1d", "cnn1d", 8, 4, 8, 20, False),
+                ("ternary/2-bit", "mnist1d", "cnn1d", 10, 4, 8, 20, True),
+                ("ternary/2-bit", "mnist1d", "cnn1d", 16, 4, 16, 25, False),
+                ("ternary/2-bit", "mnist1d", "mlp", 32, 4, 12, 15, False),
+                ("ternary/2-bit", "digits", "cnn2d", 8, 4, 8, 20, False),
+                ("ternary/ternary", "mnist1d", "cnn1d", 10, 4, 10, 20, False),
+                ("ternary/ternary", "digits", "cnn2d", 8, 4, 8, 20, False),
+                ("binary/binary", "mnist1d", "cnn1d", 10, 4, 10, 20, False),
+                ("binary/binary", "digits", "cnn2d", 8, 4, 8, 20, False),
             ),
             learning_rate=0.0006,
             decay=200.0,
