@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from learnsched.meta.estimators import Estimator, Unrolled
 from learnsched.meta.evolution import EvolutionStrategies
+from learnsched.meta.hybrid import Hybrid
 from learnsched.meta.tasks import Mix, Task
 from learnsched.meta.trainer import TrainerConfig
 from learnsched.policies import BaseCurve, BaseCurves, Case, Domain
@@ -48,7 +49,18 @@ class Preset:
 
 # Where meta-training starts, for each pair of level sets and regime: what `python -m
 # learnsched.benchmarks.curve_search` found, rounded, and towards the middle where tasks disagree.
-_TWO_BIT = BaseCurve()
+_TWO_BIT = BaseCurve(
+    weight_forward_std=0.45,
+    activation_forward_std=0.4,
+    weight_hard_from=0.65,
+    activation_hard_from=0.8,
+    power=0.9,
+    weight_backward_std=2.8,
+    weight_backward_end=0.4,
+    activation_backward_std=0.65,
+    activation_backward_end=0.52,
+    freeze_from=0.55,
+)
 _TERNARY = BaseCurve(
     weight_forward_std=0.6,
     activation_forward_std=0.19,
@@ -90,7 +102,6 @@ _BINARY = BaseCurve(
 _BASE = BaseCurves(
     (
         Case(3, 4, False, _TWO_BIT),
-        Case(3, 4, True, _TWO_BIT),
         Case(3, 3, False, _TERNARY),
         Case(3, 3, True, _TERNARY_TUNED),
         Case(2, 2, False, _BINARY),
@@ -117,17 +128,17 @@ _STANDARD_MIX = Mix(
     architectures=(
         ("mnist1d", "cnn1d", (8, 12, 16), (3, 4, 5, 6)),
         ("mnist1d", "cnn1d", (8, 12, 16), (3, 4, 5, 6)),
-        ("mnist1d", "cnn1d", (8, 12, 16), (3, 4, 5, 6)),
         ("digits", "cnn2d", (6, 10), (3, 4)),
+        ("digits", "residual", (6, 10), (5,)),
         ("mnist1d", "mlp", (24, 32, 64), (3, 4)),
     ),
     horizons=(6, 8, 12, 16, 20),
-    total_steps=(80, 600),
+    total_steps=(80, 480),
     batches=(32,),
-    bits=(("ternary/2-bit", 0.76), ("ternary/ternary", 0.12), ("binary/binary", 0.12)),
+    bits=(("ternary/2-bit", 0.6), ("ternary/ternary", 0.2), ("binary/binary", 0.2)),
     learning_rates=(1e-2, 5e-2),
-    fine_tuning=0.35,
-    members=12,
+    fine_tuning=0.3,
+    members=8,
     tasks=2,
 )
 
@@ -185,12 +196,15 @@ PRESETS: dict[str, Preset] = {
                 ("binary/binary", "mnist1d", "cnn1d", 10, 4, 10, 20, False),
                 ("binary/binary", "digits", "cnn2d", 8, 4, 8, 20, False),
             ),
-            learning_rate=0.0006,
-            decay=200.0,
+            learning_rate=0.001,
+            decay=80.0,
             average=0.9,
         ),
         base=_BASE,
-        estimator=EvolutionStrategies(pairs=6, std=0.15, relative_std=0.5, knots=3, by_layer=False),
+        estimator=Hybrid(
+            Unrolled(damping=0.5),
+            EvolutionStrategies(pairs=6, std=0.15, relative_std=0.5, knots=3, by_layer=False),
+        ),
     ),
 }
 PRESETS["long"] = replace(
