@@ -79,9 +79,13 @@ SLOW = {
     "gradient": benchmark("gradient"),
     "curve_search": benchmark("curve_search"),
     "export": benchmark("export"),
+    "accuracy": [*benchmark("accuracy"), "--methods", "straight-through", "learned"],
+    "report": module("learnsched.benchmarks.report", "figures/methods.jsonl", "--into", "pages"),
+    "ablation": benchmark("ablation"),
+    "transfer": benchmark("transfer"),
 }
 # What they print holds seconds; unroll and speed measure nothing else.
-TIMED = ("gradient", "export")
+TIMED = ("gradient", "export", "curve_search", "accuracy")
 EVERY = [
     *COMMANDS.items(),
     *(pytest.param(*item, marks=pytest.mark.slow) for item in SLOW.items()),
