@@ -36,7 +36,7 @@ def _stripped(value):
     return [_stripped(v) for v in value] if isinstance(value, list) else value
 
 
-TIMES = ("seconds", "milliseconds", "date")
+TIMES = ("seconds", "milliseconds", "date", "cpu_seconds")
 
 # Files whose bytes hold times or the order of processes: checkpoints carry the seconds.
 LEFT_OUT = ("checkpoint.safetensors", "last.pt")
