@@ -93,7 +93,7 @@ def _train_and_report(options: argparse.Namespace) -> None:
             "seconds": round(trainer.seconds),
             "selected_step": trainer.best_step,
             "validation_loss": trainer.best_loss,
-            "dropped_gradients": sum(entry["dropped"] for entry in trainer.log),
+            "dropped_gradients": sum(entry.get("dropped", 0) for entry in trainer.log),
             "task_mix": asdict(trainer.config.mix),
             **describe(),
         },

@@ -166,12 +166,15 @@ def plot_learning_curve(
     """
     if not log:
         raise ValueError("the log is empty; meta-training has taken no outer step yet")
-    steps = np.array([entry["step"] for entry in log])
+    taken = [entry for entry in log if "outer_loss" in entry]
+    steps = np.array([entry["step"] for entry in taken])
     checks = [entry for entry in log if "validation_loss" in entry]
     with paper_style():
         figure = _figure(2, height=2.4)
         losses, norms = figure.subplots(1, 2)
-        losses.plot(steps, [e["outer_loss"] for e in log], ".", color="0.6", label="sampled tasks")
+        losses.plot(
+            steps, [e["outer_loss"] for e in taken], ".", color="0.6", label="sampled tasks"
+        )
         losses.plot(
             [e["step"] for e in checks],
             [e["validation_loss"] for e in checks],
@@ -182,7 +185,7 @@ def plot_learning_curve(
         )
         losses.set_ylabel("outer loss, hard network / nats")
         for name, style in (("norm_median", "o"), ("norm_largest", "^")):
-            values = [e[name] if np.isfinite(e[name]) else np.nan for e in log]
+            values = [e[name] if np.isfinite(e[name]) else np.nan for e in taken]
             label = name.removeprefix("norm_") + " of the tasks"
             norms.semilogy(steps, values, style, color="0.4", markerfacecolor="white", label=label)
         norms.set_ylabel("norm of the schedule's gradient / nats")

@@ -181,7 +181,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path):
     assert timeless[0] == timeless[1]
     assert whole.best_loss == parts.best_loss
     lines = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4]
+
+
+def test_a_start_that_is_never_beaten_is_kept(tmp_path):
+    trainer = small_trainer(tmp_path, learning_rate=3.0)
+    start = {n: p.detach().clone() for n, p in trainer.policy.network.named_parameters()}
+    losses = iter([1.0, 1.5, 1.2])
+    trainer._task_loss = lambda task: {"loss": torch.tensor(next(losses))}
+    trainer.run(4)
+    assert (trainer.best_step, trainer.best_loss) == (0, 1.0)
+    assert [e.get("validation_loss") for e in trainer.log] == pytest.approx([1, None, 1.5, None, 1.2])
+    trainer.load_best()
+    for name, parameter in trainer.policy.network.named_parameters():
+        assert torch.equal(parameter, start[name])
 
 
 def test_a_folder_of_another_configuration_is_refused(tmp_path):
@@ -219,5 +232,5 @@ def test_gradients_that_are_not_finite_are_dropped_and_counted(tmp_path):
 
     trainer.estimator = broken
     trainer.run(1)
-    assert trainer.log[0]["dropped"] == 2  # one member of each of two tasks
+    assert trainer.log[1]["dropped"] == 2  # one member of each of two tasks
     assert all(bool(p.isfinite().all()) for p in trainer.policy.network.parameters())

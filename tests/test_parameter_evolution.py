@@ -154,8 +154,8 @@ def test_the_trainer_takes_steps_with_it(tmp_path):
     trainer = MetaTrainer(policy, config, tmp_path, {"digits": DIGITS}, estimator)
     trainer.run(2)
     assert not torch.equal(policy.network.out.weight, before)
-    assert trainer.log[0]["dropped"] == 0
-    assert math.isfinite(trainer.log[1]["validation_loss"])
+    assert trainer.log[1]["dropped"] == 0
+    assert math.isfinite(trainer.log[2]["validation_loss"])
 
 
 @pytest.mark.parametrize("wrong", [{"pairs": 0}, {"std": 0.0}, {"std": math.inf}])

@@ -9,10 +9,10 @@ from learnsched.benchmarks import speed
 from learnsched.benchmarks.speed_networks import cnn, mlp, resnet
 
 
-def test_alternatives_take_turns_and_the_first_round_does_not_count():
+def test_alternatives_take_turns_warm_and_the_first_round_does_not_count():
     calls = []
     seconds = speed.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
-    assert calls == ["a", "b"] * 4
+    assert calls == ["a", "a", "b", "b"] * 4
     assert [len(v) for v in seconds.values()] == [3, 3]
 
 

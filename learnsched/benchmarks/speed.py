@@ -226,7 +226,8 @@ def scheduler(seed: int, rounds: int) -> dict[str, float]:
     ):
         network = cnn()
         model = quantized(network, seed, _device())
-        epochs = rounds + 2
+        # Two actions a round, one round more than counts, and an epoch that is not stepped over.
+        epochs = 2 * (rounds + 1) + 1
         scheduler = ls.QuantizationScheduler(model, policy, epochs, steps_per_epoch=100)
         step = training_step(model, network, _device())
         seconds = take_turns(

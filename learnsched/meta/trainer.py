@@ -141,6 +141,9 @@ class MetaTrainer:
             steps: outer steps in all.
             progress: called with the log entry of every outer step.
         """
+        if self.step == 0 and self.config.validation:
+            # What does not beat the curve that training starts from is not selected.
+            self._log = [{"step": 0, "validation_loss": self._validate()}]
         while self.step < steps:
             entry = self._outer_step()
             if self.step % self.config.validate_every == 0:
@@ -151,15 +154,15 @@ class MetaTrainer:
                 progress(entry)
 
     def load_best(self) -> None:
-        """Give the policy the averaged parameters that did best in validation.
+        """Give the policy the averaged parameters that did best in validation, step 0 included.
 
-        Before the first validation: those of the last step.
+        Without validation tasks: those of the last step.
         """
         self._assign(self._best if math.isfinite(self.best_loss) else self._average)
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        """One entry an outer step."""
+        """One entry an outer step, and before them the validation of the start, of step 0."""
         return list(self._log)
 
     def _outer_step(self) -> dict[str, Any]:
