@@ -191,7 +191,9 @@ def test_a_start_that_is_never_beaten_is_kept(tmp_path):
     trainer._task_loss = lambda task: {"loss": torch.tensor(next(losses))}
     trainer.run(4)
     assert (trainer.best_step, trainer.best_loss) == (0, 1.0)
-    assert [e.get("validation_loss") for e in trainer.log] == pytest.approx([1, None, 1.5, None, 1.2])
+    assert [e.get("validation_loss") for e in trainer.log] == pytest.approx(
+        [1, None, 1.5, None, 1.2]
+    )
     trainer.load_best()
     for name, parameter in trainer.policy.network.named_parameters():
         assert torch.equal(parameter, start[name])

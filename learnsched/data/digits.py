@@ -1,4 +1,4 @@
-"""The 8 × 8 digits that come with scikit-learn (Alpaydin and Kaynak 1998)."""
+"""The 8 × 8 digits that come with scikit-learn (Alpaydin and Kaynak 1998), clean and under noise."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from learnsched.data.splits import DataSet, Split, standardised, stratified
 
 _SIZES = (1000, 297, 500)
 _SEED = 1998
+
+# Of the noise, in standard deviations of the images; and noisy copies of a training image.
+_NOISE = 0.8
+_COPIES = 4
 
 
 def load() -> DataSet:
@@ -27,3 +31,29 @@ def load() -> DataSet:
     y = torch.tensor(source.target, dtype=torch.int64)
     train, validation, test = (Split(x[i], y[i]) for i in stratified(y, _SIZES, _SEED))
     return standardised("digits", train, validation, test, classes=10)
+
+
+def load_noisy() -> DataSet:
+    """The same digits under Gaussian noise: images in which a network errs as on natural ones.
+
+    Clean digits are learned to 97 % within a hundred steps; of these a small float network gets
+    about 85 % right. Each of the 1000 training images comes four times, each time with noise of its
+    own; the noise is fixed, and the splits have the images and the sizes of :func:`load` otherwise.
+
+    Raises:
+        ImportError: the package ``scikit-learn`` is missing.
+    """
+    clean = load()
+    generator = torch.Generator().manual_seed(_SEED)
+
+    def noisy(split: Split, copies: int = 1) -> Split:
+        x = split.x.repeat(copies, 1, 1, 1)
+        return Split(x + _NOISE * torch.randn(x.shape, generator=generator), split.y.repeat(copies))
+
+    return standardised(
+        "noisy_digits",
+        noisy(clean.train, _COPIES),
+        noisy(clean.validation),
+        noisy(clean.test),
+        classes=10,
+    )

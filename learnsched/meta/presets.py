@@ -128,18 +128,20 @@ _STANDARD_MIX = Mix(
     architectures=(
         ("mnist1d", "cnn1d", (8, 12, 16), (3, 4, 5, 6)),
         ("mnist1d", "cnn1d", (8, 12, 16), (3, 4, 5, 6)),
+        ("noisy_digits", "cnn2d", (6, 10, 16), (3, 4, 5)),
+        ("noisy_digits", "residual", (6, 10), (5,)),
         ("digits", "cnn2d", (6, 10), (3, 4)),
-        ("digits", "residual", (6, 10), (5,)),
         ("mnist1d", "mlp", (24, 32, 64), (3, 4)),
+        ("noisy_digits", "mlp", (24, 32, 64), (3, 4)),
     ),
     horizons=(6, 8, 12, 16, 20),
-    total_steps=(80, 480),
+    total_steps=(80, 400),
     batches=(32,),
     bits=(("ternary/2-bit", 0.6), ("ternary/ternary", 0.2), ("binary/binary", 0.2)),
     learning_rates=(1e-2, 5e-2),
     fine_tuning=0.3,
     members=8,
-    tasks=2,
+    tasks=4,
 )
 
 
@@ -181,30 +183,30 @@ PRESETS: dict[str, Preset] = {
         estimator=Unrolled(damping=0.5),
     ),
     "standard": Preset(
-        steps=200,
+        steps=100,
         trainer=TrainerConfig(
             mix=_STANDARD_MIX,
             validation=_validation(
-                16,
+                24,
                 ("ternary/2-bit", "mnist1d", "cnn1d", 8, 4, 8, 20, False),
                 ("ternary/2-bit", "mnist1d", "cnn1d", 10, 4, 8, 20, True),
                 ("ternary/2-bit", "mnist1d", "cnn1d", 16, 4, 16, 25, False),
                 ("ternary/2-bit", "mnist1d", "mlp", 32, 4, 12, 15, False),
-                ("ternary/2-bit", "digits", "cnn2d", 8, 4, 8, 20, False),
+                ("ternary/2-bit", "noisy_digits", "cnn2d", 8, 4, 8, 20, False),
+                ("ternary/2-bit", "noisy_digits", "cnn2d", 10, 4, 8, 20, True),
+                ("ternary/2-bit", "noisy_digits", "residual", 8, 5, 10, 20, False),
+                ("ternary/2-bit", "noisy_digits", "mlp", 48, 3, 10, 20, False),
                 ("ternary/ternary", "mnist1d", "cnn1d", 10, 4, 10, 20, False),
-                ("ternary/ternary", "digits", "cnn2d", 8, 4, 8, 20, False),
+                ("ternary/ternary", "noisy_digits", "cnn2d", 8, 4, 8, 20, False),
                 ("binary/binary", "mnist1d", "cnn1d", 10, 4, 10, 20, False),
-                ("binary/binary", "digits", "cnn2d", 8, 4, 8, 20, False),
+                ("binary/binary", "noisy_digits", "cnn2d", 8, 4, 8, 20, False),
             ),
-            learning_rate=0.001,
-            decay=80.0,
+            learning_rate=0.003,
+            decay=40.0,
             average=0.9,
         ),
         base=_BASE,
-        estimator=Hybrid(
-            Unrolled(damping=0.5),
-            EvolutionStrategies(pairs=6, std=0.15, relative_std=0.5, knots=3, by_layer=False),
-        ),
+        estimator=Unrolled(damping=0.5),
     ),
 }
 PRESETS["long"] = replace(
@@ -212,10 +214,12 @@ PRESETS["long"] = replace(
     steps=1000,
     trainer=replace(
         PRESETS["standard"].trainer,
-        mix=replace(
-            _STANDARD_MIX, total_steps=(80, 1200), horizons=(6, 8, 12, 16, 20, 30), tasks=4
-        ),
+        mix=replace(_STANDARD_MIX, total_steps=(80, 1200), horizons=(6, 8, 12, 16, 20, 30)),
         decay=200.0,
         average=0.97,
+    ),
+    estimator=Hybrid(
+        Unrolled(damping=0.5),
+        EvolutionStrategies(pairs=6, std=0.15, relative_std=0.5, knots=3, by_layer=False),
     ),
 )

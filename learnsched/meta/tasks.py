@@ -49,7 +49,7 @@ class Task:
     Attributes:
         family: ``mlp``, ``cnn1d``, ``cnn2d``, ``residual`` or ``vgg``, see
             :mod:`learnsched.meta.networks`.
-        data: ``mnist1d`` or ``digits`` in meta-training.
+        data: ``mnist1d``, ``digits`` or ``noisy_digits`` in meta-training.
         width: units or channels of the hidden layers.
         depth: layers with weights, at least 2.
         horizon: epochs.
@@ -244,6 +244,8 @@ class Mix:
         fine_tuning: probability to start from a float network.
         members: members of a task.
         tasks: tasks of an outer step.
+        alike: tasks in a row that differ in learning rates and seeds only, so that as many ranks
+            finish together.
 
     Example:
         >>> mix = Mix(architectures=(("digits", "mlp", (8,), (2, 3)),), horizons=(4, 6),
@@ -262,22 +264,21 @@ class Mix:
     fine_tuning: float
     members: int
     tasks: int
+    alike: int = 2
 
     def sample(self, seed: int, outer_step: int) -> list[Task]:
-        """The tasks of an outer step; the same for the same arguments.
-
-        They differ in learning rates and seed only, so that ranks finish together.
-        """
+        """The tasks of an outer step; the same for the same arguments."""
         generator = torch.Generator().manual_seed(_mixed(seed, outer_step))
-        first = self._draw(generator)
-        return [
-            replace(
-                first,
+        tasks: list[Task] = []
+        for index in range(self.tasks):
+            kind = tasks[-1] if index % self.alike else self._draw(generator)
+            task = replace(
+                kind,
                 learning_rates=self._learning_rates(generator),
                 seed=int(torch.randint(2**31, (), generator=generator)),
             )
-            for _ in range(self.tasks)
-        ]
+            tasks.append(task)
+        return tasks
 
     def _draw(self, generator: torch.Generator) -> Task:
         data, family, widths, depths = _choice(self.architectures, generator)
