@@ -54,6 +54,20 @@ def test_a_quick_grid_writes_a_record_of_each_method(whole):
     assert json.loads((whole / "all.json").read_text())["environment"]["torch"]
 
 
+def test_records_made_before_are_not_made_again(whole, tmp_path, monkeypatch):
+    lines = tmp_path / "known.jsonl"
+    lines.write_text("".join(json.dumps(r) + "\n" for r in read(whole)))
+    monkeypatch.setattr(accuracy, "measure", lambda *_: pytest.fail("was made again"))
+    folder = tmp_path / "folder"
+    main(["--quick", "--out", str(folder), "--methods", *WORDS, "--known", str(lines)])
+    assert read(folder) == read(whole)
+    changed = [{**r, "validation": -1.0} for r in read(whole)]
+    accuracy.unpack(changed, folder)
+    assert read(folder) == read(whole), "what the folder has is kept"
+    with pytest.raises(SystemExit, match="neither a folder nor a file"):
+        main(["--quick", "--known", str(tmp_path / "none")])
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_results(whole, tmp_path):
     process = start(tmp_path)

@@ -208,12 +208,27 @@ def test_stratified_choices_are_disjoint_complete_and_proportional() -> None:
         stratified(y, (-1, 3), seed=0)
 
 
+def test_noisy_digits_are_the_digits_under_noise(digits: DataSet) -> None:
+    noisy = load("noisy_digits")
+    assert_standardised(noisy, (0, 1, 2, 3))
+    assert [len(s) for s in (noisy.train, noisy.validation, noisy.test)] == [4000, 297, 500]
+    assert torch.equal(noisy.train.y, digits.train.y.repeat(4))
+    assert torch.equal(noisy.test.y, digits.test.y)
+    copies = noisy.train.x.unflatten(0, (4, 1000))
+    # Images of variance 1 and noise of variance 0.64, standardised together.
+    noise = copies * 1.64**0.5 - digits.train.x
+    assert float(noise.std()) == pytest.approx(0.8, abs=0.01)
+    correlation = float((noise[0] * noise[1]).mean()) / 0.64
+    assert abs(correlation) < 0.02, "each copy has noise of its own"
+    assert load("noisy_digits").sha256 == noisy.sha256
+
+
 def test_unknown_names_and_useless_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'mnist'; choose one of .*fashion_mnist, cifar10"):
         load("mnist")
     with pytest.raises(ValueError, match="digits is not read from files"):
         load("digits", tmp_path)
-    assert set(DATA_SETS) == {"mnist1d", "digits", "fashion_mnist", "cifar10"}
+    assert set(DATA_SETS) == {"mnist1d", "digits", "noisy_digits", "fashion_mnist", "cifar10"}
 
 
 def test_fashion_mnist_is_read_from_idx_files(

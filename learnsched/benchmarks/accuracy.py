@@ -1,13 +1,14 @@
 """Test accuracy of every method in every cell of a grid, each with the same search budget.
 
     python -m learnsched.benchmarks.accuracy --grid small --out FOLDER [--cells NAME …]
-        [--methods WORD …] [--artefact default] [--shard 1/2] [--seed N]
+        [--methods WORD …] [--artefact default] [--known FILE] [--shard 1/2] [--seed N]
 
 In each cell a method's learning rate and own parameters are searched by Optuna on validation data; a
 learned policy has its learning rate searched with the same number of trials. The chosen ones train
 fresh seeds, the same for all methods, whose test accuracies are written to FOLDER/records, a file a
 cell and method. Start the program again to go on with what is missing; start it twice, or on two
-machines that share the folder, to have the work shared. Then
+machines that share the folder, to have the work shared. ``--known figures/methods.jsonl`` starts a
+folder from the records that are shipped, so that only your own are made. Then
 
     python -m learnsched.benchmarks.report FOLDER
 """
@@ -126,7 +127,11 @@ def slug(text: str) -> str:
 
 def record_path(folder: Path, cell: Cell, entry: Entry) -> Path:
     """Where the record of a cell and method lies."""
-    return folder / "records" / slug(cell.name) / f"{slug(entry.name)}.json"
+    return _path(folder, cell.name, entry.name)
+
+
+def _path(folder: Path, cell: str, method: str) -> Path:
+    return folder / "records" / slug(cell) / f"{slug(method)}.json"
 
 
 def is_done(folder: Path, cell: Cell, entry: Entry) -> bool:
@@ -270,6 +275,20 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return sorted(records, key=lambda r: (place.get(r["cell"], len(order)), r["cell"], r["method"]))
 
 
+def unpack(records: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Write the records that a folder lacks, of cells and methods that it has none of.
+
+    Args:
+        records: as :func:`read` returns them.
+        folder: of records, journals and claims.
+    """
+    for record in records:
+        path = _path(folder, record["cell"], record["method"])
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(record) + "\n")
+
+
 def matching(found: Sequence[Entry], words: Sequence[str] | None) -> list[Entry]:
     """Entries that words stand for, all without words.
 
@@ -303,6 +322,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument(
         "--out", type=Path, help="folder of the results; a temporary one if omitted"
     )
+    result.add_argument(
+        "--known", type=Path, help="folder, or file of JSON lines, with records made before"
+    )
     result.add_argument("--cells", nargs="*", metavar="NAME", help="all of the grid if omitted")
     result.add_argument(
         "--methods", nargs="*", metavar="WORD", help="roles, or parts of names; all if omitted"
@@ -331,6 +353,10 @@ def execute(options: argparse.Namespace, choose: Callable[[str], list[Entry]]) -
         raise SystemExit(f"no method's role or name matches {' '.join(options.methods)}")
     index, count = options.shard
     folder = options.out or Path(tempfile.mkdtemp(prefix="accuracy-"))
+    if options.known is not None:
+        if not options.known.exists():
+            raise SystemExit(f"--known: {options.known} is neither a folder nor a file")
+        unpack(read(options.known), folder)
     print(f"{len(jobs[index - 1 :: count])} cells × methods, records in {folder}", flush=True)
 
     def show(record: dict[str, Any]) -> None:
