@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from learnsched.meta.estimators import Estimator, Unrolled
 from learnsched.meta.evolution import EvolutionStrategies
+from learnsched.meta.guarded import Guarded
 from learnsched.meta.hybrid import Hybrid
 from learnsched.meta.tasks import Mix, Task
 from learnsched.meta.trainer import TrainerConfig
@@ -135,7 +136,7 @@ _STANDARD_MIX = Mix(
         ("noisy_digits", "mlp", (24, 32, 64), (3, 4)),
     ),
     horizons=(6, 8, 12, 16, 20),
-    total_steps=(80, 400),
+    total_steps=(80, 320),
     batches=(32,),
     bits=(("ternary/2-bit", 0.6), ("ternary/ternary", 0.2), ("binary/binary", 0.2)),
     learning_rates=(1e-2, 5e-2),
@@ -169,6 +170,8 @@ def _validation(
     )
 
 
+_EVOLUTION = EvolutionStrategies(pairs=5, std=0.15, relative_std=0.5, knots=3, by_layer=False)
+
 PRESETS: dict[str, Preset] = {
     "quick": Preset(
         steps=12,
@@ -201,12 +204,12 @@ PRESETS: dict[str, Preset] = {
                 ("binary/binary", "mnist1d", "cnn1d", 10, 4, 10, 20, False),
                 ("binary/binary", "noisy_digits", "cnn2d", 8, 4, 8, 20, False),
             ),
-            learning_rate=0.003,
+            learning_rate=0.002,
             decay=40.0,
             average=0.9,
         ),
         base=_BASE,
-        estimator=Unrolled(damping=0.5),
+        estimator=Guarded(Unrolled(damping=0.5), _EVOLUTION),
     ),
 }
 PRESETS["long"] = replace(
@@ -218,8 +221,5 @@ PRESETS["long"] = replace(
         decay=200.0,
         average=0.97,
     ),
-    estimator=Hybrid(
-        Unrolled(damping=0.5),
-        EvolutionStrategies(pairs=6, std=0.15, relative_std=0.5, knots=3, by_layer=False),
-    ),
+    estimator=Hybrid(Unrolled(damping=0.5), _EVOLUTION),
 )
