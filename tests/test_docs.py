@@ -38,7 +38,7 @@ def shown():
 
 
 def others():
-    """The callbacks, what users meet as an attribute or a result, and the three estimators."""
+    """The callbacks, what users meet as an attribute or a result, and the estimators."""
     yield from (
         f"learnsched.integrations.{framework}.QuantizationCallback"
         for framework in ("lightning", "transformers", "skorch")
@@ -46,7 +46,7 @@ def others():
     yield from (
         "learnsched.convert.Report", "learnsched.convert.quantized_layers",
         "learnsched.finalize.IntegerWeights", "learnsched.meta.estimators.Unrolled",
-        "learnsched.meta.evolution.EvolutionStrategies", "learnsched.meta.hybrid.Hybrid",
+        "learnsched.meta.evolution.EvolutionStrategies", "learnsched.meta.hybrid.Hybrid", "learnsched.meta.guarded.Guarded",
         "learnsched.scales.ScaleRule", "learnsched.schedule.Policy", "learnsched.scheduler.History",
     )  # fmt: skip
 
