@@ -92,7 +92,7 @@ def _train_and_report(options: argparse.Namespace) -> None:
             "processes": distribution.world_size(),
             "seconds": round(trainer.seconds),
             "selected_step": trainer.best_step,
-            "validation_loss": trainer.best_loss,
+            "validation_error": trainer.best_error,
             "dropped_gradients": sum(entry.get("dropped", 0) for entry in trainer.log),
             "task_mix": asdict(trainer.config.mix),
             **describe(),
@@ -176,7 +176,7 @@ class _Progress:
         self._bar.update()
         self._bar.set_postfix(outer_loss=f"{entry['outer_loss']:.3f}", dropped=entry["dropped"])
         if self._writer is not None:
-            for name in ("outer_loss", "validation_loss", "norm_median", "norm_largest"):
+            for name in ("outer_loss", "validation_error", "norm_median", "norm_largest"):
                 if name in entry:
                     self._writer.add_scalar(f"meta/{name}", entry[name], entry["step"])
 

@@ -123,13 +123,13 @@ def _list(options: argparse.Namespace) -> None:
     elif options.artefacts:
         print("\n\n".join(render_card(card) for card in cards.values()))
     else:
-        rows = [("name", "made", "epochs", "layers", "optimizer steps", "validation loss")]
+        rows = [("name", "made", "epochs", "layers", "optimizer steps", "validation error")]
         for name, card in cards.items():
             made, domain = card.get("made", {}), card["config"]["domain"]
             seen = ["{:g} to {:g}".format(*domain[key]) for key in ("horizon", "depth", "steps")]
-            loss = made.get("validation_loss")
+            error = made.get("validation_error")
             rows.append(
-                (name, made.get("date", "?"), *seen, "?" if loss is None else f"{loss:.3f}")
+                (name, made.get("date", "?"), *seen, "?" if error is None else f"{error:.1%}")
             )
         print(aligned(rows))
 

@@ -145,7 +145,7 @@ def plot_comparison(
 def plot_learning_curve(
     log: Sequence[Mapping[str, float]], path: str | os.PathLike[str] | None = None
 ) -> Figure:
-    """Outer loss and gradient norms of meta-training over its outer steps.
+    """Outer loss, validation error and gradient norms of meta-training over its outer steps.
 
     Args:
         log: entries of :attr:`learnsched.meta.trainer.MetaTrainer.log`.
@@ -168,29 +168,30 @@ def plot_learning_curve(
         raise ValueError("the log is empty; meta-training has taken no outer step yet")
     taken = [entry for entry in log if "outer_loss" in entry]
     steps = np.array([entry["step"] for entry in taken])
-    checks = [entry for entry in log if "validation_loss" in entry]
+    checks = [entry for entry in log if "validation_error" in entry]
     with paper_style():
-        figure = _figure(2, height=2.4)
-        losses, norms = figure.subplots(1, 2)
+        figure = _figure(3, height=2.4)
+        losses, errors, norms = figure.subplots(1, 3)
         losses.plot(
             steps, [e["outer_loss"] for e in taken], ".", color="0.6", label="sampled tasks"
         )
-        losses.plot(
+        errors.plot(
             [e["step"] for e in checks],
-            [e["validation_loss"] for e in checks],
+            [100 * e["validation_error"] for e in checks],
             "o-",
             color="black",
             markerfacecolor="white",
             label="validation tasks",
         )
         losses.set_ylabel("outer loss, hard network / nats")
+        errors.set_ylabel("error of the hard network / %")
         for name, style in (("norm_median", "o"), ("norm_largest", "^")):
             values = [e[name] if np.isfinite(e[name]) else np.nan for e in taken]
             label = name.removeprefix("norm_") + " of the tasks"
             norms.semilogy(steps, values, style, color="0.4", markerfacecolor="white", label=label)
         norms.set_ylabel("norm of the schedule's gradient / nats")
         norms.yaxis.set_major_formatter("{x:g}")  # the style writes no mathematics
-        for panel in (losses, norms):
+        for panel in (losses, errors, norms):
             panel.set_xlabel("outer step")
             panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)  # off the points
         save_figure(figure, path)

@@ -46,7 +46,8 @@ def others():
     yield from (
         "learnsched.convert.Report", "learnsched.convert.quantized_layers",
         "learnsched.finalize.IntegerWeights", "learnsched.meta.estimators.Unrolled",
-        "learnsched.meta.evolution.EvolutionStrategies", "learnsched.meta.hybrid.Hybrid", "learnsched.meta.guarded.Guarded",
+        "learnsched.meta.evolution.EvolutionStrategies", "learnsched.meta.hybrid.Hybrid",
+        "learnsched.meta.guarded.Guarded",
         "learnsched.scales.ScaleRule", "learnsched.schedule.Policy", "learnsched.scheduler.History",
     )  # fmt: skip
 

@@ -179,7 +179,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path):
         [{k: v for k, v in e.items() if k != "seconds"} for e in t.log] for t in (whole, parts)
     ]
     assert timeless[0] == timeless[1]
-    assert whole.best_loss == parts.best_loss
+    assert whole.best_error == parts.best_error
     lines = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4]
 
@@ -187,12 +187,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path):
 def test_a_start_that_is_never_beaten_is_kept(tmp_path):
     trainer = small_trainer(tmp_path, learning_rate=3.0)
     start = {n: p.detach().clone() for n, p in trainer.policy.network.named_parameters()}
-    losses = iter([1.0, 1.5, 1.2])
-    trainer._task_loss = lambda task: {"loss": torch.tensor(next(losses))}
+    errors = iter([0.4, 0.6, 0.5])
+    trainer._task_error = lambda task: {"error": torch.tensor(next(errors), dtype=torch.float64)}
     trainer.run(4)
-    assert (trainer.best_step, trainer.best_loss) == (0, 1.0)
-    assert [e.get("validation_loss") for e in trainer.log] == pytest.approx(
-        [1, None, 1.5, None, 1.2]
+    assert (trainer.best_step, trainer.best_error) == (0, 0.4)
+    assert [e.get("validation_error") for e in trainer.log] == pytest.approx(
+        [0.4, None, 0.6, None, 0.5]
     )
     trainer.load_best()
     for name, parameter in trainer.policy.network.named_parameters():

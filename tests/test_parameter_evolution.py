@@ -155,7 +155,7 @@ def test_the_trainer_takes_steps_with_it(tmp_path):
     trainer.run(2)
     assert not torch.equal(policy.network.out.weight, before)
     assert trainer.log[1]["dropped"] == 0
-    assert math.isfinite(trainer.log[2]["validation_loss"])
+    assert math.isfinite(trainer.log[2]["validation_error"])
 
 
 @pytest.mark.parametrize("wrong", [{"pairs": 0}, {"std": 0.0}, {"std": math.inf}])

@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {
             "name": "mine",
             "limits": f"{outer_steps} outer steps on digits: it shows the way, not a good schedule.",
-            "made": {"outer_steps": trainer.step, "validation_loss": trainer.best_loss},
+            "made": {"outer_steps": trainer.step, "validation_error": trainer.best_error},
         },
     )
 

@@ -138,7 +138,7 @@ _STANDARD_MIX = Mix(
     horizons=(6, 8, 12, 16, 20),
     total_steps=(80, 320),
     batches=(32,),
-    bits=(("ternary/2-bit", 0.6), ("ternary/ternary", 0.2), ("binary/binary", 0.2)),
+    bits=(("ternary/2-bit", 0.7), ("ternary/ternary", 0.15), ("binary/binary", 0.15)),
     learning_rates=(1e-2, 5e-2),
     fine_tuning=0.3,
     members=8,
@@ -160,7 +160,7 @@ def _validation(
             steps=steps,
             batch=64,
             bits=bits,
-            learning_rates=(0.015, 0.04) * (members // 2),
+            learning_rates=(0.015, 0.02, 0.03, 0.04) * (members // 4),
             fine_tuning=fine_tuning,
             seed=1_000_000 + index,
         )
@@ -170,7 +170,7 @@ def _validation(
     )
 
 
-_EVOLUTION = EvolutionStrategies(pairs=5, std=0.15, relative_std=0.5, knots=3, by_layer=False)
+_EVOLUTION = EvolutionStrategies(pairs=3, std=0.15, relative_std=0.5, knots=3, by_layer=False)
 
 PRESETS: dict[str, Preset] = {
     "quick": Preset(
@@ -204,8 +204,8 @@ PRESETS: dict[str, Preset] = {
                 ("binary/binary", "mnist1d", "cnn1d", 10, 4, 10, 20, False),
                 ("binary/binary", "noisy_digits", "cnn2d", 8, 4, 8, 20, False),
             ),
-            learning_rate=0.002,
-            decay=40.0,
+            learning_rate=0.003,
+            decay=30.0,
             average=0.9,
         ),
         base=_BASE,
@@ -221,5 +221,5 @@ PRESETS["long"] = replace(
         decay=200.0,
         average=0.97,
     ),
-    estimator=Hybrid(Unrolled(damping=0.5), _EVOLUTION),
+    estimator=Hybrid(Unrolled(damping=0.5), replace(_EVOLUTION, pairs=6)),
 )

@@ -128,7 +128,7 @@ class MetaTrainer:
             parameter.grad = torch.zeros_like(parameter)
         self._average = {n: p.detach().clone() for n, p in self._parameters.items()}
         self._best = {n: p.detach().clone() for n, p in self._parameters.items()}
-        self.best_loss = math.inf
+        self.best_error = math.inf
         self.best_step = 0
         self._typical_norm = math.nan
         self._log: list[dict[str, Any]] = []
@@ -143,11 +143,11 @@ class MetaTrainer:
         """
         if self.step == 0 and self.config.validation:
             # What does not beat the curve that training starts from is not selected.
-            self._log = [{"step": 0, "validation_loss": self._validate()}]
+            self._log = [{"step": 0, "validation_error": self._validate()}]
         while self.step < steps:
             entry = self._outer_step()
             if self.step % self.config.validate_every == 0:
-                entry["validation_loss"] = self._validate()
+                entry["validation_error"] = self._validate()
             self._log.append(entry)
             self._save()
             if progress is not None:
@@ -158,7 +158,7 @@ class MetaTrainer:
 
         Without validation tasks: those of the last step.
         """
-        self._assign(self._best if math.isfinite(self.best_loss) else self._average)
+        self._assign(self._best if math.isfinite(self.best_error) else self._average)
 
     @property
     def log(self) -> list[dict[str, Any]]:
@@ -221,32 +221,37 @@ class MetaTrainer:
             self._average[name].lerp_(parameter.detach(), 1 - keep)
 
     def _validate(self) -> float:
-        """Loss of the averaged policy on the hard networks of the validation tasks."""
+        """Classification error of the averaged policy's hard networks on the validation tasks.
+
+        Not their loss: that has tails so heavy that few members decide between two policies.
+        """
         current = {n: p.detach().clone() for n, p in self._parameters.items()}
         self._assign(self._average)
         tasks = self.config.validation
         rank, world = distribution.rank(), distribution.world_size()
-        mine = {i: self._task_loss(tasks[i]) for i in range(rank, len(tasks), world)}
+        mine = {i: self._task_error(tasks[i]) for i in range(rank, len(tasks), world)}
         results = distribution.gather(mine, len(tasks))
         self._assign(current)
-        loss = float(torch.stack([r["loss"] for r in results]).mean())
-        if loss < self.best_loss:
-            self.best_loss, self.best_step = loss, self.step
+        error = float(torch.stack([r["error"] for r in results]).mean())
+        if error < self.best_error:
+            self.best_error, self.best_step = error, self.step
             self._best = {n: p.clone() for n, p in self._average.items()}
-        return loss
+        return error
 
     @torch.no_grad()
     def _assign(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self._parameters.items():
             parameter.copy_(values[name])
 
-    def _task_loss(self, task: Task) -> dict[str, Tensor]:
-        inner = task.build(self.data[task.data], membership_width=0.0, device=self.device)
+    def _task_error(self, task: Task) -> dict[str, Tensor]:
+        data = self.data[task.data]
+        inner = task.build(data, membership_width=0.0, device=self.device)
         rollout = policy_rollout(self.policy, inner.run, len(task.learning_rates))
+        x, y = (part.to(self.device) for part in (data.validation.x, data.validation.y))
         with torch.no_grad():
             states, table, _ = run_forward(inner, rollout)
             last = terminal_settings(table[-1], inner.run, inner.run.horizon - 1)
-            return {"loss": inner.outer_loss(states[-1], last).mean().cpu()}
+            return {"error": 1 - inner.accuracy(states[-1], last, x, y).mean().cpu()}
 
     def _open(self) -> None:
         """Start a run in the folder, or take up the one that is there."""
@@ -289,7 +294,7 @@ class MetaTrainer:
         scalars = {
             "step": self.step,
             "seconds": self.seconds,
-            "best_loss": self.best_loss,
+            "best_error": self.best_error,
             "best_step": self.best_step,
             "typical_norm": self._typical_norm,
             "log": self._log,
@@ -319,5 +324,5 @@ class MetaTrainer:
                 k: tensors[f"adam.{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq")
             }
         self.step, self.seconds = scalars["step"], scalars["seconds"]
-        self.best_loss, self.best_step = scalars["best_loss"], scalars["best_step"]
+        self.best_error, self.best_step = scalars["best_error"], scalars["best_step"]
         self._typical_norm, self._log = scalars["typical_norm"], scalars["log"]
