@@ -8,7 +8,7 @@ from learnsched.meta.estimators import Estimator, Unrolled
 from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.guarded import Guarded
 from learnsched.meta.hybrid import Hybrid
-from learnsched.meta.tasks import Mix, Task
+from learnsched.meta.tasks import BITS, Mix, Task
 from learnsched.meta.trainer import TrainerConfig
 from learnsched.policies import BaseCurve, BaseCurves, Case, Domain
 
@@ -37,6 +37,7 @@ class Preset:
     def domain(self) -> Domain:
         """The range of runs that the mix can draw."""
         mix = self.trainer.mix
+        levels = [len(BITS[name][1].values) for name, _ in mix.bits]
         return Domain(
             horizon=(min(mix.horizons), max(mix.horizons)),
             steps=mix.total_steps,
@@ -45,6 +46,7 @@ class Preset:
                 max(d for a in mix.architectures for d in a[3]),
             ),
             fan_in=(5, 600),
+            activation_levels=(min(levels), max(levels)),
         )
 
 
@@ -138,7 +140,7 @@ _STANDARD_MIX = Mix(
     horizons=(6, 8, 12, 16, 20),
     total_steps=(80, 320),
     batches=(32,),
-    bits=(("ternary/2-bit", 0.7), ("ternary/ternary", 0.15), ("binary/binary", 0.15)),
+    bits=(("ternary/2-bit", 1.0),),
     learning_rates=(1e-2, 5e-2),
     fine_tuning=0.3,
     members=8,
@@ -199,10 +201,6 @@ PRESETS: dict[str, Preset] = {
                 ("ternary/2-bit", "noisy_digits", "cnn2d", 10, 4, 8, 20, True),
                 ("ternary/2-bit", "noisy_digits", "residual", 8, 5, 10, 20, False),
                 ("ternary/2-bit", "noisy_digits", "mlp", 48, 3, 10, 20, False),
-                ("ternary/ternary", "mnist1d", "cnn1d", 10, 4, 10, 20, False),
-                ("ternary/ternary", "noisy_digits", "cnn2d", 8, 4, 8, 20, False),
-                ("binary/binary", "mnist1d", "cnn1d", 10, 4, 10, 20, False),
-                ("binary/binary", "noisy_digits", "cnn2d", 8, 4, 8, 20, False),
             ),
             learning_rate=0.003,
             decay=30.0,

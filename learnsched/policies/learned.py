@@ -33,6 +33,8 @@ class Domain:
         steps: fewest and most optimizer steps of a run.
         depth: fewest and most layers.
         fan_in: smallest and largest fan-in.
+        activation_levels: fewest and most levels of activations. A run with others gets the base
+            curve alone: what is learned of one level set does harm to another.
 
     Raises:
         ValueError: a range is not positive and finite, or is reversed.
@@ -47,6 +49,7 @@ class Domain:
     steps: tuple[float, float] = (1, 1_000_000)
     depth: tuple[float, float] = (1, 1000)
     fan_in: tuple[float, float] = (1, 1_000_000)
+    activation_levels: tuple[float, float] = (1, 1_000_000)
 
     def __post_init__(self) -> None:
         for name, (low, high) in asdict(self).items():
@@ -70,6 +73,19 @@ class Domain:
             for name, (low, high), values in seen
             if min(values) < low / 2 or max(values) > high * 2
         ]
+
+    def has_seen_levels(self, run: RunInfo) -> bool:
+        """Whether the run's quantized activations have as many levels as meta-training has seen.
+
+        Example:
+            >>> from learnsched.schedule import LayerInfo
+            >>> run = RunInfo((LayerInfo("fc", 10, 3, 2), LayerInfo("out", 10, 3, None)), horizon=9)
+            >>> [Domain(activation_levels=seen).has_seen_levels(run) for seen in ((2, 4), (4, 4))]
+            [True, False]
+        """
+        low, high = self.activation_levels
+        levels = [layer.activation_levels for layer in run.layers if layer.activation_levels]
+        return all(low <= count <= high for count in levels)
 
 
 class MetaNetwork(nn.Module):
@@ -112,7 +128,7 @@ class LearnedPolicy:
 
     Forward std and fraction are bounded offsets from the base curve, the backward std a bounded
     factor. A forward std of exactly 0 can be reached in any epoch and left again. With a fresh
-    network the policy is the base curve.
+    network, or for level sets of activations outside its domain, the policy is the base curve.
 
     Args:
         network: the meta-network.
@@ -221,7 +237,7 @@ class LearnedPolicy:
             dim=-1,
         )
         raw, hidden = self.network(features, state["hidden"])
-        offset = torch.tanh(raw)
+        offset = torch.tanh(raw) if self.domain.has_seen_levels(run) else torch.zeros_like(raw)
         curve = self.base.nearest(run)
         rows = [curve.at(progress, depth) for depth in depths(len(run.layers))]
         base = torch.tensor(rows, dtype=like.dtype, device=like.device).unbind(-1)
