@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -274,6 +275,26 @@ def test_inputs_beyond_the_domain_are_clipped_to_it():
     at_edge = RunInfo(layers_of(600, 600, 600), 20, 20)
     beyond = RunInfo(layers_of(5000, 9000, 600), 20, 999)
     assert torch.equal(rollout(policy, at_edge), rollout(policy, beyond))
+
+
+@pytest.mark.parametrize("levels", [2, 3, 16])
+def test_beyond_the_levels_of_its_domain_the_policy_is_its_base_curve(levels):
+    base = BaseCurve(0.25, 0.5, freeze_from=0.75)
+    domain = replace(DOMAIN, activation_levels=(4, 4))
+    policy = trained(base=base, domain=domain)
+    fresh = LearnedPolicy(MetaNetwork(), base, domain)
+
+    def run(count):
+        # A layer whose activations stay real says nothing of their levels.
+        layers = (
+            LayerInfo("a", 10, 3, count),
+            LayerInfo("b", 20, 3, count),
+            LayerInfo("c", 9, 3, 0),
+        )
+        return RunInfo(layers, 6, 20)
+
+    assert torch.equal(rollout(policy, run(levels)), rollout(fresh, run(levels)))
+    assert not torch.equal(rollout(policy, run(4)), rollout(fresh, run(4)))
 
 
 @pytest.mark.parametrize("open_loop", [True, False])
