@@ -29,7 +29,7 @@ def main() -> None:
     stored = json.loads((HERE / "held_out.json").read_text())
     plot_comparison(by_task(stored["records"]), HERE / "held_out.png")
     write_text(HERE / "held_out.md", table(stored["records"]) + "\n")
-    lines = (HERE / "standard-0" / "log.jsonl").read_text().splitlines()
+    lines = (HERE / "default" / "log.jsonl").read_text().splitlines()
     plot_learning_curve([json.loads(line) for line in lines], HERE / "learning_curve.png")
 
 
