@@ -172,28 +172,25 @@ def plot_learning_curve(
     with paper_style():
         figure = _figure(3, height=2.4)
         losses, errors, norms = figure.subplots(1, 3)
-        losses.plot(
-            steps, [e["outer_loss"] for e in taken], ".", color="0.6", label="sampled tasks"
-        )
+        losses.plot(steps, [e["outer_loss"] for e in taken], ".", color="0.6")
+        losses.set(title="sampled tasks", ylabel="outer loss, hard network / nats")
         errors.plot(
             [e["step"] for e in checks],
             [100 * e["validation_error"] for e in checks],
             "o-",
             color="black",
             markerfacecolor="white",
-            label="validation tasks",
         )
-        losses.set_ylabel("outer loss, hard network / nats")
-        errors.set_ylabel("error of the hard network / %")
+        errors.set(title="validation tasks", ylabel="error of the hard network / %")
         for name, style in (("norm_median", "o"), ("norm_largest", "^")):
             values = [e[name] if np.isfinite(e[name]) else np.nan for e in taken]
-            label = name.removeprefix("norm_") + " of the tasks"
+            label = name.removeprefix("norm_")
             norms.semilogy(steps, values, style, color="0.4", markerfacecolor="white", label=label)
-        norms.set_ylabel("norm of the schedule's gradient / nats")
+        norms.set_ylabel("norm of the gradient / nats")
         norms.yaxis.set_major_formatter("{x:g}")  # the style writes no mathematics
+        norms.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)  # off the points
         for panel in (losses, errors, norms):
             panel.set_xlabel("outer step")
-            panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)  # off the points
         save_figure(figure, path)
     return figure
 

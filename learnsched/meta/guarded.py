@@ -14,9 +14,9 @@ class Guarded:
     """The unrolled gradient, unless the run is chaotic: then that of evolution strategies.
 
     A run is taken for chaotic if the median norm of its members' unrolled gradients is above a limit,
-    or not finite. Under 2-bit activations such norms are well below 1; under ternary ones, whose backward
-    std has to be small, they are tens, and the members' directions have nothing in common. Only those
-    tasks pay for the evolution, which costs two or three times the unroll.
+    or not finite. Under 2-bit activations such norms are mostly below 1; under ternary ones, whose
+    backward std has to be small, they are tens, and the members' directions have nothing in common.
+    Only those tasks pay for the evolution, which costs two or three times the unroll.
 
     Args:
         unrolled: the cheap estimate, of every task.
