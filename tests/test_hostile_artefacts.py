@@ -217,9 +217,8 @@ def spoiled_config(data, dice):
     for key in ("config", *keys)[:-1]:
         place = place[key]
     last = ("config", *keys)[-1]
-    place[last] = dice.choice(
-        [w for w in wrong if not (last == "weight_backward_std" and w == 10**9)]
-    )
+    allowed = {"weight_backward_std": 10**9, "fine_tuning": True}
+    place[last] = dice.choice([w for w in wrong if last not in allowed or w != allowed[last]])
     return vouched(load(data), card)
 
 

@@ -385,5 +385,5 @@ def test_base_curves_go_through_json_and_are_not_empty():
     assert BaseCurves.from_config(json.loads(json.dumps(CURVES.config()))) == CURVES
     with pytest.raises(ValueError, match="at least one case"):
         BaseCurves(())
-    with pytest.raises(ValueError, match="at least 2 levels"):
+    with pytest.raises(ValueError, match="2 to 65536 levels"):
         Case(3, 1, False, BaseCurve())

@@ -10,19 +10,21 @@ from typing import Any
 from learnsched.policies.base_curve import BaseCurve
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
+_MOST_LEVELS = 2**16
+
 
 @dataclass(frozen=True)
 class Case:
     """A kind of run, and its curve.
 
     Attributes:
-        weight_levels: how many levels weights have, at least 2.
-        activation_levels: how many levels activations have, at least 2.
+        weight_levels: how many levels weights have, 2 to 65,536 (16 bits).
+        activation_levels: how many levels activations have, the same.
         fine_tuning: whether runs start from a float network.
         curve: what to do there.
 
     Raises:
-        ValueError: a number of levels is below 2.
+        ValueError: a number of levels is out of range.
 
     Example:
         >>> Case(3, 4, False, BaseCurve()).activation_levels
@@ -35,8 +37,9 @@ class Case:
     curve: BaseCurve
 
     def __post_init__(self) -> None:
-        if min(self.weight_levels, self.activation_levels) < 2:
-            raise ValueError(f"a quantizer has at least 2 levels, see Case, in {self}")
+        for levels in (self.weight_levels, self.activation_levels):
+            if not 2 <= levels <= _MOST_LEVELS:
+                raise ValueError(f"a quantizer has 2 to {_MOST_LEVELS} levels, not {levels}")
 
 
 @dataclass(frozen=True)
