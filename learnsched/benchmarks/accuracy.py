@@ -125,18 +125,21 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
-def record_path(folder: Path, cell: Cell, entry: Entry) -> Path:
+def record_path(folder: Path, cell: str, method: str) -> Path:
     """Where the record of a cell and method lies."""
-    return _path(folder, cell.name, entry.name)
-
-
-def _path(folder: Path, cell: str, method: str) -> Path:
     return folder / "records" / slug(cell) / f"{slug(method)}.json"
+
+
+def write_record(record: dict[str, Any], folder: Path) -> None:
+    """Put a record in its place."""
+    path = record_path(folder, record["cell"], record["method"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(record) + "\n")
 
 
 def is_done(folder: Path, cell: Cell, entry: Entry) -> bool:
     """Whether the record of a cell and method is there, of this version of the method."""
-    path = record_path(folder, cell, entry)
+    path = record_path(folder, cell.name, entry.name)
     return path.exists() and json.loads(path.read_text())["version"] == entry.version
 
 
@@ -257,9 +260,7 @@ def run(
                 data = {cell.name: cell.data()}
             journal = folder / "searches" / f"{name}{entry.version and '-' + entry.version}.log"
             record = measure(cell, entry, data[cell.name], budget, seed, journal)
-            path = record_path(folder, cell, entry)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(record) + "\n")
+            write_record(record, folder)
         if progress is not None:
             progress(record)
 
@@ -283,10 +284,8 @@ def unpack(records: Sequence[dict[str, Any]], folder: Path) -> None:
         folder: of records, journals and claims.
     """
     for record in records:
-        path = _path(folder, record["cell"], record["method"])
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(record) + "\n")
+        if not record_path(folder, record["cell"], record["method"]).exists():
+            write_record(record, folder)
 
 
 def matching(found: Sequence[Entry], words: Sequence[str] | None) -> list[Entry]:

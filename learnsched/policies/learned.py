@@ -79,7 +79,7 @@ class Domain:
 
         Example:
             >>> from learnsched.schedule import LayerInfo
-            >>> run = RunInfo((LayerInfo("fc", 10, 3, 2), LayerInfo("out", 10, 3, None)), horizon=9)
+            >>> run = RunInfo((LayerInfo("fc", 10, 3, 2), LayerInfo("out", 10, 3, 0)), horizon=9)
             >>> [Domain(activation_levels=seen).has_seen_levels(run) for seen in ((2, 4), (4, 4))]
             [True, False]
         """
