@@ -81,6 +81,7 @@ def _train_and_report(options: argparse.Namespace) -> None:
         trainer.run(steps, progress)
     trainer.load_best()
     policy = trainer.policy
+    policy.network.cpu()  # the comparison runs where users of a quick look do
     card = {
         "name": options.out.name,
         "made": {

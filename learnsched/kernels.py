@@ -1,8 +1,10 @@
 """The operations under the annealed quantizer: compiled where they can be, else composed.
 
 With a scale s the quantizer is ``s E(x / s)``; the scale is a constant here. float32 on a CPU goes to
-the compiled kernels of :mod:`learnsched.native`, everything else is composed of the functions of
-:mod:`learnsched.staircase`. Half precision is computed in float32. Nothing here knows of autograd.
+the compiled kernels of :mod:`learnsched.native`, float32 and half precision on a GPU to those of
+:mod:`learnsched.triton_kernels` where Triton is installed, everything else is composed of the
+functions of :mod:`learnsched.staircase`. Half precision is computed in float32. Nothing here knows of
+autograd.
 
 Inside ``torch.compile`` the compiled kernels appear as the operators ``torch.ops.learnsched.*``; what
 is composed is traced through, so that inductor fuses it (into Triton kernels on a GPU).
@@ -12,9 +14,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
+import os
 import platform
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +27,9 @@ from learnsched import native, staircase
 from learnsched.levels import LevelSet, inside_transform
 from learnsched.noise import NoiseShape, noise_shape
 from learnsched.staircase import Level
+
+if TYPE_CHECKING:
+    from learnsched import triton_kernels
 
 Scale = Tensor | None
 
@@ -42,8 +49,9 @@ def show_config() -> str:
     """
     made = native.build()
     kind = "eager" if made.library is None else "compiled"
+    on_gpu = "Triton" if _has_triton() else "eager"
     return (
-        f"learnsched kernels: {kind} ({made.reason})\n"
+        f"learnsched kernels: {kind} ({made.reason}), on a GPU: {on_gpu}\n"
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}"
     )
 
@@ -52,10 +60,10 @@ def value(
     x: Tensor, levels: LevelSet, std: Level, mean: Level, noise: NoiseShape, scale: Scale
 ) -> Tensor:
     """``scale E(x / scale)``, in x's dtype."""
-    if x.dtype in _HALF:
-        return value(x.float(), levels, std, mean, noise, scale).to(x.dtype)
     if (call := _call(x, levels, std, mean, noise, scale)) is not None:
         return call.value(x)
+    if x.dtype in _HALF:
+        return value(x.float(), levels, std, mean, noise, scale).to(x.dtype)
     result = staircase.expectation(_over(x, scale), levels, std, mean, noise)
     return result.to(x.dtype) if scale is None else (result * scale).to(x.dtype)
 
@@ -70,11 +78,11 @@ def slope(
     scale: Scale,
 ) -> Tensor:
     """``grad`` times the derivative of :func:`value` in x."""
+    if (call := _call(x, levels, std, mean, noise, scale, grad)) is not None:
+        return call.slope(x, grad)
     if x.dtype in _HALF:
         wide = slope(grad.float(), x.float(), levels, std, mean, noise, scale)
         return wide.to(x.dtype)
-    if (call := _call(x, levels, std, mean, noise, scale, grad)) is not None:
-        return call.slope(x, grad)
     return staircase.slope(_over(x, scale), levels, std, mean, noise) * grad
 
 
@@ -88,10 +96,10 @@ def std_slope(
     scale: Scale,
 ) -> Tensor:
     """``grad`` times the derivative of :func:`value` in the std, summed to the std's shape."""
-    if x.dtype in _HALF:
-        return std_slope(grad.float(), x.float(), levels, std, mean, noise, scale)
     if (call := _call(x, levels, std, mean, noise, scale, grad)) is not None:
         return call.std_slope(x, grad, std)
+    if x.dtype in _HALF:
+        return std_slope(grad.float(), x.float(), levels, std, mean, noise, scale)
     each = staircase.std_slope(_over(x, scale), levels, std, mean, noise) * grad
     return (each if scale is None else each * scale).sum_to_size(std.shape)
 
@@ -110,12 +118,12 @@ def slope_adjoint(
 
     That of the std has its shape; for a number it is a tensor without dimensions.
     """
+    if (call := _call(x, levels, std, mean, noise, scale, outer, grad)) is not None:
+        return call.slope_adjoint(x, grad, outer, std)
     if x.dtype in _HALF:
         numbers = (outer.float(), grad.float(), x.float())
         of_grad, of_x, of_std = slope_adjoint(*numbers, levels, std, mean, noise, scale)
         return of_grad.to(x.dtype), of_x.to(x.dtype), of_std
-    if (call := _call(x, levels, std, mean, noise, scale, outer, grad)) is not None:
-        return call.slope_adjoint(x, grad, outer, std)
     parts = staircase.slope_derivatives(_over(x, scale), levels, std, mean, noise)
     both = outer * grad
     of_std = _summed(parts[2] * both, std)
@@ -133,12 +141,12 @@ def std_slope_adjoint(
     scale: Scale,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adjoints of ``grad``, ``x`` and ``std`` from that of :func:`std_slope`'s result."""
+    if (call := _call(x, levels, std, mean, noise, scale, outer, grad)) is not None:
+        return call.std_slope_adjoint(x, grad, outer, std)
     if x.dtype in _HALF:
         numbers = (outer, grad.float(), x.float())
         of_grad, of_x, of_std = std_slope_adjoint(*numbers, levels, std, mean, noise, scale)
         return of_grad.to(x.dtype), of_x.to(x.dtype), of_std
-    if (call := _call(x, levels, std, mean, noise, scale, outer, grad)) is not None:
-        return call.std_slope_adjoint(x, grad, outer, std)
     parts = staircase.std_slope_derivatives(_over(x, scale), levels, std, mean, noise)
     outer_scaled = outer if scale is None else outer * scale
     of_std = _summed(parts[2] * grad * outer_scaled, std)
@@ -311,12 +319,15 @@ def _call(
     noise: NoiseShape,
     scale: Scale,
     *gradients: Tensor,
-) -> _Native | _Operators | None:
+) -> _Native | _Operators | triton_kernels.Call | None:
     """How the compiled kernels compute on these tensors; None if they cannot."""
-    if x.dtype is not torch.float32 or not x.is_cpu:
+    on_cpu = x.is_cpu
+    if x.dtype is not torch.float32 and (on_cpu or x.dtype not in _HALF):
+        return None
+    if not (on_cpu or x.is_cuda):
         return None
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        if torch.compiler.is_exporting() or not _available():
+        if not on_cpu or torch.compiler.is_exporting() or not _available():
             return None
         return _Operators(levels, std, mean, noise, scale)
     if type(x) not in _PLAIN or inside_transform(x):
@@ -324,9 +335,11 @@ def _call(
     for gradient in gradients:  # torch.autograd.grad(..., is_grads_batched=True)
         if torch._C._functorch.is_legacy_batchedtensor(gradient) or inside_transform(gradient):
             return None
-    library = native.build().library
+    library = native.build().library if on_cpu else None
     size = x.numel()
-    if library is None or not size or x.layout is not torch.strided:
+    if not size or x.layout is not torch.strided:
+        return None
+    if library is None and (on_cpu or not _has_triton()):
         return None
     transformed = torch._C._are_functorch_transforms_active()
     rows = 1
@@ -339,8 +352,8 @@ def _call(
             pointers.append(None)
             strides.append(0)
             continue
-        tensor = level if isinstance(level, Tensor) else _number(float(level))
-        if not tensor.is_cpu or (transformed and inside_transform(tensor)):
+        tensor = level if isinstance(level, Tensor) else _number(float(level), x.device)
+        if tensor.device != x.device or (transformed and inside_transform(tensor)):
             return None
         if tensor.dtype is not torch.float32:
             tensor = tensor.float()
@@ -354,6 +367,8 @@ def _call(
         kept.append(tensor)
         pointers.append(tensor.data_ptr())
         strides.append(int(count != 1))
+    if library is None:
+        return _on_gpu(levels, noise.name, rows, kept)
     threads = torch.get_num_threads() if size >= _PARALLEL else 1
     table = _Table(rows, size // rows, threads, *pointers, *strides)
     return _Native(library, _staircase(levels, noise.name)[0], table, kept)
@@ -363,9 +378,25 @@ def _like(grad: Tensor, x: Tensor) -> Tensor:
     return grad.expand_as(x).to(x.dtype).contiguous()
 
 
+def _on_gpu(
+    levels: LevelSet, noise: str, rows: int, numbers: list[Tensor | None]
+) -> triton_kernels.Call:
+    from learnsched import triton_kernels
+
+    scale, std, mean = numbers
+    return triton_kernels.Call(levels, noise, rows, scale, cast(Tensor, std), cast(Tensor, mean))
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Whether operations on a GPU are compiled; the environment variable forbids it as on a CPU."""
+    found = importlib.util.find_spec("triton") is not None
+    return found and os.environ.get("LEARNSCHED_KERNELS") != "eager"
+
+
 @functools.lru_cache(maxsize=4096)
-def _number(level: float) -> Tensor:
-    return torch.tensor(level)
+def _number(level: float, device: torch.device) -> Tensor:
+    return torch.full((), level, device=device)  # filled there: nothing waits for the device
 
 
 @functools.lru_cache(maxsize=256)

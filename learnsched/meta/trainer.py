@@ -318,10 +318,14 @@ class MetaTrainer:
             ) from error
         self._assign({n: tensors[f"parameter.{n}"] for n in self._parameters})
         for name, parameter in self._parameters.items():
-            self._average[name] = tensors[f"average.{name}"]
-            self._best[name] = tensors[f"best.{name}"]
+            self._average[name] = tensors[f"average.{name}"].to(parameter.device)
+            self._best[name] = tensors[f"best.{name}"].to(parameter.device)
             self._optimizer.state[parameter] = {
-                k: tensors[f"adam.{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq")
+                "step": tensors[f"adam.step.{name}"],  # torch keeps it on the CPU
+                **{
+                    k: tensors[f"adam.{k}.{name}"].to(parameter.device)
+                    for k in ("exp_avg", "exp_avg_sq")
+                },
             }
         self.step, self.seconds = scalars["step"], scalars["seconds"]
         self.best_error, self.best_step = scalars["best_error"], scalars["best_step"]
