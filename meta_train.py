@@ -10,6 +10,7 @@ as one that was not interrupted.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from learnsched.meta.presets import PRESETS, Preset
 from learnsched.meta.trainer import MetaTrainer, TrainerConfig
 from learnsched.plotting import plot_comparison, plot_learning_curve, plot_schedule
 from learnsched.policies import LearnedPolicy, MetaNetwork
-from learnsched.pretrained import save_artefact
+from learnsched.pretrained import load_pretrained, save_artefact
 from learnsched.schedule import LayerInfo, RunInfo, plan
 
 
@@ -55,6 +56,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="outer steps in all; the preset's if omitted")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder of the run; runs/PRESET-SEED if omitted")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="ARTEFACT",
+        help="begin with the network of this artefact, by name or path",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--no-report", action="store_true", help="skip the held-out comparison")
@@ -82,10 +89,12 @@ def _train_and_report(options: argparse.Namespace) -> None:
     trainer.load_best()
     policy = trainer.policy
     policy.network.cpu()  # the comparison runs where users of a quick look do
+    source = f" --from {options.source}" if options.source else ""
     card = {
         "name": options.out.name,
         "made": {
-            "command": f"meta_train.py --preset {options.preset} --seed {options.seed} --steps {steps}",
+            "command": f"meta_train.py --preset {options.preset} --seed {options.seed} "
+            f"--steps {steps}{source}",
             "preset": options.preset,
             "estimator": repr(trainer.estimator),
             "seed": options.seed,
@@ -113,7 +122,10 @@ def _train_and_report(options: argparse.Namespace) -> None:
 
 def _trainer(preset: Preset, options: argparse.Namespace) -> MetaTrainer:
     torch.manual_seed(options.seed)
-    policy = LearnedPolicy(MetaNetwork().to(options.device), preset.base, preset.domain)
+    network = MetaNetwork()
+    if options.source:
+        network = copy.deepcopy(load_pretrained(options.source).network).requires_grad_(True)
+    policy = LearnedPolicy(network.to(options.device), preset.base, preset.domain)
     config = TrainerConfig(**{**vars(preset.trainer), "seed": options.seed})
     return MetaTrainer(
         policy,

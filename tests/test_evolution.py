@@ -46,6 +46,9 @@ class Linear:
     def outer_loss(self, state, settings):
         return state.tensors[0]
 
+    def outer_error(self, state, settings):
+        return -state.tensors[0]
+
     def telemetry(self, state, losses):
         one = torch.ones(self.copies * self.weights.shape[1])
         return Telemetry(one, one, one.unsqueeze(-1).expand(-1, 2))
@@ -87,6 +90,19 @@ def test_one_knot_moves_the_whole_run_and_all_layers_alike():
     assert bool((gradient[..., -2:] == 0).all())
 
 
+def test_the_objective_decides_what_is_followed_not_what_is_reported():
+    weights = torch.ones(5, 2, 2, len(FIELDS))
+    estimates = [
+        EvolutionStrategies(pairs=8, objective=objective)(
+            Linear(weights), table_rollout(interior(5, 2, 2))
+        )
+        for objective in ("loss", "error")
+    ]
+    torch.testing.assert_close(estimates[1].gradient, -estimates[0].gradient)
+    with pytest.raises(ValueError, match="'loss' or 'error'"):
+        EvolutionStrategies(objective="accuracy")
+
+
 def test_lifted_gradients_have_the_derivatives_they_were_made_of():
     table = interior(6, 3, 2)
     basis = tangent_basis(table, 3, by_layer=True)
@@ -104,13 +120,16 @@ def test_a_relative_coordinate_scales_with_the_backward_std():
     assert float(basis[0, 0, :, :, 0].max()) == pytest.approx(0.1)
 
 
-def test_perturbed_schedules_stay_in_their_ranges():
+def test_perturbed_settings_stay_in_their_ranges_and_the_fraction_never_falls():
     generator = torch.Generator().manual_seed(0)
-    tables = valid(torch.randn(5, 4, 6, 2, len(FIELDS), generator=generator))
-    fraction = tables[..., FIELDS.index("fraction")]
-    assert float(tables.min()) == 0
-    assert float(fraction.max()) <= 1
-    assert bool((fraction.diff(dim=-2) >= 0).all())
+    first, second = torch.randn(2, 5, 4, 2, len(FIELDS), generator=generator)
+    place = FIELDS.index("fraction")
+    before = valid(first)
+    after = valid(second, before[..., place])
+    for settings in (before, after):
+        assert float(settings.min()) == 0
+        assert float(settings[..., place].max()) <= 1
+    assert bool((after[..., place] >= before[..., place]).all())
 
 
 def test_regression_recovers_slopes_exactly_without_noise_or_ridge():

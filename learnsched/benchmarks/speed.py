@@ -49,6 +49,8 @@ _ELEMENTS = 1_000_000
 _SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 _BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 _NETWORKS = (mlp(), cnn(), resnet())
+# Where the device computes longer than Python takes to launch it.
+_ON_A_GPU = (cnn(batch=1024), resnet(batch=1024))
 _DEPTHS = tuple(cnn((32,) * depth, batch=16) for depth in (2, 4, 8))
 _WIDTHS = tuple(cnn((width,) * 4, batch=16) for width in (16, 32, 64))
 _SECTIONS = ("operations", "steps", "depth", "width", "scaling", "levels", "memory")
@@ -363,6 +365,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rounds = 7 if options.quick else 31
+    networks = (*_NETWORKS, *(_ON_A_GPU if torch.cuda.is_available() else ()))
     result: dict[str, Any] = {
         "kernels": ls.show_config().split(" (")[0],
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -370,7 +373,7 @@ def main() -> None:
         "seed": options.seed,
         "operations": operations(_ELEMENTS, options.seed, rounds),
         "copy, bytes a second": bandwidth(_ELEMENTS, rounds),
-        "steps": steps(options.seed, max(5, rounds // 3)),
+        "steps": steps(options.seed, max(5, rounds // 3), networks),
         "depth": steps(options.seed, max(3, rounds // 5), _DEPTHS),
         "width": steps(options.seed, max(3, rounds // 5), _WIDTHS),
         "scheduler": scheduler(options.seed, 8),

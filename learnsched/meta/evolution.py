@@ -1,6 +1,7 @@
 """Evolution strategies in schedule space: a gradient from outer losses alone.
 
-Every member of a task trains under many perturbed copies of its own schedule, all as one population.
+Every member of a task trains under its own schedule and many perturbed copies of it, all as one
+population.
 The perturbations live on a few knots per output and layer, so that hundreds of runs, not hundreds of
 thousands, give a gradient; they come in antithetic pairs that share weights, data and random numbers.
 """
@@ -19,9 +20,9 @@ from learnsched.meta.estimators import (
     ScheduleEstimate,
     perturbation_generator,
     run_forward,
-    table_rollout,
+    terminal_settings,
 )
-from learnsched.schedule import FIELDS
+from learnsched.schedule import FIELDS, Telemetry
 
 # What a policy learns: means are not perturbed.
 LEARNED_FIELDS = tuple(i for i, name in enumerate(FIELDS) if not name.endswith("mean"))
@@ -48,6 +49,9 @@ class EvolutionStrategies:
         by_layer: whether layers are perturbed independently.
         seed: of the perturbations, together with the inner loop's own.
         ridge: share of the mean square of the perturbations added to the regression's diagonal.
+        objective: ``loss``, the outer loss, or ``error``, the share of held-out data that the hard
+            network gets wrong, which only this estimator can follow; a few networks that are sure of
+            their mistakes weigh much in the loss.
 
     Raises:
         ValueError: an argument is out of range.
@@ -76,6 +80,7 @@ class EvolutionStrategies:
     by_layer: bool = True
     seed: int = 0
     ridge: float = 1.0
+    objective: str = "loss"
 
     def __post_init__(self) -> None:
         if self.pairs < 1 or self.knots < 1:
@@ -83,40 +88,69 @@ class EvolutionStrategies:
         positive = all(0 < std < math.inf for std in (self.std, self.relative_std))
         if not (positive and 0 <= self.ridge < math.inf):
             raise ValueError(f"both std must be positive and ridge at least 0, got {self}")
+        if self.objective not in ("loss", "error"):
+            raise ValueError(f"the objective must be 'loss' or 'error', got {self.objective!r}")
 
     def __call__(self, inner: Inner, rollout: Rollout) -> ScheduleEstimate:
-        with torch.enable_grad():
-            _, table, _ = run_forward(inner, rollout)
-        centre = table.detach()
+        many = inner.repeated(1 + 2 * self.pairs)
+        perturbed = _Perturbed(self, inner, rollout)
+        with torch.no_grad():
+            states, table, _ = run_forward(many, perturbed)
+            evaluate = many.outer_loss if self.objective == "loss" else many.outer_error
+            losses = evaluate(states[-1], table[-1]).view(1 + 2 * self.pairs, -1)
+        plus, minus = losses[1:].chunk(2)
+        ours = regression(perturbed.noise, (plus - minus) / 2, self.ridge)
+        settings = torch.stack(perturbed.rows)
         basis = tangent_basis(
-            centre,
+            settings.detach(),
             self.knots,
             by_layer=self.by_layer,
             absolute=self.std,
             relative=self.relative_std,
         )
-        generator = perturbation_generator(self.seed, inner.seed)
-        members, count = basis.shape[:2]
-        noise = torch.randn(self.pairs, members, count, generator=generator).to(centre)
-        change = torch.einsum("mcthf,pmc->pmthf", basis, noise)
-        losses = [self._losses(inner, centre, sign * change) for sign in (1.0, -1.0)]
-        difference = (losses[0] - losses[1]) / 2
-        ours = regression(noise, difference, self.ridge)
-        return ScheduleEstimate(
-            table,
-            lift(basis, ours).permute(1, 0, 2, 3),
-            (losses[0] + losses[1]).mean(0) / 2,
-        )
+        return ScheduleEstimate(settings, lift(basis, ours).permute(1, 0, 2, 3), losses[0])
 
-    def _losses(self, inner: Inner, centre: Tensor, change: Tensor) -> Tensor:
-        """Outer losses of the changed schedules, shape ``(pairs, members)``."""
-        pairs, members = change.shape[:2]
-        tables = centre.transpose(0, 1) + change
-        tables = valid(tables).flatten(0, 1).transpose(0, 1)
-        many = inner.repeated(pairs)
-        with torch.no_grad():
-            states, table, _ = run_forward(many, table_rollout(tables))
-            return many.outer_loss(states[-1], table[-1]).view(pairs, members)
+
+class _Perturbed:
+    """The settings of a rollout and, after them, those of every pair: all runs go side by side.
+
+    Attributes:
+        rows: the rollout's settings of each epoch so far, attached to its graph.
+        noise: the perturbations, shape ``(pairs, members, coordinates)``.
+    """
+
+    def __init__(self, evolution: EvolutionStrategies, inner: Inner, rollout: Rollout) -> None:
+        self._evolution, self._inner, self._rollout = evolution, inner, rollout
+        self.rows: list[Tensor] = []
+        self.noise = torch.empty(0)
+        self._directions = torch.empty(0)
+        self._fraction: Tensor | None = None
+
+    def __call__(self, epoch: int, telemetry: Telemetry) -> Tensor:
+        evolution, run = self._evolution, self._inner.run
+        fields = (telemetry.loss, telemetry.loss_trend, telemetry.weight_error)
+        first = [field[: len(field) // (1 + 2 * evolution.pairs)] for field in fields]
+        with torch.enable_grad():
+            settings = terminal_settings(self._rollout(epoch, Telemetry(*first)), run, epoch)
+        self.rows.append(settings)
+        centre = settings.detach()
+        if epoch == 0:
+            self._begin(centre)
+        size = _size(centre, 0 < epoch == run.horizon - 1, evolution.std, evolution.relative_std)
+        change = torch.einsum("chf,pmc->pmhf", self._directions[:, epoch], self.noise) * size
+        both = valid(torch.cat([centre + change, centre - change]), self._fraction)
+        self._fraction = both[..., _FRACTION]
+        return torch.cat([centre.unsqueeze(0), both]).flatten(0, 1)
+
+    def _begin(self, centre: Tensor) -> None:
+        """Draw the perturbations."""
+        evolution, (members, layers, fields) = self._evolution, centre.shape
+        self._directions = _directions(
+            self._inner.run.horizon, layers, fields, evolution.knots, by_layer=evolution.by_layer
+        ).to(centre)
+        shape = (evolution.pairs, members, len(self._directions))
+        generator = perturbation_generator(evolution.seed, self._inner.seed)
+        self.noise = torch.randn(shape, generator=generator).to(centre)
 
 
 def tangent_basis(
@@ -140,20 +174,30 @@ def tangent_basis(
         shape ``(members, coordinates, horizon, layers, len(FIELDS))``.
     """
     horizon, _, layers, fields = table.shape
-    hats = _hats(horizon, knots).to(table)
-    groups = torch.eye(layers).to(table) if by_layer else torch.ones(1, layers).to(table)
-    outputs = torch.eye(fields)[list(LEARNED_FIELDS)].to(table)
-    plain = torch.einsum("kt,gl,of->ogktlf", hats, groups, outputs).flatten(0, 2)
-    size = torch.ones_like(table)
-    size[..., list(_RELATIVE)] = relative * table[..., list(_RELATIVE)]
-    # At the ends of a range derivatives are one-sided, and nothing moves the terminal conditions.
-    others = [i for i in LEARNED_FIELDS if i not in _RELATIVE]
-    inside = table > 0
-    inside[..., _FRACTION] &= table[..., _FRACTION] < 1
-    if horizon > 1:
-        inside[-1] = False
-    size[..., others] = absolute * inside[..., others].to(table)
-    return plain.unsqueeze(0) * size.transpose(0, 1).unsqueeze(1)
+    directions = _directions(horizon, layers, fields, knots, by_layer=by_layer).to(table)
+    sizes = [
+        _size(row, 0 < epoch == horizon - 1, absolute, relative) for epoch, row in enumerate(table)
+    ]
+    return directions.unsqueeze(0) * torch.stack(sizes, dim=1).unsqueeze(1)
+
+
+def _directions(horizon: int, layers: int, fields: int, knots: int, *, by_layer: bool) -> Tensor:
+    """Where each coordinate acts, shape ``(coordinates, horizon, layers, fields)``."""
+    groups = torch.eye(layers) if by_layer else torch.ones(1, layers)
+    outputs = torch.eye(fields)[list(LEARNED_FIELDS)]
+    return torch.einsum("kt,gl,of->ogktlf", _hats(horizon, knots), groups, outputs).flatten(0, 2)
+
+
+def _size(settings: Tensor, terminal: bool, absolute: float, relative: float) -> Tensor:
+    """How far a coordinate of 1 moves each setting, shape ``(members, layers, fields)``.
+
+    At the ends of a range derivatives are one-sided, and nothing moves the terminal conditions.
+    """
+    inside = (settings > 0) & (not terminal)
+    inside[..., _FRACTION] &= settings[..., _FRACTION] < 1
+    size = absolute * inside.to(settings)
+    size[..., list(_RELATIVE)] = relative * settings[..., list(_RELATIVE)]
+    return size
 
 
 def lift(basis: Tensor, coordinates: Tensor) -> Tensor:
@@ -185,13 +229,18 @@ def project(basis: Tensor, gradient: Tensor) -> Tensor:
     return torch.einsum("mcthf,tmhf->mc", basis, gradient)
 
 
-def valid(tables: Tensor) -> Tensor:
-    """Perturbed schedules, shape ``(..., horizon, layers, fields)``, put back into their ranges."""
-    result = tables.clamp(min=0)
-    fraction = result[..., _FRACTION].clamp(max=1).cummax(dim=-2).values
-    return torch.cat(
-        [result[..., :_FRACTION], fraction.unsqueeze(-1), result[..., _FRACTION + 1 :]], dim=-1
-    )
+def valid(settings: Tensor, fraction: Tensor | None = None) -> Tensor:
+    """Perturbed settings, shape ``(..., layers, fields)``, put back into their ranges.
+
+    Args:
+        settings: of one epoch.
+        fraction: that of the epoch before, shape ``(..., layers)``, below which it may not fall.
+    """
+    result = settings.clamp(min=0)
+    result[..., _FRACTION].clamp_(max=1)
+    if fraction is not None:
+        result[..., _FRACTION] = torch.maximum(result[..., _FRACTION], fraction)
+    return result
 
 
 def regression(noise: Tensor, difference: Tensor, ridge: float) -> Tensor:

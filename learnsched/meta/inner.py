@@ -213,6 +213,12 @@ class InnerLoop:
             self.logits(state, settings, self.batches.x_held_out), self.batches.y_held_out
         )
 
+    def outer_error(self, state: InnerState, settings: Tensor) -> Tensor:
+        """Share of held-out data that each member gets wrong, shape ``(members,)``; no gradient."""
+        with torch.no_grad():
+            logits = self.logits(state, settings, self.batches.x_held_out)
+            return (logits.argmax(-1) != self.batches.y_held_out).to(logits.dtype).mean(1)
+
     def logits(self, state: InnerState, settings: Tensor, x: Tensor) -> Tensor:
         """Logits under batch statistics, for ``x`` of shape ``(members, examples, ...)``."""
         model = higher.monkeypatch(

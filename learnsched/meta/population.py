@@ -6,6 +6,7 @@ graph for many networks makes more of them almost free.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from learnsched.convert import BATCH_NORMS, quantized_layers
+from learnsched.meta.convolution import ConvolutionsAsProducts
 from learnsched.modules import WeightQuantizer
 from learnsched.schedule import FIELDS, LayerInfo
 
@@ -79,7 +81,8 @@ class Population(nn.Module):
             result: Tensor = functional_call(self.template, (parameters, buffers), (x,))
             return result
 
-        result: Tensor = vmap(one)(parameters, buffers, x)
+        with ConvolutionsAsProducts() if x.is_cuda else contextlib.nullcontext():
+            result: Tensor = vmap(one)(parameters, buffers, x)
         return result
 
     def repeated(self, count: int) -> Population:

@@ -221,3 +221,20 @@ PRESETS["long"] = replace(
     ),
     estimator=Hybrid(Unrolled(damping=0.5), replace(_EVOLUTION, pairs=6)),
 )
+
+# For a GPU, where hundreds of copies of a run cost hardly more than one: only what is asked for in the
+# end counts, the error of the hard network, and each layer has knots of its own.
+PRESETS["population"] = replace(
+    PRESETS["standard"],
+    steps=100,
+    trainer=replace(
+        PRESETS["standard"].trainer,
+        mix=replace(_STANDARD_MIX, total_steps=(80, 600), tasks=8, alike=4),
+        learning_rate=0.006,
+        average=0.8,
+        validate_every=10,
+    ),
+    estimator=EvolutionStrategies(
+        pairs=32, std=0.12, relative_std=0.4, knots=3, by_layer=True, objective="error"
+    ),
+)
