@@ -5,10 +5,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from learnsched.benchmarks.held_out import QUICK_TASKS, compare, summary, table
 from learnsched.benchmarks.methods import hand_coded
+from learnsched.benchmarks.room import tables
 from learnsched.benchmarks.search import Budget
+from learnsched.policies import BaseCurve
+from learnsched.schedule import FIELDS, LayerInfo, RunInfo, plan
 
 
 def run(name, *arguments):
@@ -19,7 +23,16 @@ def run(name, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["gradient", "unroll", "curve_search", "transfer", "ablation", "population", "outer_steps"],
+    [
+        "gradient",
+        "unroll",
+        "curve_search",
+        "transfer",
+        "ablation",
+        "population",
+        "outer_steps",
+        "room",
+    ],
 )
 def test_a_quick_run_writes_its_rows(name, tmp_path):
     path = tmp_path / "rows.json"
@@ -43,3 +56,16 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path):
     assert [r["test"] for r in parts] == [r["test"] for r in whole]
     assert set(summary(whole)["other seeds"]) == {m.name for m in methods}
     assert methods[0].name in table(whole)
+
+
+def test_a_schedule_made_for_one_task_starts_at_the_base_and_stays_in_its_ranges():
+    run = RunInfo((LayerInfo("a", 9, 3, 4), LayerInfo("b", 9, 3, 4)), horizon=7)
+    base = plan(BaseCurve(), run).table.float()
+    torch.testing.assert_close(tables(base, torch.zeros(3, 5, 4, 2)), base.expand(3, -1, -1, -1))
+    moved = tables(base, 3 * torch.randn(20, 5, 4, 2, generator=torch.Generator().manual_seed(0)))
+    fraction = moved[..., FIELDS.index("fraction")]
+    assert float(moved.min()) == 0
+    assert float(fraction.max()) <= 1
+    assert bool((fraction.diff(dim=-2) >= 0).all())
+    backward = moved[..., FIELDS.index("weight_backward_std")]
+    assert bool((backward > 0).all())

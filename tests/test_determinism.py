@@ -82,6 +82,7 @@ SLOW = {
     "accuracy": [*benchmark("accuracy"), "--methods", "straight-through", "learned"],
     "report": module("learnsched.benchmarks.report", "figures/methods.jsonl", "--into", "pages"),
     "ablation": benchmark("ablation"),
+    "room": benchmark("room"),
     "transfer": benchmark("transfer"),
 }
 # What they print holds seconds; unroll and speed measure nothing else.

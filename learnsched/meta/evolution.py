@@ -185,7 +185,7 @@ def _directions(horizon: int, layers: int, fields: int, knots: int, *, by_layer:
     """Where each coordinate acts, shape ``(coordinates, horizon, layers, fields)``."""
     groups = torch.eye(layers) if by_layer else torch.ones(1, layers)
     outputs = torch.eye(fields)[list(LEARNED_FIELDS)]
-    return torch.einsum("kt,gl,of->ogktlf", _hats(horizon, knots), groups, outputs).flatten(0, 2)
+    return torch.einsum("kt,gl,of->ogktlf", hats(horizon, knots), groups, outputs).flatten(0, 2)
 
 
 def _size(settings: Tensor, terminal: bool, absolute: float, relative: float) -> Tensor:
@@ -262,7 +262,7 @@ def regression(noise: Tensor, difference: Tensor, ridge: float) -> Tensor:
     return torch.linalg.solve(gram + penalty, right).squeeze(-1)
 
 
-def _hats(horizon: int, knots: int) -> Tensor:
+def hats(horizon: int, knots: int) -> Tensor:
     """Piecewise linear functions of progress that are 1 at their own knot, ``(knots, horizon)``."""
     if knots == 1 or horizon == 1:
         return torch.ones(1, horizon)

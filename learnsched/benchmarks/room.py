@@ -1,0 +1,198 @@
+"""How much room is there? A schedule made for one task alone, beside the learned one and its start.
+
+    torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.room [--artefact default]
+                       [--tasks NAME ...] [--steps N] [--quick] [--seed N] [--json PATH]
+
+What limits a learned schedule: what it must generalize over, or what any schedule can do? Here nothing
+has to generalize. Knots of every output and layer are optimized for one task by evolution strategies, on
+the error of the hard networks, from the artefact's base curve on; every step has fresh seeds. The result
+is compared on further seeds, each schedule at its best of eight learning rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from learnsched.benchmarks import methods as field
+from learnsched.benchmarks.environment import stored_records, write_results
+from learnsched.benchmarks.held_out import HELD_OUT
+from learnsched.benchmarks.methods import Method
+from learnsched.benchmarks.search import Budget
+from learnsched.benchmarks.transfer import measure
+from learnsched.data import load
+from learnsched.intervals import interval
+from learnsched.meta import distribution
+from learnsched.meta.estimators import run_forward, table_rollout
+from learnsched.meta.evolution import LEARNED_FIELDS, hats, regression, valid
+from learnsched.meta.tasks import Task
+from learnsched.policies import LearnedPolicy
+from learnsched.schedule import FIELDS, RunInfo, Setting, Telemetry, plan
+
+TASKS = ("other seeds", "fine-tuned")
+_RATES = (0.012, 0.018, 0.027, 0.04)
+_KNOTS = 4
+_STD, _RELATIVE_STD = 0.1, 0.3
+_FRACTION = FIELDS.index("fraction")
+_BACKWARD = [i for i, name in enumerate(FIELDS) if name.endswith("backward_std")]
+_SHOWN = Budget(rounds=1, trials=8, trial_runs=4, runs=48)
+_QUICK = Budget(rounds=1, trials=2, trial_runs=1, runs=2)
+
+
+@dataclass(frozen=True)
+class Tabulated:
+    """A policy that reads its settings off a table, whatever the run.
+
+    Attributes:
+        rows: settings of every epoch and layer.
+    """
+
+    rows: tuple[tuple[Setting, ...], ...]
+    noise = "normal"
+    partition = "settled"
+    metrics = ()
+
+    def begin(self, run: RunInfo) -> None:
+        """No state."""
+
+    def settings(
+        self, run: RunInfo, epoch: int, telemetry: Telemetry, state: None
+    ) -> tuple[Sequence[Setting], None]:
+        """The epoch's row."""
+        return self.rows[epoch], None
+
+
+def tables(base: Tensor, coordinates: Tensor) -> Tensor:
+    """Schedules of coordinates around a base schedule.
+
+    Args:
+        base: shape ``(horizon, layers, len(FIELDS))``.
+        coordinates: shape ``(..., len(LEARNED_FIELDS), knots, layers)``; 0 is the base schedule. One
+            unit is a change by .1 of a forward std or fraction, of 30 % of a backward std.
+
+    Returns:
+        shape ``(..., horizon, layers, len(FIELDS))``.
+    """
+    knots = hats(len(base), coordinates.shape[-2]).to(base)
+    offset = base.new_zeros(*coordinates.shape[:-3], *base.shape)
+    offset[..., list(LEARNED_FIELDS)] = torch.einsum("kt,...okl->...tlo", knots, coordinates)
+    moved = base + _STD * offset
+    moved[..., _BACKWARD] = (base * torch.exp(_RELATIVE_STD * offset))[..., _BACKWARD]
+    rows: list[Tensor] = []
+    for row in moved.unbind(-3):
+        rows.append(valid(row, rows[-1][..., _FRACTION] if rows else None))
+    return torch.stack(rows, dim=-3)
+
+
+def specialized(task: Task, start: LearnedPolicy, steps: int, pairs: int, seed: int) -> Tabulated:
+    """The schedule that was found for a task, the mean over the last half of the steps.
+
+    Args:
+        task: its seed is not used for training.
+        start: the learned policy whose base curve training starts from.
+        steps: of Adam.
+        pairs: antithetic pairs of each of four networks.
+        seed: of the networks and the perturbations.
+    """
+    data = load(task.data)
+    task = replace(task, learning_rates=_RATES, runs=0)
+    run = task.build(data).run
+    base = plan(start.base, run).table.float()
+    point = torch.zeros(len(LEARNED_FIELDS), _KNOTS, len(run.layers), requires_grad=True)
+    optimizer = torch.optim.Adam([point], lr=0.15)
+    generator = torch.Generator().manual_seed(seed)
+    seen = []
+    for step in range(steps):
+        inner = replace(task, seed=500_000 + 1000 * seed + step).build(data)
+        noise = torch.randn(pairs, len(_RATES), *point.shape, generator=generator)
+        around = tables(base, point.detach() + torch.cat([noise, -noise])).flatten(0, 1)
+        many = inner.repeated(2 * pairs)
+        with torch.no_grad():
+            states, table, _ = run_forward(many, table_rollout(around.transpose(0, 1)))
+            plus, minus = many.outer_error(states[-1], table[-1]).view(2, pairs, -1)
+        slopes = regression(noise.flatten(2), (plus - minus) / 2, ridge=1.0)
+        point.grad = slopes.mean(0).view_as(point)
+        optimizer.step()
+        seen.append(point.detach().clone())
+    mean = torch.stack(seen[steps // 2 :]).mean(0)
+    rows = tables(base, mean).double().tolist()
+    return Tabulated(tuple(tuple(Setting(*values) for values in row) for row in rows))
+
+
+def records_of(
+    name: str, policy: LearnedPolicy, steps: int, pairs: int, budget: Budget, seed: int
+) -> list[dict[str, Any]]:
+    """Test accuracies of the start, the learned schedule and the specialized one on a task."""
+    task = HELD_OUT[name]
+    alone = specialized(task, policy, steps, pairs, seed)
+    rows = (
+        (field.start_of(policy), None),
+        (field.learned(policy), None),
+        (Method("made for the task", alone.noise, alone.partition), alone),
+    )
+    return [{"task": name, **measure(task, method, table, budget)} for method, table in rows]
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Markdown: accuracy of the start in %, then what the others have more, paired over seeds."""
+    found = {(r["task"], r["method"]): np.asarray(r["test"]) for r in records}
+    tasks, names = (list(dict.fromkeys(r[key] for r in records)) for key in ("task", "method"))
+    lines = ["| schedule | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
+    start = [f"{100 * found[task, names[0]].mean():.1f}" for task in tasks]
+    lines.append(f"| {names[0]} | " + " | ".join(start) + " |")
+    for name in names[1:]:
+        gains = [interval(found[task, name] - found[task, names[0]]).text("+") for task in tasks]
+        lines.append(f"| {name} | " + " | ".join(gains) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    from learnsched.pretrained import load_pretrained
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
+    parser.add_argument("--tasks", nargs="*", choices=list(HELD_OUT), default=list(TASKS))
+    parser.add_argument("--steps", type=int, default=60, help="of the optimization")
+    parser.add_argument("--pairs", type=int, default=12, help="of each network")
+    parser.add_argument("--quick", action="store_true", help="one task, few steps and seeds")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--json", type=Path, help="write records here; tasks that are there are kept"
+    )
+    options = parser.parse_args(arguments)
+    distribution.start()
+    torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
+    policy = load_pretrained(options.artefact)
+    steps, pairs, budget = (
+        (2, 2, _QUICK) if options.quick else (options.steps, options.pairs, _SHOWN)
+    )
+    records = stored_records(options.json)
+    done = {record["task"] for record in records}
+    names = options.tasks[:1] if options.quick else options.tasks
+    todo = [name for name in names if name not in done]
+
+    def work(name: str) -> list[dict[str, Any]]:
+        return records_of(name, policy, steps, pairs, budget, options.seed)
+
+    for made in distribution.shared(todo, work):
+        records += [record for part in made for record in part]
+        if distribution.rank() == 0:
+            content = {"seed": options.seed, "steps": steps, "pairs": pairs, "records": records}
+            write_results(options.json, content)
+    if distribution.rank() == 0:
+        print(table(records))
+    distribution.stop()
+
+
+if __name__ == "__main__":
+    main()
