@@ -1,7 +1,7 @@
 """Which fixed curve is best? A search over a family of schedules, for each pair of level sets.
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.curve_search [--bits BITS]
-                                                         [--quick] [--seed N] [--json PATH]
+                                          [--fine-tuning] [--quick] [--seed N] [--json PATH]
 
 The rival of meta-training, and what gives it a base to start from. Random curves train on every task
 of a list, each with a learning rate of its own; a quadratic in all coordinates is fitted to their
@@ -64,6 +64,23 @@ BOXES: dict[str, Box] = {
 }
 _SEEDS = 4
 _RATES = (0.012, 0.022, 0.04)
+
+
+def fine_tuned(bits: str) -> tuple[Task, ...]:
+    """The same for runs that start from a float network."""
+    rows = (
+        ("mnist1d", "cnn1d", 8, 4, 8, 20),
+        ("mnist1d", "cnn1d", 12, 5, 10, 25),
+        ("mnist1d", "cnn1d", 16, 4, 12, 32),
+        ("noisy_digits", "cnn2d", 8, 4, 8, 20),
+        ("noisy_digits", "cnn2d", 12, 3, 6, 30),
+        ("noisy_digits", "residual", 8, 5, 8, 25),
+        ("mnist1d", "mlp", 32, 4, 12, 20),
+    )
+    return tuple(
+        Task(family, data, width, depth, horizon, steps, 32, bits, (), True, 720_000)
+        for data, family, width, depth, horizon, steps in rows
+    )
 
 
 def tasks(bits: str) -> tuple[Task, ...]:
@@ -224,7 +241,7 @@ def verify(
 
 
 def _data() -> dict[str, DataSet]:
-    return {name: load(name) for name in ("digits", "mnist1d")}
+    return {name: load(name) for name in ("digits", "mnist1d", "noisy_digits")}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -233,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bits", choices=BOXES, default="ternary/2-bit")
+    parser.add_argument("--fine-tuning", action="store_true", help="start from float networks")
     parser.add_argument("--count", type=int, default=256, help="curves for each task and round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="two tasks, few curves and seeds")
@@ -246,11 +264,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     distribution.start()
     torch.set_num_threads(1)
     count, rounds, seeds = (4, 1, 2) if options.quick else (options.count, options.rounds, 6)
-    rows = tasks(options.bits)[5:] if options.quick else tasks(options.bits)
+    rows = fine_tuned(options.bits) if options.fine_tuning else tasks(options.bits)
+    rows = rows[5:] if options.quick else rows
+    name = f"{options.bits}, fine-tuned" if options.fine_tuning else options.bits
     stored: dict[str, Any] = {}
     if options.json and options.json.exists():
         stored = json.loads(options.json.read_text())
-    content = stored.get(options.bits) or {
+    content = stored.get(name) or {
         "environment": describe(),
         "seed": options.seed,
         **search(options.bits, count, rounds, options.seed, rows),
@@ -259,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     compared = {"plain": BaseCurve(), "found": last}
     content["verified"] = verify(rows, compared, seeds, options.seed)
     if distribution.rank() == 0:
-        write_results(options.json, {**stored, options.bits: content})
+        write_results(options.json, {**stored, name: content})
         print("accuracy in %: plain curve, found curve")
         for row in content["verified"]:
             print(" ".join(f"{100 * a:5.1f}" for a in row["accuracy"].values()), row["task"])
