@@ -387,3 +387,28 @@ def test_base_curves_go_through_json_and_are_not_empty():
         BaseCurves(())
     with pytest.raises(ValueError, match="2 to 65536 levels"):
         Case(3, 1, False, BaseCurve())
+
+
+@pytest.mark.parametrize("ratio", [-0.5, 0.0, 6.0])
+def test_a_loss_that_meta_training_has_not_seen_is_named_and_clipped(ratio):
+    policy, run = trained(), run_of(2, 6)
+    state = policy.initial_state(run)
+
+    def settings_at(loss):
+        telemetry = Telemetry(torch.tensor(loss), torch.tensor(1.0), torch.full((2,), 0.5))
+        return policy.settings(run, 2, telemetry, state)[0]
+
+    with pytest.warns(UserWarning, match="the training loss has fallen to zero or below, or has"):
+        unusual = settings_at(ratio)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        usual = settings_at(math.e if ratio > 1 else 1e-4)
+    assert unusual == usual
+
+
+def test_a_policy_without_telemetry_does_not_mind_the_loss():
+    policy, run = trained(open_loop=True), run_of(2, 6)
+    telemetry = Telemetry(torch.tensor(-9.0), torch.tensor(1.0), torch.full((2,), 0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        policy.settings(run, 2, telemetry, policy.initial_state(run))

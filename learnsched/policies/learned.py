@@ -18,6 +18,9 @@ from learnsched.schedule import FIELDS, RunInfo, Setting, Telemetry
 # Raised with every change of the features or outputs; artefacts of another schema are refused.
 FEATURE_SCHEMA = 3
 
+# Of the training loss in the first epoch's: twice what the features are clipped to.
+_LARGEST_LOSS = round(2 * math.e, 1)
+
 _KNOTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _STATIC = 11 + len(_KNOTS)
 _FEEDBACK = 3
@@ -211,7 +214,16 @@ class LearnedPolicy:
     def settings(
         self, run: RunInfo, epoch: int, telemetry: Telemetry, state: dict[str, Tensor]
     ) -> tuple[Sequence[Setting], dict[str, Tensor]]:
-        """The network's settings of the epoch."""
+        """The network's settings of the epoch; warns of a loss that meta-training has not seen."""
+        if not self.open_loop and not 0 < float(telemetry.loss) <= _LARGEST_LOSS:
+            # Always the same words, so that they are said once.
+            warnings.warn(
+                "the training loss has fallen to zero or below, or has grown to more than "
+                f"{_LARGEST_LOSS:g} times that of the first epoch, which the schedule has not seen in "
+                "training; it is clipped. Pass a positive loss, such as the cross entropy, and see "
+                "whether training diverges",
+                stacklevel=4,
+            )
         with torch.no_grad():
             table, state = self.tensors(run, epoch, telemetry, state)
         return [Setting(*row) for row in table.double().tolist()], state
