@@ -162,7 +162,8 @@ def finalize_(model: nn.Module, loader: Iterable[Any] | None = None) -> nn.Modul
         ``model`` itself. Its parameters hold the quantized weights.
 
     Raises:
-        RuntimeError: a weight is not on its level set, to the bit (it is not finite, for one).
+        RuntimeError: a weight is not on its level set, to the bit (it is not finite, for one), or a
+            learned scale is not positive.
         TypeError: a batch is neither a tensor nor a tuple that starts with one.
         ValueError: the model has no quantized layers, or the loader or a batch is empty.
 
@@ -180,6 +181,12 @@ def finalize_(model: nn.Module, loader: Iterable[Any] | None = None) -> nn.Modul
                 f"the weight of {layer.info.name} is not finite, so it has no level; "
                 "training has diverged: lower the learning rate"
             )
+        for activation in layer.activations:
+            if not bool(activation.scale > 0):
+                raise RuntimeError(
+                    f"the scale of the activation after {layer.info.name} has become "
+                    f"{float(activation.scale):g}, which must be positive; learn scales at a lower rate"
+                )
     if any(isinstance(module, AveragedModel) for module in model.modules()):
         _release_averages(layers)
     for layer in layers:

@@ -71,6 +71,9 @@ class _Quantizer(nn.Module):
     ) -> None:
         # A float checkpoint knows nothing of quantizers: they keep what they have.
         own = {prefix + name: buffer for name, buffer in self.named_buffers(recurse=False)}
+        own |= {
+            prefix + name: getattr(self, name) for name in ("scale",) if name in self._parameters
+        }
         if own.keys().isdisjoint(state_dict):
             state_dict = {**state_dict, **own}
         super()._load_from_state_dict(
@@ -274,11 +277,15 @@ class ActivationQuantizer(_Quantizer):
             is part of a staircase without negative levels).
         like: a tensor of the dtype and device to use.
 
+    Attributes:
+        learns_scale: whether the scale is a parameter, see :func:`learnsched.learn_scales_`.
+
     Shape:
         any shape in, the same shape out.
     """
 
     scale: Tensor
+    learns_scale: bool = False
 
     def __init__(
         self,
@@ -300,7 +307,7 @@ class ActivationQuantizer(_Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.ahead(x)
-        if self.scale.requires_grad:
+        if self.learns_scale or self.scale.requires_grad:
             return self._annealed(x / self.scale) * self.scale
         return self._annealed(x, self.scale)
 

@@ -60,6 +60,7 @@ class Method:
             keeps the cell's, with their customary rules.
         rate: from a policy and the progress of optimizer steps, in [0, 1), to the factor on the
             learning rate; None is the cosine.
+        learned_scales: whether scales of activations are trained with the weights.
         bits: keys of :data:`learnsched.meta.tasks.BITS` that the method applies to.
         source: paper and equation.
     """
@@ -73,6 +74,7 @@ class Method:
     mode: str = "expectation"
     levels: Callable[[LayerConfig], LayerConfig] | None = None
     rate: Callable[[Any, float], float] | None = None
+    learned_scales: bool = False
     bits: tuple[str, ...] = tuple(BITS)
     source: str = ""
 
@@ -238,6 +240,14 @@ def _others() -> list[Method]:
         Method(
             "RQ", "logistic", settled, spaces.relaxed_quantization("expectation"),
             source=f"{_RQ}, section 2.1",
+        ),
+        Method(
+            "RQ, learned scales", "logistic", settled, spaces.relaxed_quantization("expectation"),
+            learned_scales=True, source=f"{_RQ}, section 2.1",
+        ),
+        Method(
+            "LSQ", uniform, settled, spaces.straight_through_uniform, learned_scales=True,
+            source="Esser et al. 2020 (arXiv:1902.08153), of the activations' scales",
         ),
         Method(
             "RQ ST", "logistic", settled, spaces.relaxed_quantization("random"), mode="random",

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from learnsched.convert import LayerConfig, quantize_, quantized_layers
 from learnsched.data import DataSet
+from learnsched.learned_scales import learn_scales_
 from learnsched.levels import LevelSet, binary, ternary, unsigned
 from learnsched.meta.inner import Batches, InnerLoop
 from learnsched.meta.inner_optimizers import OPTIMIZERS
@@ -109,6 +110,7 @@ class Task:
         device: str | torch.device = "cpu",
         config: LayerConfig | None = None,
         mode: str = "expectation",
+        learned_scales: bool = False,
     ) -> InnerLoop:
         """The inner loop of this task, at its initial state.
 
@@ -123,6 +125,7 @@ class Task:
             config: level sets and scale rules, in place of the level sets of ``self.bits`` with
                 their customary rules. A scale rule of activations is given standard normal ones.
             mode: the forward value, ``expectation``, ``mode`` or ``random``.
+            learned_scales: train the scales of activations with the weights.
 
         Raises:
             ValueError: the family or the optimizer is unknown.
@@ -159,6 +162,8 @@ class Task:
                     quantizer.mode = mode
                 for activation in layer.activations if config.activation_scale else ():
                     activation.scale.copy_(activation.rule(_STANDARD_NORMAL, activation.levels))
+            if learned_scales:
+                learn_scales_(model)
         return InnerLoop(
             Population(models).to(device),
             batches,

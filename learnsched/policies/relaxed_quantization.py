@@ -25,7 +25,8 @@ class RelaxedQuantization:
     their temperature.
 
     Left out of the paper: the std is scheduled, not learned (learned ones narrow as the network
-    converges), the grid follows the scale rule of the layer, and no concrete sample is drawn.
+    converges), and no concrete sample is drawn. The grid follows the scale rules; that of activations
+    is learned after :func:`learnsched.learn_scales_`.
 
     Args:
         std: of the noise at the start, in level steps, positive.

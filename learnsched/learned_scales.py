@@ -1,0 +1,57 @@
+"""Scales of activations that are learned with the weights."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+
+from learnsched.convert import quantized_layers
+
+
+def learn_scales_(model: nn.Module) -> list[nn.Parameter]:
+    """Make the scale of every quantized activation a parameter, in place.
+
+    Its gradient is that of ``scale * E(x / scale)``: the rounding error of entries inside the range, and
+    the outermost level for those beyond. Calibrate before, for the scale starts from what it is.
+    ``state_dict`` keeps the names.
+
+    Args:
+        model: converted by ``quantize_``.
+
+    Returns:
+        the new parameters, one an activation, scalars. An optimizer that was made before does not know
+        them: ``optimizer.add_param_group({"params": learn_scales_(model), "weight_decay": 0})``. With
+        SGD, learn them at a fraction of the weights' learning rate; Adam's steps need no such care.
+
+    Raises:
+        ValueError: the model has no quantized activations.
+
+    Source:
+        Esser et al. 2020 (LSQ, arXiv:1902.08153), equation 3, under a softened staircase; Choi et al.
+        2018 (PACT, arXiv:1805.06085).
+
+    Example:
+        >>> import torch
+        >>> from learnsched import quantize_, ternary, unsigned
+        >>> net = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+        >>> [scale] = learn_scales_(quantize_(net, ternary(), unsigned(2)))
+        >>> net(torch.randn(16, 8)).sum().backward()
+        >>> bool(scale.grad != 0)
+        True
+    """
+    activations = [a for layer in quantized_layers(model) for a in layer.activations]
+    if not activations:
+        raise ValueError(
+            "the model has no quantized activations whose scale could be learned; give quantize_ an "
+            "activation level set such as unsigned(2)"
+        )
+    learned: list[nn.Parameter] = []
+    for activation in activations:
+        if not activation.learns_scale:
+            scale = nn.Parameter(activation.scale.detach().clone())
+            del activation.scale
+            activation.scale = scale
+            activation.learns_scale = True
+        learned.append(cast(nn.Parameter, activation.scale))
+    return list({id(scale): scale for scale in learned}.values())

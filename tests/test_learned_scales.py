@@ -1,0 +1,131 @@
+"""Learned scales of activations: their gradient, their way through checkpoints, training and export."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import learnsched as ls
+from learnsched.convert import quantized_layers
+from learnsched.data import load
+from learnsched.meta.estimators import run_forward, table_rollout
+from learnsched.meta.tasks import Task
+from learnsched.policies import RelaxedQuantization
+from learnsched.schedule import plan
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 5), nn.PReLU(), nn.Linear(5, 3)
+    )
+
+
+def quantized(**options):
+    return ls.quantize_(network(), ls.ternary(), ls.unsigned(2), **options)
+
+
+@pytest.mark.parametrize("std", [0.15, 0.6])
+def test_the_gradient_is_that_of_finite_differences(std):
+    model = ls.quantize_(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), None, ls.unsigned(2)).double()
+    [scale] = ls.learn_scales_(model)
+    [activation] = quantized_layers(model)[0].activations
+    for buffer in (activation.forward_std, activation.backward_std):
+        buffer.fill_(std)  # the same noise both ways: the gradient is the value's derivative
+    x = torch.randn(200, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+
+    def total():
+        return (activation(x) ** 2).sum()
+
+    (found,) = torch.autograd.grad(total(), scale)
+    with torch.no_grad():
+        values = []
+        for change in (1e-6, -1e-6):
+            scale.add_(change)
+            values.append(total())
+            scale.sub_(change)
+    assert float(found) == pytest.approx(float(values[0] - values[1]) / 2e-6, rel=1e-6)
+
+
+def test_of_a_hard_quantizer_it_is_the_rounding_error_and_the_outermost_level():
+    model = ls.quantize_(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), None, ls.unsigned(2))
+    [scale] = ls.learn_scales_(model)
+    [activation] = quantized_layers(model)[0].activations
+    activation.noise = ls.annealed.noise_shape("uniform")
+    activation.backward_std.fill_(1 / 12**0.5)  # one step wide: the clipped identity
+    with torch.no_grad():
+        scale.fill_(0.5)
+    x = torch.tensor([0.6, 1.3, 4.0])
+    (found,) = torch.autograd.grad(activation(x).sum(), scale)
+    # levels minus entries inside, level 3 beyond (LSQ, equation 3)
+    assert float(found) == pytest.approx((1 - 1.2) + (3 - 2.6) + 3, abs=1e-5)
+
+
+def test_parameters_are_one_for_each_activation_and_the_second_call_finds_the_same():
+    model = quantized()
+    learned = ls.learn_scales_(model)
+    assert len(learned) == 2
+    assert all(a is b for a, b in zip(learned, ls.learn_scales_(model), strict=True))
+    assert {id(p) for p in learned} <= {id(p) for p in model.parameters()}
+
+
+def test_without_quantized_activations_there_is_nothing_to_learn():
+    with pytest.raises(ValueError, match="no quantized activations"):
+        ls.learn_scales_(ls.quantize_(network(), ls.ternary()))
+
+
+def test_checkpoints_keep_their_names_and_float_ones_still_load():
+    model, plain = quantized(), quantized()
+    ls.learn_scales_(model)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(model.state_dict())
+    model.load_state_dict(plain.state_dict())
+    model.load_state_dict(network(1).state_dict())
+    copied = copy.deepcopy(model)
+    assert len(ls.learn_scales_(copied)) == 2
+
+
+def test_scales_are_trained_and_the_network_is_finalized():
+    model = quantized()
+    learned = ls.learn_scales_(model)
+    before = [scale.item() for scale in learned]
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    scheduler = ls.QuantizationScheduler(
+        model, ls.policies.RelaxedQuantization(), epochs=3, optimizer=optimizer
+    )
+    x = torch.randn(64, 8)
+    for _ in range(3):
+        for _ in range(5):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
+            optimizer.step()
+        scheduler.step()
+    ls.finalize_(model, [x])
+    assert all(scale.item() != old for scale, old in zip(learned, before, strict=True))
+
+
+def test_a_scale_that_is_not_positive_is_named():
+    model = quantized()
+    with torch.no_grad():
+        ls.learn_scales_(model)[0].fill_(-0.1)
+    with pytest.raises(RuntimeError, match=r"scale of the activation after 0 has become -0\.1"):
+        ls.finalize_(model)
+
+
+def test_a_population_learns_a_scale_for_each_member():
+    task = Task("mlp", "digits", 6, 3, 2, 4, 16, "ternary/2-bit", (0.01, 0.03), False, 3)
+    inner = task.build(load("digits"), learned_scales=True)
+    table = plan(RelaxedQuantization(), inner.run).table.float().unsqueeze(1).expand(-1, 2, -1, -1)
+    with torch.no_grad():
+        states, _, _ = run_forward(inner, table_rollout(table))
+    names = [name for name, _ in inner.population.named_parameters()]
+    scales = [states[-1].tensors[i] for i, name in enumerate(names) if name.endswith("scale")]
+    assert len(scales) == 2
+    assert all(scale.shape == (2,) and scale[0] != scale[1] for scale in scales)
+    alone = replace(task, learning_rates=(0.01,)).build(load("digits"), learned_scales=True)
+    with torch.no_grad():
+        states, _, _ = run_forward(alone, table_rollout(table[:, :1]))
+    of_one = [states[-1].tensors[i] for i, name in enumerate(names) if name.endswith("scale")]
+    torch.testing.assert_close(torch.cat(of_one), torch.stack(scales)[:, 0])
