@@ -13,7 +13,7 @@ from learnsched.annealed import annealed_quantize, level_probabilities
 from learnsched.convert import LayerConfig, quantize_, report
 from learnsched.finalize import calibrate_, finalize_, integer_weights, reestimate_batch_norm_
 from learnsched.kernels import show_config
-from learnsched.learned_scales import learn_scales_
+from learnsched.learned_quantizers import learn_noise_, learn_scales_
 from learnsched.levels import LevelSet, binary, power_of_two, signed, ternary, unsigned
 from learnsched.modules import quantize_once
 from learnsched.plotting import plot_comparison, plot_schedule
@@ -59,6 +59,7 @@ __all__ = [
     "finalize_",
     "integer_reference",
     "integer_weights",
+    "learn_noise_",
     "learn_scales_",
     "level_probabilities",
     "list_pretrained",

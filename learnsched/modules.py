@@ -32,9 +32,12 @@ class _Quantizer(nn.Module):
     backward_mean: Tensor
     layer_name: str = ""
     layer_index: int = 0
+    # a parameter after learn_noise_
+    log_std: nn.Parameter | None
 
     def __init__(self, levels: LevelSet, like: Tensor) -> None:
         super().__init__()
+        self.register_parameter("log_std", None)
         self.levels = levels
         self.noise = noise_shape("normal")
         self.mode = "expectation"
@@ -55,6 +58,9 @@ class _Quantizer(nn.Module):
         """Quantize ``x``, in units of the level set or, given a constant scale, in its own."""
         step = self.levels.step
         noise = (self.forward_std, self.forward_mean, self.backward_std, self.backward_mean)
+        if self.log_std is not None:
+            factor = self.log_std.exp()
+            noise = (noise[0] * factor, noise[1], noise[2] * factor, noise[3])
         if step != 1:
             noise = tuple(level * step for level in noise)  # type: ignore[assignment]
         return quantize_unchecked(x, self.levels, *noise, self.noise, self.mode, scale=scale)
@@ -71,9 +77,8 @@ class _Quantizer(nn.Module):
     ) -> None:
         # A float checkpoint knows nothing of quantizers: they keep what they have.
         own = {prefix + name: buffer for name, buffer in self.named_buffers(recurse=False)}
-        own |= {
-            prefix + name: getattr(self, name) for name in ("scale",) if name in self._parameters
-        }
+        learned = [name for name in ("scale", "log_std") if self._parameters.get(name) is not None]
+        own |= {prefix + name: getattr(self, name) for name in learned}
         if own.keys().isdisjoint(state_dict):
             state_dict = {**state_dict, **own}
         super()._load_from_state_dict(

@@ -86,7 +86,7 @@ def train(
         eps=1e-8,
         config=method.config(task.bits),
         mode=method.mode,
-        learned_scales=method.learned_scales,
+        prepare=method.prepare,
     )
     inner.rates = method.rates(repeated, inner.run)
     # Sampled forward values draw from the global generator.

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from learnsched.benchmarks import spaces
 from learnsched.benchmarks.spaces import Trial
 from learnsched.convert import LayerConfig
+from learnsched.learned_quantizers import learn_noise_, learn_scales_
 from learnsched.levels import LevelSet, power_of_two, ternary, unsigned
 from learnsched.meta.estimators import Rollout, policy_rollout, table_rollout
 from learnsched.meta.inner import InnerLoop
@@ -60,7 +62,7 @@ class Method:
             keeps the cell's, with their customary rules.
         rate: from a policy and the progress of optimizer steps, in [0, 1), to the factor on the
             learning rate; None is the cosine.
-        learned_scales: whether scales of activations are trained with the weights.
+        prepare: called with each quantized network, to make parameters of what is learned by gradient.
         bits: keys of :data:`learnsched.meta.tasks.BITS` that the method applies to.
         source: paper and equation.
     """
@@ -74,7 +76,7 @@ class Method:
     mode: str = "expectation"
     levels: Callable[[LayerConfig], LayerConfig] | None = None
     rate: Callable[[Any, float], float] | None = None
-    learned_scales: bool = False
+    prepare: Callable[[nn.Module], object] | None = None
     bits: tuple[str, ...] = tuple(BITS)
     source: str = ""
 
@@ -242,11 +244,11 @@ def _others() -> list[Method]:
             source=f"{_RQ}, section 2.1",
         ),
         Method(
-            "RQ, learned scales", "logistic", settled, spaces.relaxed_quantization("expectation"),
-            learned_scales=True, source=f"{_RQ}, section 2.1",
+            "RQ, learned", "logistic", settled, spaces.relaxed_quantization("expectation"),
+            prepare=_learn_scales_and_noise, source=f"{_RQ}, section 2.1",
         ),
         Method(
-            "LSQ", uniform, settled, spaces.straight_through_uniform, learned_scales=True,
+            "LSQ", uniform, settled, spaces.straight_through_uniform, prepare=learn_scales_,
             source="Esser et al. 2020 (arXiv:1902.08153), of the activations' scales",
         ),
         Method(
@@ -258,6 +260,11 @@ def _others() -> list[Method]:
             source="Jin et al. 2025 (arXiv:2503.15748)",
         ),
     ]  # fmt: skip
+
+
+def _learn_scales_and_noise(model: nn.Module) -> None:
+    learn_scales_(model)
+    learn_noise_(model)
 
 
 def parametric(bits: str = "ternary/2-bit") -> Method:

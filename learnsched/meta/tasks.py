@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from learnsched.convert import LayerConfig, quantize_, quantized_layers
 from learnsched.data import DataSet
-from learnsched.learned_scales import learn_scales_
 from learnsched.levels import LevelSet, binary, ternary, unsigned
 from learnsched.meta.inner import Batches, InnerLoop
 from learnsched.meta.inner_optimizers import OPTIMIZERS
@@ -110,7 +109,7 @@ class Task:
         device: str | torch.device = "cpu",
         config: LayerConfig | None = None,
         mode: str = "expectation",
-        learned_scales: bool = False,
+        prepare: Callable[[nn.Module], object] | None = None,
     ) -> InnerLoop:
         """The inner loop of this task, at its initial state.
 
@@ -125,7 +124,7 @@ class Task:
             config: level sets and scale rules, in place of the level sets of ``self.bits`` with
                 their customary rules. A scale rule of activations is given standard normal ones.
             mode: the forward value, ``expectation``, ``mode`` or ``random``.
-            learned_scales: train the scales of activations with the weights.
+            prepare: called with each quantized network; what it makes a parameter is trained too.
 
         Raises:
             ValueError: the family or the optimizer is unknown.
@@ -162,8 +161,8 @@ class Task:
                     quantizer.mode = mode
                 for activation in layer.activations if config.activation_scale else ():
                     activation.scale.copy_(activation.rule(_STANDARD_NORMAL, activation.levels))
-            if learned_scales:
-                learn_scales_(model)
+            if prepare is not None:
+                prepare(model)
         return InnerLoop(
             Population(models).to(device),
             batches,

@@ -24,9 +24,9 @@ class RelaxedQuantization:
     ``mode="expectation"`` it is that distribution's mean, the mean of RQ's concrete samples up to
     their temperature.
 
-    Left out of the paper: the std is scheduled, not learned (learned ones narrow as the network
-    converges), and no concrete sample is drawn. The grid follows the scale rules; that of activations
-    is learned after :func:`learnsched.learn_scales_`.
+    The std is scheduled; after :func:`learnsched.learn_noise_` each quantizer learns a factor of it, and
+    after :func:`learnsched.learn_scales_` the scale of activations, as in the paper. Left out of it: that
+    of weights follows its scale rule, and no concrete sample is drawn.
 
     Args:
         std: of the noise at the start, in level steps, positive.

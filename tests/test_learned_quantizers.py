@@ -1,4 +1,4 @@
-"""Learned scales of activations: their gradient, their way through checkpoints, training and export."""
+"""Learned scales and noise: their gradients, checkpoints, training, and populations."""
 
 import copy
 from dataclasses import replace
@@ -116,7 +116,7 @@ def test_a_scale_that_is_not_positive_is_named():
 
 def test_a_population_learns_a_scale_for_each_member():
     task = Task("mlp", "digits", 6, 3, 2, 4, 16, "ternary/2-bit", (0.01, 0.03), False, 3)
-    inner = task.build(load("digits"), learned_scales=True)
+    inner = task.build(load("digits"), prepare=ls.learn_scales_)
     table = plan(RelaxedQuantization(), inner.run).table.float().unsqueeze(1).expand(-1, 2, -1, -1)
     with torch.no_grad():
         states, _, _ = run_forward(inner, table_rollout(table))
@@ -124,8 +124,74 @@ def test_a_population_learns_a_scale_for_each_member():
     scales = [states[-1].tensors[i] for i, name in enumerate(names) if name.endswith("scale")]
     assert len(scales) == 2
     assert all(scale.shape == (2,) and scale[0] != scale[1] for scale in scales)
-    alone = replace(task, learning_rates=(0.01,)).build(load("digits"), learned_scales=True)
+    alone = replace(task, learning_rates=(0.01,)).build(load("digits"), prepare=ls.learn_scales_)
     with torch.no_grad():
         states, _, _ = run_forward(alone, table_rollout(table[:, :1]))
     of_one = [states[-1].tensors[i] for i, name in enumerate(names) if name.endswith("scale")]
     torch.testing.assert_close(torch.cat(of_one), torch.stack(scales)[:, 0])
+
+
+@pytest.mark.parametrize("kind", ["weight", "activation"])
+def test_the_gradient_of_the_noise_is_that_of_finite_differences(kind):
+    model = ls.quantize_(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), ls.ternary(), ls.unsigned(2))
+    ls.learn_noise_(model.double())
+    [layer] = quantized_layers(model)
+    quantizer = layer.quantizers[kind == "activation"]
+    quantizer.forward_std.fill_(0.4)
+    x = torch.randn(4, 50, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    x = layer.weight.weight if kind == "weight" else x
+
+    def total():
+        return (quantizer(x) ** 2).sum()
+
+    (found,) = torch.autograd.grad(total(), quantizer.log_std)
+    with torch.no_grad():
+        values = []
+        for change in (1e-6, -1e-6):
+            quantizer.log_std.add_(change)
+            values.append(total())
+            quantizer.log_std.sub_(change)
+    assert float(found) == pytest.approx(float(values[0] - values[1]) / 2e-6, rel=1e-6)
+
+
+def test_learned_noise_multiplies_the_schedule_and_a_hard_quantizer_stays_hard():
+    model = quantized()
+    [*learned] = ls.learn_noise_(model)
+    assert len(learned) == 5
+    assert all(a is b for a, b in zip(learned, ls.learn_noise_(model), strict=True))
+    quantizer = quantized_layers(model)[0].weight.weight_quantizer
+    weight = quantized_layers(model)[0].weight.weight
+    with torch.no_grad():
+        for std, factor in ((0.2, 3.0), (0.6, 1.0)):
+            quantizer.forward_std.fill_(std)
+            quantizer.log_std.fill_(factor).log_()
+            values = quantizer(weight)
+            if std == 0.2:
+                wide = values
+        torch.testing.assert_close(values, wide)
+        quantizer.forward_std.zero_()
+        assert torch.equal(quantizer(weight), quantizer.project(weight))
+
+
+def test_float_checkpoints_load_where_noise_is_learned_and_its_own_come_back():
+    model = quantized()
+    ls.learn_noise_(model)
+    model.load_state_dict(network(1).state_dict())
+    other = quantized()
+    with pytest.raises(RuntimeError, match="log_std"):
+        other.load_state_dict(model.state_dict())
+    ls.learn_noise_(other)
+    other.load_state_dict(model.state_dict())
+
+
+def test_a_population_learns_noise_for_each_member():
+    task = Task("mlp", "digits", 6, 3, 3, 4, 16, "ternary/2-bit", (0.01, 0.03), False, 3)
+    inner = task.build(load("digits"), prepare=ls.learn_noise_)
+    table = plan(RelaxedQuantization(), inner.run).table.float().unsqueeze(1).expand(-1, 2, -1, -1)
+    with torch.no_grad():
+        states, _, losses = run_forward(inner, table_rollout(table))
+    names = [name for name, _ in inner.population.named_parameters()]
+    found = [states[-1].tensors[i] for i, name in enumerate(names) if name.endswith("log_std")]
+    assert len(found) == 5
+    assert all(f.isfinite().all() and f[0] != f[1] for f in found)
+    assert bool(torch.stack(losses).isfinite().all())

@@ -1,9 +1,10 @@
-"""Scales of activations that are learned with the weights."""
+"""Scales and noise that are learned with the weights, by gradient descent."""
 
 from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import nn
 
 from learnsched.convert import quantized_layers
@@ -55,3 +56,42 @@ def learn_scales_(model: nn.Module) -> list[nn.Parameter]:
             activation.learns_scale = True
         learned.append(cast(nn.Parameter, activation.scale))
     return list({id(scale): scale for scale in learned}.values())
+
+
+def learn_noise_(model: nn.Module) -> list[nn.Parameter]:
+    """Let every quantizer learn a factor of its noise, in place; a schedule's std is multiplied by it.
+
+    The factor of forward and backward noise is ``exp(log_std)``; its gradient is that of the forward
+    value, under which a network that is sure of its weights narrows their noise. A hard quantizer
+    stays hard.
+
+    Args:
+        model: converted by ``quantize_``.
+
+    Returns:
+        the new parameters ``log_std``, one a quantizer, scalars, 0 at first. They are part of the
+        ``state_dict``, which only models with learned noise load.
+
+    Raises:
+        ValueError: the model has no quantizers.
+
+    Source:
+        Louizos et al. 2019 (RQ, arXiv:1810.01875), section 2.1, where the scale of the logistic noise
+        is learned.
+
+    Example:
+        >>> import torch
+        >>> from learnsched import policies, quantize_, QuantizationScheduler, ternary
+        >>> net = quantize_(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), ternary())
+        >>> learned = learn_noise_(net)
+        >>> scheduler = QuantizationScheduler(net, policies.RelaxedQuantization(), epochs=3)
+        >>> net(torch.randn(16, 8)).square().sum().backward()
+        >>> [bool(log_std.grad != 0) for log_std in learned]
+        [True, True]
+    """
+    quantizers = [q for layer in quantized_layers(model) for q in layer.quantizers]
+    for quantizer in quantizers:
+        if quantizer.log_std is None:
+            quantizer.log_std = nn.Parameter(torch.zeros_like(quantizer.forward_std))
+    found = [quantizer.log_std for quantizer in quantizers if quantizer.log_std is not None]
+    return list({id(log_std): log_std for log_std in found}.values())
