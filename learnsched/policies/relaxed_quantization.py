@@ -25,8 +25,8 @@ class RelaxedQuantization:
     their temperature.
 
     The std is scheduled; after :func:`learnsched.learn_noise_` each quantizer learns a factor of it, and
-    after :func:`learnsched.learn_scales_` the scale of activations, as in the paper. Left out of it: that
-    of weights follows its scale rule, and no concrete sample is drawn.
+    after :func:`learnsched.learn_scales_` the scale of activations, as in the paper. Left out of it: the
+    scale of weights follows its rule, and no concrete sample is drawn.
 
     Args:
         std: of the noise at the start, in level steps, positive.
