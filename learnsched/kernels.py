@@ -402,18 +402,10 @@ def _number(level: float, device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def _staircase(levels: LevelSet, noise: str) -> tuple[int, _Staircase, tuple[Tensor, ...]]:
     """The address of a level set as the kernels want it, and what must stay alive with it."""
-    whole = all(
-        gap == 1 and threshold == lower + 0.5 and lower == int(lower)
-        for gap, threshold, lower in zip(
-            levels.gaps, levels.thresholds, levels.values, strict=False
-        )
-    )
     numbers = (levels.thresholds, levels.gaps, levels.values)
     arrays = tuple(torch.tensor(n, dtype=torch.float32) for n in numbers)
     kind = _NOISES.index(noise)
-    steps = {b - a for a, b in zip(levels.thresholds, levels.thresholds[1:], strict=False)}
-    even = len(steps) == 1 and len(set(levels.gaps)) == 1
-    step = steps.pop() if even else 0.0
+    step, whole = staircase.spacing(levels)
     made = _Staircase(*(a.data_ptr() for a in arrays), len(levels.thresholds), whole, kind, step)
     return ctypes.addressof(made), made, arrays
 

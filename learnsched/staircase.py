@@ -114,6 +114,28 @@ def std_slope_derivatives(
     return value.mul_(-inverse), in_x.mul_(-square), in_std.mul_(square)
 
 
+def spacing(levels: LevelSet) -> tuple[float, bool]:
+    """What makes a level set cheap, for the compiled kernels.
+
+    Returns:
+        the step between thresholds if all steps and gaps are even, else 0; whether the levels are
+        neighbouring integers, and rounding half up finds them.
+
+    Example:
+        >>> from learnsched.levels import ternary
+        >>> spacing(ternary()), spacing(LevelSet((0.0, 1.0, 4.0)))
+        ((1.0, True), (0.0, False))
+    """
+    thresholds = levels.thresholds
+    steps = {b - a for a, b in zip(thresholds, thresholds[1:], strict=False)}
+    even = len(steps) == 1 and len(set(levels.gaps)) == 1
+    whole = all(
+        gap == 1 and threshold == lower + 0.5 and lower == int(lower)
+        for gap, threshold, lower in zip(levels.gaps, thresholds, levels.values, strict=False)
+    )
+    return (steps.pop() if even else 0.0), whole
+
+
 def _sums(
     x: Tensor,
     levels: LevelSet,

@@ -17,15 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from learnsched import staircase
 from learnsched.levels import LevelSet
 from learnsched.noise import NOISES
-from learnsched.staircase import NARROWEST
 
 _NOISES = ("uniform", "triangular", "normal", "logistic")
 _UNIFORM, _TRIANGULAR, _NORMAL = (tl.constexpr(i) for i in range(3))
 _VALUE, _SLOPE, _STD_SLOPE, _SLOPE_ADJOINT, _STD_SLOPE_ADJOINT = (tl.constexpr(i) for i in range(5))
 
-_NARROWEST = tl.constexpr(NARROWEST)
+_NARROWEST = tl.constexpr(staircase.NARROWEST)
 _UNIFORM_WIDTH = tl.constexpr(NOISES["uniform"].half_width)
 _TRIANGULAR_WIDTH = tl.constexpr(NOISES["triangular"].half_width)
 _LOGISTIC_RATE = tl.constexpr(math.pi / math.sqrt(3))
@@ -315,18 +315,11 @@ def _numbers(levels: LevelSet, device: torch.device) -> Tensor:
 def _constants(levels: LevelSet, noise: str, of_derivatives: bool) -> dict[str, Any]:
     """What of a level set and a noise the kernel is compiled for."""
     count = len(levels.thresholds)
-    steps = {b - a for a, b in zip(levels.thresholds, levels.thresholds[1:], strict=False)}
-    even = len(steps) == 1 and len(set(levels.gaps)) == 1
-    whole = all(
-        gap == 1 and threshold == lower + 0.5 and lower == int(lower)
-        for gap, threshold, lower in zip(
-            levels.gaps, levels.thresholds, levels.values, strict=False
-        )
-    )
+    step, whole = staircase.spacing(levels)
     return {
         "NOISE": _NOISES.index(noise),
         "COUNT": count,
-        "STEP": steps.pop() if even else 0.0,
+        "STEP": step,
         "GAP": levels.gaps[0],
         "REACH": _REACH[noise][of_derivatives],
         "WHOLE": whole,
