@@ -64,6 +64,16 @@ COMMANDS = {
 SLOW = {
     "compare": module("learnsched.cli", "compare", "figures/held_out.json", "--out", "c.png"),
     "meta_train": ["meta_train.py", "--steps", "1", "--no-report", "--out", "run"],
+    "meta_train_from": [
+        "meta_train.py",
+        "--steps",
+        "1",
+        "--no-report",
+        "--from",
+        "default",
+        "--out",
+        "run",
+    ],
     "held_out": module(
         "learnsched.benchmarks.held_out",
         "--quick",
