@@ -34,7 +34,7 @@ from learnsched.meta.estimators import run_forward, table_rollout
 from learnsched.meta.evolution import LEARNED_FIELDS, hats, regression, valid
 from learnsched.meta.tasks import Task
 from learnsched.policies import LearnedPolicy
-from learnsched.schedule import FIELDS, RunInfo, Setting, Telemetry, plan
+from learnsched.schedule import FIELDS, RunInfo, Schedule, Setting, Telemetry, plan
 
 TASKS = ("other seeds", "fine-tuned")
 _RATES = (0.012, 0.018, 0.027, 0.04)
@@ -129,15 +129,21 @@ def specialized(task: Task, start: LearnedPolicy, steps: int, pairs: int, seed: 
 def records_of(
     name: str, policy: LearnedPolicy, steps: int, pairs: int, budget: Budget, seed: int
 ) -> list[dict[str, Any]]:
-    """Test accuracies of the start, the learned schedule and the specialized one on a task."""
+    """Test accuracies of the start, the learned schedule and the specialized one on a task.
+
+    The last record holds the specialized ``schedule``, from each output to epochs × layers.
+    """
     task = HELD_OUT[name]
     alone = specialized(task, policy, steps, pairs, seed)
+    schedule = Schedule.from_settings(alone.rows, [str(i) for i in range(len(alone.rows[0]))])
     rows = (
         (field.start_of(policy), None),
         (field.learned(policy), None),
         (Method("made for the task", alone.noise, alone.partition), alone),
     )
-    return [{"task": name, **measure(task, method, table, budget)} for method, table in rows]
+    records = [{"task": name, **measure(task, method, table, budget)} for method, table in rows]
+    records[-1]["schedule"] = {output: schedule[output].tolist() for output in FIELDS}
+    return records
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
