@@ -129,6 +129,22 @@ def test_the_state_at_the_end_is_frozen_on_the_level_set():
     assert bool(((accuracy >= 0) & (accuracy <= 1)).all())
 
 
+def test_a_channel_keeps_its_scale_from_its_first_frozen_weight_on_and_the_others_theirs_move():
+    inner = SMALL.build(DIGITS, membership_width=0.0)
+    table = wide_settings(inner).float()
+    table[..., 4] = 0.004  # two of 384 weights in the first layer
+    with torch.no_grad():
+        states, _, _ = run_forward(inner, table_rollout(table), hardened=False)
+    count = len(list(inner.population.parameters()))
+    carried = [state.tensors[3 * count :][:4] for state in states[1:]]
+    membership, _, scale, scale_held = carried[-1]
+    frozen = membership.amax(dim=2, keepdim=True) > 0
+    assert int(membership.sum()) == 2 * 2
+    assert torch.equal(scale_held > 0, frozen)
+    moved = carried[0][2] != scale
+    assert torch.equal(moved, ~frozen)
+
+
 def test_fine_tuning_starts_from_a_trained_network():
     scratch = dataclasses.replace(SMALL, steps=40, learning_rates=(0.01, 0.01)).build(DIGITS)
     tuned = dataclasses.replace(

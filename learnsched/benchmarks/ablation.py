@@ -93,7 +93,10 @@ def variants(policy: LearnedPolicy) -> list[Method]:
         return lambda settings: settings * keep.to(settings)
 
     def alike(settings: Tensor) -> Tensor:
-        return settings.mean(-2, keepdim=True).expand_as(settings)
+        # Not the fractions: a mean would let every layer freeze with the first one.
+        same = settings.mean(-2, keepdim=True).expand_as(settings).clone()
+        same[..., _FRACTION] = settings[..., _FRACTION]
+        return same
 
     whole = field.learned(policy)
     shared: dict[str, Any] = {"noise": whole.noise, "partition": whole.partition, "learned": policy}
@@ -103,7 +106,7 @@ def variants(policy: LearnedPolicy) -> list[Method]:
         Ablated("without forward noise", **shared, change=without(_FORWARD)),
         Unscheduled("with constant backward noise", **shared),
         Blind("without telemetry", **shared),
-        Ablated("all layers alike", **shared, change=alike),
+        Ablated("noise alike in all layers", **shared, change=alike),
     ]
 
 

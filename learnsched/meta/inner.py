@@ -317,13 +317,15 @@ class InnerLoop:
             new = vmap(lambda o, m, f, w=width: soft_membership(o, m, f, w))(
                 order, membership, fraction
             )
-            started = fraction == 1 if redraw else new.detach().flatten(1).amax(1) > 0
-            started = started.view(-1, *[1] * (scale.dim() - 1)).to(scale.dtype)
+            if redraw:
+                started = (fraction == 1).view(-1, *[1] * (scale.dim() - 1))
+            else:
+                started = _any_per_channel(new.detach(), scale)
             result += [
                 new,
                 hold(held, membership, projected, new),
                 scale,
-                torch.maximum(scale_held, started.expand_as(scale_held)),
+                torch.maximum(scale_held, started.to(scale.dtype).expand_as(scale_held)),
             ]
         return tuple(result)
 
@@ -353,6 +355,14 @@ class InnerLoop:
         """The scale in force of each member, in a shape that broadcasts to the stacked weight."""
         scale = vmap(lambda w: quantizer.rule(w, quantizer.levels))(weight)
         return torch.where(scale_held > 0, held_scale, scale)
+
+
+def _any_per_channel(membership: Tensor, scale: Tensor) -> Tensor:
+    """Where any weight that shares an entry of its member's scale is frozen, the scale's shape."""
+    for dim in range(1, membership.dim()):
+        if scale.shape[dim] == 1:
+            membership = membership.amax(dim=dim, keepdim=True)
+    return membership > 0
 
 
 def member_losses(logits: Tensor, labels: Tensor) -> Tensor:
