@@ -50,7 +50,6 @@ AXES: dict[str, tuple[str, dict[str, Task]]] = {
         "steps, 12 epochs",
         {str(n): replace(CENTRE, steps=n) for n in (10, 20, 50, 200)},
     ),
-    "batch": ("examples a step", {str(n): replace(CENTRE, batch=n) for n in (16, 32, 64, 128)}),
     "bits": (
         "weights/activations",
         {b: replace(CENTRE, bits=b) for b in ("ternary/2-bit", "ternary/ternary", "binary/binary")},
