@@ -137,6 +137,26 @@ def hold(held: Tensor, frozen: Tensor, projected: Tensor, membership: Tensor) ->
     return torch.where(frozen > 0, kept, torch.where(newly > 0, projected, held))
 
 
+def any_per_channel(membership: Tensor, scale: Tensor) -> Tensor:
+    """Where any weight that shares an entry of the scale is frozen, even in part.
+
+    Args:
+        membership: of the weights, in [0, 1], shape ``(channels, ...)``.
+        scale: of a shape that broadcasts to it.
+
+    Returns:
+        booleans of the scale's shape.
+
+    Example:
+        >>> membership = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+        >>> any_per_channel(membership, torch.ones(2, 1)).flatten().tolist()
+        [True, False]
+    """
+    alike = [d for d in range(membership.dim()) if scale.dim() == 0 or scale.shape[d] == 1]
+    frozen = membership.amax(dim=alike, keepdim=True) if alike else membership
+    return frozen.reshape(scale.shape) > 0
+
+
 def check_fraction(fraction: float) -> None:
     """Refuse what is not a share.
 

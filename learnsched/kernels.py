@@ -25,7 +25,7 @@ from torch import Tensor
 
 from learnsched import native, staircase
 from learnsched.levels import LevelSet, inside_transform
-from learnsched.noise import NoiseShape, noise_shape
+from learnsched.noise import NOISE_CODES, NoiseShape, noise_shape
 from learnsched.staircase import Level
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ Scale = Tensor | None
 
 # Below this many elements a second thread costs more than it saves.
 _PARALLEL = 32_768
-_NOISES = ("uniform", "triangular", "normal", "logistic")
 _HALF = (torch.float16, torch.bfloat16)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -404,7 +403,7 @@ def _staircase(levels: LevelSet, noise: str) -> tuple[int, _Staircase, tuple[Ten
     """The address of a level set as the kernels want it, and what must stay alive with it."""
     numbers = (levels.thresholds, levels.gaps, levels.values)
     arrays = tuple(torch.tensor(n, dtype=torch.float32) for n in numbers)
-    kind = _NOISES.index(noise)
+    kind = NOISE_CODES[noise]
     step, whole = staircase.spacing(levels)
     made = _Staircase(*(a.data_ptr() for a in arrays), len(levels.thresholds), whole, kind, step)
     return ctypes.addressof(made), made, arrays

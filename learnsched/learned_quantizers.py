@@ -53,9 +53,8 @@ def learn_scales_(model: nn.Module) -> list[nn.Parameter]:
             scale = nn.Parameter(activation.scale.detach().clone())
             del activation.scale
             activation.scale = scale
-            activation.learns_scale = True
         learned.append(cast(nn.Parameter, activation.scale))
-    return list({id(scale): scale for scale in learned}.values())
+    return learned
 
 
 def learn_noise_(model: nn.Module) -> list[nn.Parameter]:
@@ -93,5 +92,4 @@ def learn_noise_(model: nn.Module) -> list[nn.Parameter]:
     for quantizer in quantizers:
         if quantizer.log_std is None:
             quantizer.log_std = nn.Parameter(torch.zeros_like(quantizer.forward_std))
-    found = [quantizer.log_std for quantizer in quantizers if quantizer.log_std is not None]
-    return list({id(log_std): log_std for log_std in found}.values())
+    return [quantizer.log_std for quantizer in quantizers if quantizer.log_std is not None]

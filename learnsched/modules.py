@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from learnsched.annealed import quantize_unchecked
-from learnsched.incremental import hard_membership, hold, priority
+from learnsched.incremental import any_per_channel, hard_membership, hold, priority
 from learnsched.levels import LevelSet
 from learnsched.noise import noise_shape
 from learnsched.scales import ScaleRule
@@ -181,7 +181,8 @@ class WeightQuantizer(_Quantizer):
         self.held.copy_(hold(self.held, released, projected, membership))
         self.membership.copy_(membership)
         if not redraw or fraction == 1:
-            started = _any_per_channel(membership, self.scale_held) > self.scale_held
+            frozen = any_per_channel(membership, self.scale_held)
+            started = frozen & (self.scale_held == 0)
             self.held_scale.copy_(torch.where(started, scale, self.held_scale))
             self.scale_held.copy_(torch.maximum(self.scale_held, started.to(self.scale_held)))
         if fraction == 1:
@@ -282,15 +283,11 @@ class ActivationQuantizer(_Quantizer):
             is part of a staircase without negative levels).
         like: a tensor of the dtype and device to use.
 
-    Attributes:
-        learns_scale: whether the scale is a parameter, see :func:`learnsched.learn_scales_`.
-
     Shape:
         any shape in, the same shape out.
     """
 
     scale: Tensor
-    learns_scale: bool = False
 
     def __init__(
         self,
@@ -304,6 +301,11 @@ class ActivationQuantizer(_Quantizer):
         self.rule = rule
         self.before = before
         self.register_buffer("scale", torch.full((), scale, dtype=like.dtype, device=like.device))
+
+    @property
+    def learns_scale(self) -> bool:
+        """Whether the scale is a parameter, see :func:`learnsched.learn_scales_`."""
+        return "scale" in self._parameters
 
     def ahead(self, x: Tensor) -> Tensor:
         """What the staircase is applied to."""
@@ -426,12 +428,3 @@ def _conv_transpose(
         module.groups,
         module.dilation,
     )
-
-
-def _any_per_channel(membership: Tensor, like: Tensor) -> Tensor:
-    """1 where any weight that shares an entry of the scale is frozen."""
-    frozen = membership
-    for dim in range(membership.dim()):
-        if like.dim() == 0 or like.shape[dim] == 1:
-            frozen = frozen.amax(dim=dim, keepdim=True)
-    return frozen.reshape(like.shape)

@@ -155,6 +155,9 @@ NOISES: dict[str, NoiseShape] = {
     )
 }
 
+# How kernels are told the shape; the enum of staircase.c is in this order.
+NOISE_CODES = {name: code for code, name in enumerate(NOISES)}
+
 
 def noise_shape(name: str) -> NoiseShape:
     """The noise shape called ``name``.

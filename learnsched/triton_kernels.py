@@ -19,10 +19,11 @@ from torch import Tensor
 
 from learnsched import staircase
 from learnsched.levels import LevelSet
-from learnsched.noise import NOISES
+from learnsched.noise import NOISE_CODES, NOISES
 
-_NOISES = ("uniform", "triangular", "normal", "logistic")
-_UNIFORM, _TRIANGULAR, _NORMAL = (tl.constexpr(i) for i in range(3))
+_UNIFORM, _TRIANGULAR, _NORMAL = (
+    tl.constexpr(NOISE_CODES[name]) for name in ("uniform", "triangular", "normal")
+)
 _VALUE, _SLOPE, _STD_SLOPE, _SLOPE_ADJOINT, _STD_SLOPE_ADJOINT = (tl.constexpr(i) for i in range(5))
 
 _NARROWEST = tl.constexpr(staircase.NARROWEST)
@@ -317,7 +318,7 @@ def _constants(levels: LevelSet, noise: str, of_derivatives: bool) -> dict[str, 
     count = len(levels.thresholds)
     step, whole = staircase.spacing(levels)
     return {
-        "NOISE": _NOISES.index(noise),
+        "NOISE": NOISE_CODES[noise],
         "COUNT": count,
         "STEP": step,
         "GAP": levels.gaps[0],

@@ -27,6 +27,44 @@ def quantized(**options):
     return ls.quantize_(network(), ls.ternary(), ls.unsigned(2), **options)
 
 
+def finite_difference(total, parameter):
+    with torch.no_grad():
+        values = []
+        for change in (1e-6, -1e-6):
+            parameter.add_(change)
+            values.append(float(total()))
+            parameter.sub_(change)
+    return (values[0] - values[1]) / 2e-6
+
+
+def trained_population(prepare, horizon):
+    """What two members and the first alone have learned, by the end of the parameter's name."""
+    task = Task("mlp", "digits", 6, 3, horizon, 4, 16, "ternary/2-bit", (0.01, 0.03), False, 3)
+    found = []
+    for members in (2, 1):
+        few = replace(task, learning_rates=task.learning_rates[:members])
+        inner = few.build(load("digits"), prepare=prepare)
+        table = plan(RelaxedQuantization(), inner.run).table.float().unsqueeze(1)
+        with torch.no_grad():
+            rollout = table_rollout(table.expand(-1, members, -1, -1))
+            states, _, losses = run_forward(inner, rollout)
+        assert bool(torch.stack(losses).isfinite().all())
+        names = [name for name, _ in inner.population.named_parameters()]
+        found.append(dict(zip(names, states[-1].tensors, strict=False)))
+    return found
+
+
+def check_that_each_member_learned_its_own(prepare, horizon, ending, count):
+    both, alone = trained_population(prepare, horizon)
+    learned = [name for name in both if name.endswith(ending)]
+    assert len(learned) == count
+    for name in learned:
+        assert both[name].shape == (2,)
+        assert both[name].isfinite().all()
+        assert both[name][0] != both[name][1]
+        torch.testing.assert_close(both[name][:1], alone[name])
+
+
 @pytest.mark.parametrize("std", [0.15, 0.6])
 def test_the_gradient_is_that_of_finite_differences(std):
     model = ls.quantize_(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), None, ls.unsigned(2)).double()
@@ -40,13 +78,7 @@ def test_the_gradient_is_that_of_finite_differences(std):
         return (activation(x) ** 2).sum()
 
     (found,) = torch.autograd.grad(total(), scale)
-    with torch.no_grad():
-        values = []
-        for change in (1e-6, -1e-6):
-            scale.add_(change)
-            values.append(total())
-            scale.sub_(change)
-    assert float(found) == pytest.approx(float(values[0] - values[1]) / 2e-6, rel=1e-6)
+    assert float(found) == pytest.approx(finite_difference(total, scale), rel=1e-6)
 
 
 def test_of_a_hard_quantizer_it_is_the_rounding_error_and_the_outermost_level():
@@ -115,20 +147,7 @@ def test_a_scale_that_is_not_positive_is_named():
 
 
 def test_a_population_learns_a_scale_for_each_member():
-    task = Task("mlp", "digits", 6, 3, 2, 4, 16, "ternary/2-bit", (0.01, 0.03), False, 3)
-    inner = task.build(load("digits"), prepare=ls.learn_scales_)
-    table = plan(RelaxedQuantization(), inner.run).table.float().unsqueeze(1).expand(-1, 2, -1, -1)
-    with torch.no_grad():
-        states, _, _ = run_forward(inner, table_rollout(table))
-    names = [name for name, _ in inner.population.named_parameters()]
-    scales = [states[-1].tensors[i] for i, name in enumerate(names) if name.endswith("scale")]
-    assert len(scales) == 2
-    assert all(scale.shape == (2,) and scale[0] != scale[1] for scale in scales)
-    alone = replace(task, learning_rates=(0.01,)).build(load("digits"), prepare=ls.learn_scales_)
-    with torch.no_grad():
-        states, _, _ = run_forward(alone, table_rollout(table[:, :1]))
-    of_one = [states[-1].tensors[i] for i, name in enumerate(names) if name.endswith("scale")]
-    torch.testing.assert_close(torch.cat(of_one), torch.stack(scales)[:, 0])
+    check_that_each_member_learned_its_own(ls.learn_scales_, 2, "scale", 2)
 
 
 @pytest.mark.parametrize("kind", ["weight", "activation"])
@@ -145,13 +164,7 @@ def test_the_gradient_of_the_noise_is_that_of_finite_differences(kind):
         return (quantizer(x) ** 2).sum()
 
     (found,) = torch.autograd.grad(total(), quantizer.log_std)
-    with torch.no_grad():
-        values = []
-        for change in (1e-6, -1e-6):
-            quantizer.log_std.add_(change)
-            values.append(total())
-            quantizer.log_std.sub_(change)
-    assert float(found) == pytest.approx(float(values[0] - values[1]) / 2e-6, rel=1e-6)
+    assert float(found) == pytest.approx(finite_difference(total, quantizer.log_std), rel=1e-6)
 
 
 def test_learned_noise_multiplies_the_schedule_and_a_hard_quantizer_stays_hard():
@@ -185,13 +198,4 @@ def test_float_checkpoints_load_where_noise_is_learned_and_its_own_come_back():
 
 
 def test_a_population_learns_noise_for_each_member():
-    task = Task("mlp", "digits", 6, 3, 3, 4, 16, "ternary/2-bit", (0.01, 0.03), False, 3)
-    inner = task.build(load("digits"), prepare=ls.learn_noise_)
-    table = plan(RelaxedQuantization(), inner.run).table.float().unsqueeze(1).expand(-1, 2, -1, -1)
-    with torch.no_grad():
-        states, _, losses = run_forward(inner, table_rollout(table))
-    names = [name for name, _ in inner.population.named_parameters()]
-    found = [states[-1].tensors[i] for i, name in enumerate(names) if name.endswith("log_std")]
-    assert len(found) == 5
-    assert all(f.isfinite().all() and f[0] != f[1] for f in found)
-    assert bool(torch.stack(losses).isfinite().all())
+    check_that_each_member_learned_its_own(ls.learn_noise_, 3, "log_std", 5)

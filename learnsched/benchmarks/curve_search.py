@@ -66,23 +66,6 @@ _SEEDS = 4
 _RATES = (0.012, 0.022, 0.04)
 
 
-def fine_tuned(bits: str) -> tuple[Task, ...]:
-    """The same for runs that start from a float network."""
-    rows = (
-        ("mnist1d", "cnn1d", 8, 4, 8, 20),
-        ("mnist1d", "cnn1d", 12, 5, 10, 25),
-        ("mnist1d", "cnn1d", 16, 4, 12, 32),
-        ("noisy_digits", "cnn2d", 8, 4, 8, 20),
-        ("noisy_digits", "cnn2d", 12, 3, 6, 30),
-        ("noisy_digits", "residual", 8, 5, 8, 25),
-        ("mnist1d", "mlp", 32, 4, 12, 20),
-    )
-    return tuple(
-        Task(family, data, width, depth, horizon, steps, 32, bits, (), True, 720_000)
-        for data, family, width, depth, horizon, steps in rows
-    )
-
-
 def tasks(bits: str) -> tuple[Task, ...]:
     """What curves are tried on: like meta-training's, of none of its seeds."""
     rows = (
@@ -101,6 +84,23 @@ def tasks(bits: str) -> tuple[Task, ...]:
         )
         for data, family, width, depth, horizon, steps, fine_tuning in rows
     )  # fmt: skip
+
+
+def fine_tuned(bits: str) -> tuple[Task, ...]:
+    """What curves for fine-tuning are tried on: such runs only, more of them and of images."""
+    rows = (
+        ("mnist1d", "cnn1d", 8, 4, 8, 20),
+        ("mnist1d", "cnn1d", 12, 5, 10, 25),
+        ("mnist1d", "cnn1d", 16, 4, 12, 32),
+        ("noisy_digits", "cnn2d", 8, 4, 8, 20),
+        ("noisy_digits", "cnn2d", 12, 3, 6, 30),
+        ("noisy_digits", "residual", 8, 5, 8, 25),
+        ("mnist1d", "mlp", 32, 4, 12, 20),
+    )
+    return tuple(
+        Task(family, data, width, depth, horizon, steps, 32, bits, (), True, 720_000)
+        for data, family, width, depth, horizon, steps in rows
+    )
 
 
 def curves(points: Tensor, box: Box) -> tuple[list[BaseCurve], list[float]]:

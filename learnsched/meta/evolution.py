@@ -1,9 +1,9 @@
 """Evolution strategies in schedule space: a gradient from outer losses alone.
 
 Every member of a task trains under its own schedule and many perturbed copies of it, all as one
-population.
-The perturbations live on a few knots per output and layer, so that hundreds of runs, not hundreds of
-thousands, give a gradient; they come in antithetic pairs that share weights, data and random numbers.
+population. The perturbations live on a few knots per output and layer, so that hundreds of runs, not
+hundreds of thousands, give a gradient; they come in antithetic pairs that share weights, data and
+random numbers.
 """
 
 from __future__ import annotations

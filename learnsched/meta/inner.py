@@ -16,7 +16,7 @@ from torch.func import vmap
 from torch.nn import functional as F
 
 from learnsched.annealed import quantize_unchecked
-from learnsched.incremental import hold, priority, soft_membership
+from learnsched.incremental import any_per_channel, hold, priority, soft_membership
 from learnsched.meta.inner_optimizers import Adam, InnerOptimizer
 from learnsched.meta.population import CARRIED, Population
 from learnsched.modules import WeightQuantizer
@@ -320,7 +320,7 @@ class InnerLoop:
             if redraw:
                 started = (fraction == 1).view(-1, *[1] * (scale.dim() - 1))
             else:
-                started = _any_per_channel(new.detach(), scale)
+                started = vmap(any_per_channel)(new.detach(), scale)
             result += [
                 new,
                 hold(held, membership, projected, new),
@@ -355,14 +355,6 @@ class InnerLoop:
         """The scale in force of each member, in a shape that broadcasts to the stacked weight."""
         scale = vmap(lambda w: quantizer.rule(w, quantizer.levels))(weight)
         return torch.where(scale_held > 0, held_scale, scale)
-
-
-def _any_per_channel(membership: Tensor, scale: Tensor) -> Tensor:
-    """Where any weight that shares an entry of its member's scale is frozen, the scale's shape."""
-    for dim in range(1, membership.dim()):
-        if scale.shape[dim] == 1:
-            membership = membership.amax(dim=dim, keepdim=True)
-    return membership > 0
 
 
 def member_losses(logits: Tensor, labels: Tensor) -> Tensor:
