@@ -185,7 +185,10 @@ def spoiled_card(data, dice):
     card[dice.choice(("format", "feature_schema"))] = dice.choice(
         (0, 1, 99, -1, None, "2", [2], 2.5, 1e308, {"a": 1})
     )
-    if (card["format"], card["feature_schema"]) == (2, 3):
+    if (card["format"], card["feature_schema"]) == (
+        artefact.FORMAT_VERSION,
+        artefact.FEATURE_SCHEMA,
+    ):
         card["format"] = 3
     return vouched(load(data), card)
 
