@@ -44,6 +44,7 @@ from learnsched.meta.estimators import (
     run_forward,
 )
 from learnsched.meta.evolution import EvolutionStrategies, project, tangent_basis
+from learnsched.meta.guarded import Guarded
 from learnsched.meta.hybrid import Hybrid
 from learnsched.meta.tasks import Task
 from learnsched.policies import LearnedPolicy, MetaNetwork
@@ -63,6 +64,7 @@ ESTIMATORS: dict[str, Callable[[Inner, Rollout], ScheduleEstimate]] = {
     "unrolled, windows of 2 epochs": Unrolled(damping=0.5, truncation=2),
     "evolution, 8 pairs": _BUDGET,
     "hybrid, damped and 8 pairs": Hybrid(Unrolled(damping=0.5), _BUDGET),
+    "guarded, damped or 8 pairs": Guarded(Unrolled(damping=0.5), _BUDGET),
 }
 
 # Maxima of the cosine schedule that train the networks of this benchmark well.
