@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd.function import once_differentiable
 
-from learnsched import kernels, staircase
+from learnsched import kernels, operators, staircase
 from learnsched.levels import LevelSet, inside_transform
 from learnsched.noise import NoiseShape, noise_shape
 from learnsched.staircase import NARROWEST, Level
@@ -155,7 +155,7 @@ class _Elementwise(torch.autograd.Function):
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        return _apply(cls, kernels.aligned(info.batch_size, in_dims, args, cls.full)), 0
+        return _apply(cls, operators.aligned(info.batch_size, in_dims, args, cls.full)), 0
 
 
 def _apply(function: Any, args: tuple[Any, ...]) -> Tensor:
@@ -200,7 +200,7 @@ def _mapped(function: Any, args: tuple[Any, ...]) -> Tensor:
         return function.apply(*args)
     batch = unwrapped[0].shape[dims[0]]
     with temporarily_pop_interpreter_stack():
-        result = _apply(function, kernels.aligned(batch, tuple(dims), tuple(unwrapped), 1))
+        result = _apply(function, operators.aligned(batch, tuple(dims), tuple(unwrapped), 1))
     return torch._C._functorch._add_batch_dim(result, 0, level)
 
 
@@ -314,7 +314,7 @@ class _StdSlope(torch.autograd.Function):
         if in_dims[2] is None:  # each member of the batch has a sum of its own
             std = std.expand(info.batch_size, *std.shape)
             in_dims = (*in_dims[:2], 0, *in_dims[3:])
-        aligned = kernels.aligned(info.batch_size, in_dims, (grad, x, std, *rest), 2)
+        aligned = operators.aligned(info.batch_size, in_dims, (grad, x, std, *rest), 2)
         return _apply(cls, aligned).reshape(info.batch_size, *shape), 0
 
 

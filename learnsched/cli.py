@@ -135,9 +135,9 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
+    from learnsched.history import History
     from learnsched.plotting import plot_schedule
     from learnsched.schedule import LayerInfo, RunInfo, plan
-    from learnsched.scheduler import History
 
     if options.source.endswith(".json"):
         schedule, title = History.load(options.source).schedule, f"History {options.source}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,93 +10,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
+from learnsched.choose import Chosen, LayerConfig, choose
 from learnsched.levels import LevelSet
-from learnsched.modules import (
-    QUANTIZED_TYPES,
-    ActivationQuantizer,
-    PReLUQuantizer,
-    QuantizedLayer,
-    WeightQuantizer,
-    channel_dim,
-    fan_in,
-)
+from learnsched.modules import ACTIVATIONS, BATCH_NORMS, CLIPPING, QUANTIZED_TYPES, channel_dim
+from learnsched.quantizers import ActivationQuantizer, PReLUQuantizer, WeightQuantizer
 from learnsched.scales import LeastSquares, ScaleRule, default_weight_rule, unit_normal_scale
-from learnsched.schedule import LayerInfo
-from learnsched.tables import aligned
 
-# A staircase contains the clipping of these; the others are computed ahead of it.
-_CLIPPING = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
-_SMOOTH = (nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish)
-_ACTIVATIONS = _CLIPPING + _SMOOTH
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-_KNOWN = (*QUANTIZED_TYPES, *_ACTIVATIONS)
-
-# Level set and scale rule of each module to quantize, by name.
-Chosen = dict[str, tuple[LevelSet, ScaleRule | None]]
-
-QUANTIZED_LAYERS = tuple(QUANTIZED_TYPES.values())
+_KNOWN = (*QUANTIZED_TYPES, *ACTIVATIONS)
 
 # A search of a tenth of a second, the same for all activations of a level set.
 _initial_scale = functools.cache(unit_normal_scale)
-
-
-@dataclass(frozen=True)
-class LayerConfig:
-    """How one layer and the activations after it are quantized.
-
-    Attributes:
-        weight: level set of the weight; None keeps it real.
-        activation: level set of the activations; None keeps them real.
-        weight_scale: scale rule of the weight; the level set's customary rule if None.
-        activation_scale: scale rule of calibration; least squares if None.
-
-    Example:
-        >>> from learnsched import binary, ternary
-        >>> net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
-        >>> net = quantize_(net, ternary(), overrides={"2": LayerConfig(weight=binary())})
-        >>> [layer.info.weight_levels for layer in quantized_layers(net)]
-        [3, 2]
-    """
-
-    weight: LevelSet | None = None
-    activation: LevelSet | None = None
-    weight_scale: ScaleRule | None = None
-    activation_scale: ScaleRule | None = None
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer as a schedule sees it: a weight and the activations that follow it."""
-
-    info: LayerInfo
-    weight: QuantizedLayer | None
-    activations: tuple[ActivationQuantizer, ...]
-
-    @property
-    def quantizers(self) -> tuple[WeightQuantizer | ActivationQuantizer, ...]:
-        """The weight's quantizer, if any, then the activations'."""
-        own = () if self.weight is None else (self.weight.weight_quantizer,)
-        return (*own, *self.activations)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What ``quantize_`` did with each module that it knows; ``repr`` prints it as a table.
-
-    Example:
-        >>> import learnsched as ls
-        >>> ls.report(ls.quantize_(nn.Sequential(nn.Linear(8, 4)), ls.ternary())).rows[0][0]
-        '0'
-    """
-
-    rows: tuple[tuple[str, str, str, str], ...]
-
-    def __repr__(self) -> str:
-        return aligned([("module", "kind", "levels", "scale"), *self.rows])
 
 
 def quantize_(
@@ -144,228 +68,16 @@ def quantize_(
 
     Example:
         >>> from learnsched import ternary, unsigned
+        >>> from learnsched.layers import quantized_layers
         >>> net = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
         >>> net = quantize_(net, ternary(), unsigned(2), example_input=torch.zeros(1, 8))
         >>> [layer.info.name for layer in quantized_layers(net)]
         ['0', '3']
     """
     base = LayerConfig(weight, activation, weight_scale, activation_scale)
-    overrides = dict(overrides or {})
-    _check_request(model, base, skip, overrides)
-    order, executed = _execution_order(model, example_input)
-    configs = _configure(order, executed, base, skip, overrides)
-    _check_found(order, configs, base, overrides)
-    _convert(model, order, configs)
+    order, chosen = choose(model, base, skip, dict(overrides or {}), example_input)
+    _convert(model, order, chosen)
     return model
-
-
-def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
-    """The quantized layers of a model, from the input.
-
-    Raises:
-        ValueError: the model has none.
-
-    Example:
-        >>> import learnsched as ls
-        >>> net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
-        >>> [layer.info.name for layer in quantized_layers(ls.quantize_(net, ls.ternary()))]
-        ['0', '2']
-    """
-    weights: dict[int, QuantizedLayer] = {}
-    activations: dict[int, list[ActivationQuantizer]] = {}
-    names: dict[int, str] = {}
-    for module in model.modules():
-        if isinstance(module, QUANTIZED_LAYERS):
-            twin = weights.setdefault(module.weight_quantizer.layer_index, module)
-            if twin.weight_quantizer is not module.weight_quantizer:
-                raise ValueError(
-                    f"{twin.weight_quantizer.layer_name} and {module.weight_quantizer.layer_name} "
-                    "were quantized in different calls; call quantize_ once, on the whole model"
-                )
-        if isinstance(module, WeightQuantizer | ActivationQuantizer):
-            names[module.layer_index] = module.layer_name
-        if isinstance(module, ActivationQuantizer):
-            activations.setdefault(module.layer_index, []).append(module)
-    if not names:
-        raise ValueError("the model has no quantized layers; call learnsched.quantize_ first")
-    result = []
-    for index in sorted(names):
-        weight, after = weights.get(index), tuple(activations.get(index, ()))
-        info = LayerInfo(
-            name=names[index],
-            fan_in=0 if weight is None else fan_in(weight),
-            weight_levels=0 if weight is None else len(weight.weight_quantizer.levels.values),
-            activation_levels=len(after[0].levels.values) if after else 0,
-        )
-        result.append(Layer(info, weight, after))
-    return tuple(result)
-
-
-def report(model: nn.Module) -> Report:
-    """What is quantized in a model, and what is not.
-
-    Example:
-        >>> from learnsched import ternary
-        >>> net = quantize_(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), ternary())
-        >>> report(net)
-        module  kind    levels   scale
-        0       Linear  ternary  AbsoluteMean
-        1       ReLU    real
-    """
-    rows = []
-    inside: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        if module in inside:
-            continue
-        if isinstance(module, QUANTIZED_LAYERS):
-            quantizer = module.weight_quantizer
-            kind = type(module).__name__.removeprefix("Quantized")
-            rows.append((name, kind, quantizer.levels.name, type(quantizer.rule).__name__))
-        elif isinstance(module, ActivationQuantizer):
-            inside.update(module.modules())
-            rows.append((name, "activation", module.levels.name, f"{module.scale.item():.4g}"))
-        elif isinstance(module, _KNOWN):
-            rows.append((name, type(module).__name__, "real", ""))
-    return Report(tuple(rows))
-
-
-def _check_request(
-    model: nn.Module,
-    base: LayerConfig,
-    skip: Sequence[str],
-    overrides: Mapping[str, LayerConfig | None],
-) -> None:
-    configs = [base, *(c for c in overrides.values() if c is not None)]
-    for config in configs:
-        if not isinstance(config, LayerConfig):
-            raise TypeError(
-                f"overrides map patterns to LayerConfig or None, got {type(config).__name__}"
-            )
-        for levels in (config.weight, config.activation):
-            if levels is not None and not isinstance(levels, LevelSet):
-                raise TypeError(
-                    "level sets are made by ternary(), unsigned(2) and the like, "
-                    f"got {type(levels).__name__}"
-                )
-        for rule in (config.weight_scale, config.activation_scale):
-            if rule is not None and (isinstance(rule, type) or not isinstance(rule, ScaleRule)):
-                raise TypeError(
-                    f"scale rules are made by AbsoluteMean(), LeastSquares() and the like, got {rule!r}"
-                )
-    if all(c.weight is None and c.activation is None for c in configs):
-        raise ValueError("nothing to do: give weight=, activation= or overrides= a level set")
-    if isinstance(skip, str) or any(s not in ("first", "last") for s in skip):
-        raise ValueError(f"skip takes a sequence of 'first' and 'last', got {skip!r}")
-    if any(isinstance(m, WeightQuantizer | ActivationQuantizer) for m in model.modules()):
-        raise ValueError("the model is quantized already; start again from the float model")
-    if any(map(is_lazy, model.parameters())):
-        raise ValueError("the model has lazy modules; run a batch through it first")
-
-
-def _execution_order(
-    model: nn.Module, example_input: Tensor | tuple[Any, ...] | None
-) -> tuple[list[tuple[str, nn.Module]], int]:
-    """Named leaf modules of interest, by first execution, and how many of them were executed."""
-    wanted = {
-        module: name
-        for name, module in model.named_modules()
-        # Only a parent can put something in the place of an activation.
-        if type(module) in QUANTIZED_TYPES
-        or (name and type(module) in _ACTIVATIONS)
-        or isinstance(module, (*BATCH_NORMS, *_RECURRENT))
-    }
-    if example_input is None:
-        return [(name, module) for module, name in wanted.items()], len(wanted)
-    executed: dict[nn.Module, str] = {}
-
-    def record(module: nn.Module, _: Any) -> None:
-        executed.setdefault(module, wanted[module])
-
-    handles = [module.register_forward_pre_hook(record) for module in wanted]
-    training = [module for module in model.modules() if module.training]
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(*inputs)
-    finally:
-        for module in training:
-            module.training = True
-        for handle in handles:
-            handle.remove()
-    every = {**executed, **wanted}
-    return [(name, module) for module, name in every.items()], len(executed)
-
-
-def _configure(
-    order: list[tuple[str, nn.Module]],
-    executed: int,
-    base: LayerConfig,
-    skip: Sequence[str],
-    overrides: Mapping[str, LayerConfig | None],
-) -> Chosen:
-    """Level set and scale rule of every module that gets quantized."""
-    weights = [name for name, module in order[:executed] if type(module) in QUANTIZED_TYPES]
-    real = {weights[0 if end == "first" else -1] for end in skip if weights}
-    unmatched = set(overrides)
-    configs: Chosen = {}
-    following = base
-    for name, module in order:
-        if isinstance(module, BATCH_NORMS):
-            continue
-        is_weight = type(module) in QUANTIZED_TYPES
-        matches = [pattern for pattern in overrides if fnmatch.fnmatchcase(name, pattern)]
-        unmatched.difference_update(matches)
-        config: LayerConfig | None
-        if matches:
-            config = overrides[matches[0]]
-        elif is_weight:
-            config = None if name in real else base
-        else:
-            config = following
-        if is_weight:
-            following = config or base
-        if config is None:
-            continue
-        if isinstance(module, _RECURRENT):
-            if config.weight is None:
-                continue
-            raise ValueError(
-                f"{name} is a recurrent layer ({type(module).__name__}), whose weights cannot be "
-                f"quantized; keep it real with overrides={{{name!r}: None}}"
-            )
-        levels = config.weight if is_weight else config.activation
-        if levels is not None:
-            rule = config.weight_scale if is_weight else config.activation_scale
-            configs[name] = levels, rule
-    if unmatched:
-        raise ValueError(
-            f"no module matches {sorted(unmatched)}; the modules that can be quantized are "
-            f"{[name for name, m in order if not isinstance(m, BATCH_NORMS)]}"
-        )
-    return configs
-
-
-def _check_found(
-    order: list[tuple[str, nn.Module]],
-    configs: Chosen,
-    base: LayerConfig,
-    overrides: Mapping[str, LayerConfig | None],
-) -> None:
-    """Refuse what was asked for and would change nothing."""
-    quantized = [type(module) in QUANTIZED_TYPES for name, module in order if name in configs]
-    asked = [base, *(c for c in overrides.values() if c is not None)]
-    if any(c.weight is not None for c in asked) and True not in quantized:
-        raise ValueError(
-            f"no weight is left to quantize: no {', '.join(t.__name__ for t in QUANTIZED_TYPES)} "
-            "remains after skip and overrides"
-        )
-    if any(c.activation is not None for c in asked) and False not in quantized:
-        raise ValueError(
-            "no activation is left to quantize: the model holds no ReLU-like module, or none remains "
-            "after overrides. Activations called as functions (F.relu) are not modules: use nn.ReLU "
-            "instead, or leave activation= out"
-        )
 
 
 @dataclass
@@ -374,34 +86,34 @@ class _Group:
     members: list[str]
 
 
-def _group(order: list[tuple[str, nn.Module]], configs: Chosen) -> list[_Group]:
+def _group(order: list[tuple[str, nn.Module]], chosen: Chosen) -> list[_Group]:
     """Each weight with the activations that follow it; real weights may lead a layer too."""
     groups: list[_Group] = []
     for name, module in order:
-        if type(module) in QUANTIZED_TYPES or (name in configs and not groups):
+        if type(module) in QUANTIZED_TYPES or (name in chosen and not groups):
             groups.append(_Group(name, []))
-        if name in configs:
+        if name in chosen:
             groups[-1].members.append(name)
     return [group for group in groups if group.members]
 
 
-def _convert(model: nn.Module, order: list[tuple[str, nn.Module]], configs: Chosen) -> None:
+def _convert(model: nn.Module, order: list[tuple[str, nn.Module]], chosen: Chosen) -> None:
     modules = dict(order)
     of_weight: dict[nn.Parameter, WeightQuantizer] = {}
     quantizers: dict[str, WeightQuantizer | ActivationQuantizer] = {}
-    for name, config in configs.items():
+    for name, config in chosen.items():
         module = modules[name]
         if type(module) in QUANTIZED_TYPES:
-            weight = _own_weight(model, name, module, configs)
+            weight = _own_weight(model, name, module, chosen)
             if weight not in of_weight:
                 of_weight[weight] = _weight_quantizer(module, weight, *config)
             quantizers[name] = of_weight[weight]
         else:
             quantizers[name] = _activation_quantizer(model, module, *config)
-    _warn(model, order, configs)
+    _warn(model, order, chosen)
     # All that can fail comes before this line: from here on the model changes.
     placed: set[nn.Module] = set()
-    for index, group in enumerate(_group(order, configs)):
+    for index, group in enumerate(_group(order, chosen)):
         for name in group.members:
             module, quantizer = modules[name], quantizers[name]
             if quantizer not in placed:  # a shared weight belongs to the layer that uses it first
@@ -422,7 +134,7 @@ def _convert(model: nn.Module, order: list[tuple[str, nn.Module]], configs: Chos
             module.use_nested_tensor = False
 
 
-def _warn(model: nn.Module, order: list[tuple[str, nn.Module]], configs: Chosen) -> None:
+def _warn(model: nn.Module, order: list[tuple[str, nn.Module]], chosen: Chosen) -> None:
     normalized = {
         name
         for (_, before), (name, _) in zip(order, order[1:], strict=False)
@@ -431,7 +143,7 @@ def _warn(model: nn.Module, order: list[tuple[str, nn.Module]], configs: Chosen)
     uncalibrated = [
         name
         for name, module in order
-        if name in configs and type(module) in _ACTIVATIONS and name not in normalized
+        if name in chosen and type(module) in ACTIVATIONS and name not in normalized
     ]
     if uncalibrated:
         warnings.warn(
@@ -451,7 +163,7 @@ def _warn(model: nn.Module, order: list[tuple[str, nn.Module]], configs: Chosen)
         )
 
 
-def _own_weight(model: nn.Module, name: str, module: nn.Module, configs: Chosen) -> nn.Parameter:
+def _own_weight(model: nn.Module, name: str, module: nn.Module, chosen: Chosen) -> nn.Parameter:
     """The weight parameter of a module, if all its users are quantized alike."""
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     keep = f"or keep it real with overrides={{{name!r}: None}}"
@@ -472,7 +184,7 @@ def _own_weight(model: nn.Module, name: str, module: nn.Module, configs: Chosen)
         for other, user in model.named_modules()
         if user is not module
         and any(p is weight for p in user.parameters(recurse=False))
-        and (type(user) is not type(module) or configs.get(other) != configs[name])
+        and (type(user) is not type(module) or chosen.get(other) != chosen[name])
     ]
     if others:
         raise ValueError(
@@ -495,7 +207,7 @@ def _activation_quantizer(
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     if isinstance(module, nn.PReLU):
         return PReLUQuantizer(levels, scale, rule, module, like)
-    before = None if isinstance(module, _CLIPPING) else module
+    before = None if isinstance(module, CLIPPING) else module
     return ActivationQuantizer(levels, scale, rule, before, like)
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from learnsched.convert import BATCH_NORMS, Layer, quantized_layers
-from learnsched.modules import NOISE_BUFFERS, ActivationQuantizer, QuantizedLayer
+from learnsched.layers import Layer, quantized_layers
+from learnsched.modules import BATCH_NORMS, QuantizedLayer
+from learnsched.quantizers import NOISE_BUFFERS, ActivationQuantizer
 
 
 @dataclass(frozen=True)

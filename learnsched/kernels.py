@@ -18,14 +18,14 @@ import importlib.util
 import os
 import platform
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from learnsched import native, staircase
 from learnsched.levels import LevelSet, inside_transform
-from learnsched.noise import NOISE_CODES, NoiseShape, noise_shape
+from learnsched.noise import NOISE_CODES, NoiseShape
 from learnsched.staircase import Level
 
 if TYPE_CHECKING:
@@ -150,27 +150,6 @@ def std_slope_adjoint(
     outer_scaled = outer if scale is None else outer * scale
     of_std = _summed(parts[2] * grad * outer_scaled, std)
     return parts[0] * outer_scaled, parts[1] * grad * outer, of_std
-
-
-def aligned(
-    batch: int, in_dims: tuple[Any, ...], args: tuple[Any, ...], full: int
-) -> tuple[Any, ...]:
-    """Arguments under a vmap, with the mapped dimension first and as many others as broadcasting needs.
-
-    The first ``full`` of them have the shape of the result, and all get the mapped dimension.
-    """
-    mapped = zip(args, in_dims, strict=True)
-    rank = max(a.dim() - (d is not None) for a, d in mapped if isinstance(a, Tensor))
-
-    def moved(place: int, arg: Any, dim: int | None) -> Any:
-        if not isinstance(arg, Tensor):
-            return arg
-        if dim is None:
-            return arg.expand(batch, *arg.shape) if place < full else arg
-        arg = arg.movedim(dim, 0)
-        return arg.reshape(len(arg), *[1] * (rank - arg.dim() + 1), *arg.shape[1:])
-
-    return tuple(moved(i, a, d) for i, (a, d) in enumerate(zip(args, in_dims, strict=True)))
 
 
 def _over(x: Tensor, scale: Scale) -> Tensor:
@@ -412,70 +391,3 @@ def _staircase(levels: LevelSet, noise: str) -> tuple[int, _Staircase, tuple[Ten
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _available() -> bool:
     return native.build().library is not None
-
-
-@functools.lru_cache(maxsize=256)
-def _level_set(values: tuple[float, ...], thresholds: tuple[float, ...]) -> LevelSet:
-    return LevelSet(values, thresholds)
-
-
-_TAIL = "Tensor x, Tensor std, Tensor mean, Tensor? scale, float[] values, float[] thresholds, str noise"
-# arguments from std on
-_AFTER_X = 6
-_LIBRARY = torch.library.Library("learnsched", "DEF")
-
-
-def _define(
-    name: str,
-    leading: str,
-    result: str,
-    function: Callable[..., Any],
-    like: Callable[..., Any],
-) -> None:
-    """Register an operator: its schema, its computation, and the shapes of its results."""
-    _LIBRARY.define(f"{name}({leading}{_TAIL}) -> {result}")
-
-    def compute(*args: Any) -> Any:
-        *tensors, x, std, mean, scale, values, thresholds, noise = args
-        levels = _level_set(tuple(values), tuple(thresholds))
-        return function(*tensors, x, levels, std, mean, noise_shape(noise), scale)
-
-    def mapped(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        batch, full = info.batch_size, len(args) - _AFTER_X
-        std, std_dim = args[full], in_dims[full]
-        shape = std.shape if std_dim is None else std.movedim(std_dim, 0).shape[1:]
-        if like is not _like_x and std_dim is None:  # each member has a sum of its own
-            args = (*args[:full], std.expand(batch, *std.shape), *args[full + 1 :])
-            in_dims = (*in_dims[:full], 0, *in_dims[full + 1 :])
-        operator = getattr(torch.ops.learnsched, name)
-        result = operator(*aligned(batch, in_dims, args, full))
-        if like is _like_x:
-            return result, 0
-        if like is _like_std:
-            return result.reshape(batch, *shape), 0
-        *both, of_std = result
-        return (*both, of_std.reshape(batch, *shape)), (0, 0, 0)
-
-    _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"learnsched::{name}", like, lib=_LIBRARY)
-    torch.library.register_vmap(f"learnsched::{name}", mapped, lib=_LIBRARY)
-
-
-def _like_x(*args: Any) -> Tensor:
-    return torch.empty_like(args[-7], memory_format=torch.contiguous_format)
-
-
-def _like_std(*args: Any) -> Tensor:
-    return torch.empty_like(args[-6], memory_format=torch.contiguous_format)
-
-
-def _like_all(*args: Any) -> tuple[Tensor, ...]:
-    return _like_x(*args), _like_x(*args), _like_std(*args)
-
-
-_define("value", "", "Tensor", value, _like_x)
-_define("slope", "Tensor grad, ", "Tensor", slope, _like_x)
-_define("std_slope", "Tensor grad, ", "Tensor", std_slope, _like_std)
-_TRIPLE = "(Tensor, Tensor, Tensor)"
-_define("slope_adjoint", "Tensor outer, Tensor grad, ", _TRIPLE, slope_adjoint, _like_all)
-_define("std_slope_adjoint", "Tensor outer, Tensor grad, ", _TRIPLE, std_slope_adjoint, _like_all)

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from learnsched.convert import quantized_layers
+from learnsched.layers import quantized_layers
 
 
 def learn_scales_(model: nn.Module) -> list[nn.Parameter]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,87 +16,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from learnsched.annealed import MODES
-from learnsched.convert import quantized_layers
-from learnsched.files import write_text
+from learnsched.history import History, as_numbers
 from learnsched.incremental import PARTITIONS
+from learnsched.layers import quantized_layers
 from learnsched.noise import noise_shape
-from learnsched.schedule import FIELDS, Policy, RunInfo, Schedule, Setting, Telemetry, terminal
+from learnsched.schedule import FIELDS, Policy, RunInfo, Setting, Telemetry, terminal
 
 _STATE_VERSION = 1
-
-
-class History:
-    """The settings that were applied so far and the metrics that were reported.
-
-    Attributes:
-        metrics: one dictionary of numbers for every epoch that has ended.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "history.json"
-        >>> history = History(["fc"])
-        >>> history.settings.append((Setting(fraction=0.5),))
-        >>> history.save(path)
-        >>> History.load(path).schedule["fraction"].tolist()
-        [[0.5]]
-    """
-
-    def __init__(self, layers: Sequence[str]) -> None:
-        self.layers = tuple(layers)
-        self.settings: list[tuple[Setting, ...]] = []
-        self.metrics: list[dict[str, float]] = []
-
-    @property
-    def schedule(self) -> Schedule:
-        """What was applied, as a schedule of as many epochs as have begun."""
-        return Schedule.from_settings(self.settings, self.layers)
-
-    def plot(self, path: str | Path | None = None, *, title: str | None = None) -> Any:
-        """Plot the settings, layers × epochs; see :func:`learnsched.plotting.plot_schedule`."""
-        from learnsched.plotting import plot_schedule
-
-        return plot_schedule(self.schedule, path, title=title)
-
-    def save(self, path: str | Path) -> None:
-        """Write the history as JSON; ``learnsched plot PATH`` draws it.
-
-        Raises:
-            OSError: the file cannot be written; one that was there before is as it was.
-        """
-        content = {
-            "learnsched_history": _STATE_VERSION,
-            "layers": list(self.layers),
-            "fields": list(FIELDS),
-            "settings": [[[getattr(s, f) for f in FIELDS] for s in row] for row in self.settings],
-            "metrics": self.metrics,
-        }
-        write_text(path, json.dumps(content) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> History:
-        """Read what :meth:`save` has written.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: it holds no history, or one of another version.
-        """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or "learnsched_history" not in content:
-                raise ValueError("scheduler.history.save() did not write it")
-            if content["learnsched_history"] != _STATE_VERSION or content.get("fields") != list(
-                FIELDS
-            ):
-                raise ValueError("it is of another version of learnsched")
-            history = cls(content["layers"])
-            history.settings = [tuple(Setting(*s) for s in row) for row in content["settings"]]
-            history.metrics = [_numbers(metrics) for metrics in content["metrics"]]
-            # A schedule checks its own shape.
-            if len(history.metrics) > len(history.schedule.table):
-                raise ValueError("it has more metrics than epochs")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is not the history of a run: {error}") from error
-        return history
 
 
 class QuantizationScheduler:
@@ -234,7 +158,7 @@ class QuantizationScheduler:
                 f"step() was called {self.epoch + 1} times for a horizon of {self.epochs} epochs; "
                 "make a new scheduler with more epochs"
             )
-        numbers = _numbers(metrics)
+        numbers = as_numbers(metrics)
         missing = [name for name in self.policy.metrics if name not in numbers]
         if missing:
             raise KeyError(
@@ -435,20 +359,6 @@ class _LazyTelemetry(Telemetry):
         if name == "weight_error":
             return self.measure()
         raise AttributeError(name)
-
-
-def _numbers(metrics: Mapping[str, float | Tensor] | None) -> dict[str, float]:
-    if metrics is None:
-        return {}
-    if not isinstance(metrics, Mapping):
-        raise TypeError(f'metrics are given by name, as {{"train_loss": loss}}, got {metrics!r}')
-    numbers = {}
-    for name, value in metrics.items():
-        try:
-            numbers[name] = float(value.detach() if isinstance(value, Tensor) else value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"the metric {name!r} must be a number, got {value!r}") from error
-    return numbers
 
 
 def _ratio(value: float, reference: float) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 
 import learnsched as ls
 from learnsched import cli
+from learnsched.history import History
 from learnsched.pretrained.card import render_card
-from learnsched.scheduler import History
 
 PNG = b"\x89PNG"
 

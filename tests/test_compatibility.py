@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import learnsched as ls
-from learnsched.convert import quantized_layers
+from learnsched.layers import quantized_layers
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:no batch norm precedes", "ignore:outside of what the schedule"

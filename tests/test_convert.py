@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import learnsched as ls
-from learnsched.convert import quantized_layers
-from learnsched.modules import ActivationQuantizer, QuantizedLinear
+from learnsched.layers import quantized_layers
+from learnsched.modules import QuantizedLinear
+from learnsched.quantizers import ActivationQuantizer
 from learnsched.scales import AbsoluteMean, Fixed, Maximum
 
 pytestmark = pytest.mark.filterwarnings("ignore:no batch norm precedes")

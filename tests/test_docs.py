@@ -44,11 +44,11 @@ def others():
         for framework in ("lightning", "transformers", "skorch")
     )
     yield from (
-        "learnsched.convert.Report", "learnsched.convert.quantized_layers",
+        "learnsched.conversion_report.Report", "learnsched.layers.quantized_layers",
         "learnsched.finalize.IntegerWeights", "learnsched.meta.estimators.Unrolled",
         "learnsched.meta.evolution.EvolutionStrategies", "learnsched.meta.hybrid.Hybrid",
         "learnsched.meta.guarded.Guarded",
-        "learnsched.scales.ScaleRule", "learnsched.schedule.Policy", "learnsched.scheduler.History",
+        "learnsched.scales.ScaleRule", "learnsched.schedule.Policy", "learnsched.history.History",
     )  # fmt: skip
 
 

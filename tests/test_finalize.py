@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import learnsched as ls
-from learnsched.convert import quantized_layers
+from learnsched.layers import quantized_layers
 from learnsched.scales import AbsoluteMean, Fixed
 
 pytestmark = pytest.mark.filterwarnings("ignore:no batch norm precedes")

@@ -6,7 +6,7 @@ import json
 import pytest
 
 import learnsched as ls
-from learnsched.scheduler import History
+from learnsched.history import History
 
 pytestmark = pytest.mark.filterwarnings("ignore:outside of what the schedule")
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import learnsched as ls
 from learnsched import policies
-from learnsched.convert import quantized_layers
+from learnsched.layers import quantized_layers
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:no batch norm precedes",

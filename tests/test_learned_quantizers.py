@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import learnsched as ls
-from learnsched.convert import quantized_layers
 from learnsched.data import load
+from learnsched.layers import quantized_layers
 from learnsched.meta.estimators import run_forward, table_rollout
 from learnsched.meta.tasks import Task
 from learnsched.policies import RelaxedQuantization

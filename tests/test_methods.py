@@ -19,7 +19,7 @@ from learnsched.benchmarks.methods import (
     rivals,
     upper_bound,
 )
-from learnsched.convert import LayerConfig
+from learnsched.choose import LayerConfig
 from learnsched.data import load
 from learnsched.meta.estimators import run_forward, table_rollout
 from learnsched.meta.tasks import BITS, Task

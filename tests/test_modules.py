@@ -13,16 +13,14 @@ from torch.nn import functional as F
 
 import learnsched as ls
 from learnsched.annealed import annealed_quantize
-from learnsched.modules import (
+from learnsched.modules import QuantizedConv1d, QuantizedConv2d, QuantizedLinear
+from learnsched.noise import NOISES, noise_shape
+from learnsched.quantizers import (
     NOISE_BUFFERS,
     ActivationQuantizer,
     PReLUQuantizer,
-    QuantizedConv1d,
-    QuantizedConv2d,
-    QuantizedLinear,
     WeightQuantizer,
 )
-from learnsched.noise import NOISES, noise_shape
 from learnsched.scales import AbsoluteMean, Fixed, LeastSquares, Maximum, default_weight_rule
 
 LEVELS = {

@@ -15,7 +15,7 @@ from torch import nn
 
 import learnsched as ls
 from learnsched import policies
-from learnsched.convert import quantized_layers
+from learnsched.layers import quantized_layers
 from learnsched.schedule import Setting
 
 pytestmark = pytest.mark.filterwarnings("ignore:no batch norm precedes")
@@ -709,7 +709,7 @@ def test_history_is_a_schedule():
 
 @pytest.mark.parametrize("open_loop", [True, False])
 def test_weights_are_measured_only_for_policies_that_read_their_error(monkeypatch, open_loop):
-    from learnsched.modules import WeightQuantizer
+    from learnsched.quantizers import WeightQuantizer
 
     measured = []
     error = WeightQuantizer.error

@@ -12,7 +12,7 @@ from torch import nn
 
 from learnsched.benchmarks import spaces
 from learnsched.benchmarks.spaces import Trial
-from learnsched.convert import LayerConfig
+from learnsched.choose import LayerConfig
 from learnsched.learned_quantizers import learn_noise_, learn_scales_
 from learnsched.levels import LevelSet, power_of_two, ternary, unsigned
 from learnsched.meta.estimators import Rollout, policy_rollout, table_rollout

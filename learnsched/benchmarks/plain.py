@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from learnsched.convert import BATCH_NORMS
 from learnsched.data import DataSet, Split
 from learnsched.meta.tasks import Task
+from learnsched.modules import BATCH_NORMS
 
 # From a float network, a policy and the number of steps to the network to train and its optimizer,
 # which has a learning rate of 1.

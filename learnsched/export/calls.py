@@ -18,7 +18,7 @@ from learnsched.export.errors import ExportError
 from learnsched.export.operations import RISING, Operation, shape_of
 from learnsched.export.values import Doubles, Integer, Pending, Value
 from learnsched.levels import LevelSet
-from learnsched.modules import PReLUQuantizer
+from learnsched.quantizers import PReLUQuantizer
 
 
 class Calls:

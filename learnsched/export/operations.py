@@ -10,11 +10,11 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from learnsched.convert import QUANTIZED_LAYERS
 from learnsched.export.errors import ExportError
 from learnsched.export.graph import Window
 from learnsched.export.quantized_input import QuantizedInput
-from learnsched.modules import ActivationQuantizer, PReLUQuantizer, WeightQuantizer
+from learnsched.modules import QUANTIZED_LAYERS
+from learnsched.quantizers import ActivationQuantizer, PReLUQuantizer, WeightQuantizer
 
 QUANTIZERS = (ActivationQuantizer, QuantizedInput)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from learnsched.convert import quantized_layers
 from learnsched.export import graph as g
 from learnsched.export.calls import Calls, activation_before
 from learnsched.export.decide import thresholds
@@ -35,7 +34,8 @@ from learnsched.export.values import (
     weight_levels,
 )
 from learnsched.finalize import IntegerWeights, integer_weights
-from learnsched.modules import ActivationQuantizer
+from learnsched.layers import quantized_layers
+from learnsched.quantizers import ActivationQuantizer
 
 # float32 holds every integer up to here, so that a float convolution of integers is exact.
 EXACT = 2**24

@@ -19,7 +19,7 @@ from learnsched.annealed import quantize_unchecked
 from learnsched.incremental import any_per_channel, hold, priority, soft_membership
 from learnsched.meta.inner_optimizers import Adam, InnerOptimizer
 from learnsched.meta.population import CARRIED, Population
-from learnsched.modules import WeightQuantizer
+from learnsched.quantizers import WeightQuantizer
 from learnsched.schedule import FIELDS, RunInfo, Telemetry
 
 _FRACTION = FIELDS.index("fraction")

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from learnsched.convert import BATCH_NORMS, quantized_layers
+from learnsched.layers import quantized_layers
 from learnsched.meta.convolution import ConvolutionsAsProducts
-from learnsched.modules import WeightQuantizer
+from learnsched.modules import BATCH_NORMS
+from learnsched.quantizers import WeightQuantizer
 from learnsched.schedule import FIELDS, LayerInfo
 
 # Buffers that the inner loop carries itself, as part of its state.

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from learnsched.convert import LayerConfig, quantize_, quantized_layers
+from learnsched.choose import LayerConfig
+from learnsched.convert import quantize_
 from learnsched.data import DataSet
+from learnsched.layers import quantized_layers
 from learnsched.levels import LevelSet, binary, ternary, unsigned
 from learnsched.meta.inner import Batches, InnerLoop
 from learnsched.meta.inner_optimizers import OPTIMIZERS

@@ -5,131 +5,21 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from learnsched.policies.base_curve import BaseCurve, depths
 from learnsched.policies.base_curves import BaseCurves
+from learnsched.policies.domain import Domain
+from learnsched.policies.features import FEEDBACK, STATIC, feedback_features, static_features
+from learnsched.policies.meta_network import OUTPUTS, MetaNetwork
 from learnsched.schedule import FIELDS, RunInfo, Setting, Telemetry
-
-# Raised with every change of the features or outputs; artefacts of another schema are refused.
-FEATURE_SCHEMA = 4
 
 # Of the training loss in the first epoch's: twice what the features are clipped to.
 _LARGEST_LOSS = round(2 * math.e, 1)
-
-_KNOTS = (0.1, 0.3, 0.5, 0.7, 0.9)
-_STATIC = 11 + len(_KNOTS)
-_FEEDBACK = 3
-_OUTPUTS = 5
-
-
-@dataclass(frozen=True)
-class Domain:
-    """The range of runs that meta-training has seen; inputs beyond it are clipped to it.
-
-    Attributes:
-        horizon: fewest and most epochs.
-        steps: fewest and most optimizer steps of a run.
-        depth: fewest and most layers.
-        fan_in: smallest and largest fan-in.
-        activation_levels: fewest and most levels of activations. A run with others gets the base
-            curve alone: what is learned of one level set does harm to another.
-
-    Raises:
-        ValueError: a range is not positive and finite, or is reversed.
-
-    Example:
-        >>> from learnsched.schedule import LayerInfo
-        >>> Domain(horizon=(5, 20)).outside(RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=90))
-        ['horizon (epochs) 90 to 90 (seen 5 to 20)']
-    """
-
-    horizon: tuple[float, float] = (1, 1000)
-    steps: tuple[float, float] = (1, 1_000_000)
-    depth: tuple[float, float] = (1, 1000)
-    fan_in: tuple[float, float] = (1, 1_000_000)
-    activation_levels: tuple[float, float] = (1, 1_000_000)
-
-    def __post_init__(self) -> None:
-        for name, (low, high) in asdict(self).items():
-            if not 0 < low <= high < math.inf:
-                raise ValueError(f"{name} must go from a positive number up, got {low} to {high}")
-
-    def outside(self, run: RunInfo) -> list[str]:
-        """What of a run lies more than a factor of two outside, in words."""
-        fan_ins: list[float] = [layer.fan_in for layer in run.layers if layer.fan_in] or [
-            self.fan_in[0]
-        ]
-        seen: list[tuple[str, tuple[float, float], list[float]]] = [
-            ("horizon (epochs)", self.horizon, [run.horizon]),
-            ("depth (layers)", self.depth, [len(run.layers)]),
-            ("fan-in", self.fan_in, [min(fan_ins), max(fan_ins)]),
-        ]
-        if run.steps_per_epoch is not None:
-            seen.append(("optimizer steps", self.steps, [run.horizon * run.steps_per_epoch]))
-        return [
-            f"{name} {min(values):g} to {max(values):g} (seen {low:g} to {high:g})"
-            for name, (low, high), values in seen
-            if min(values) < low / 2 or max(values) > high * 2
-        ]
-
-    def has_seen_levels(self, run: RunInfo) -> bool:
-        """Whether the run's quantized activations have as many levels as meta-training has seen.
-
-        Example:
-            >>> from learnsched.schedule import LayerInfo
-            >>> run = RunInfo((LayerInfo("fc", 10, 3, 2), LayerInfo("out", 10, 3, 0)), horizon=9)
-            >>> [Domain(activation_levels=seen).has_seen_levels(run) for seen in ((2, 4), (4, 4))]
-            [True, False]
-        """
-        low, high = self.activation_levels
-        levels = [layer.activation_levels for layer in run.layers if layer.activation_levels]
-        return all(low <= count <= high for count in levels)
-
-
-class MetaNetwork(nn.Module):
-    """A GRU cell shared by all layers, with a mean and a maximum over layers as common input.
-
-    The noise is put out for the whole network, by the mean over layers, the fraction by each layer:
-    the differences in noise that layers learned when each had its own were those of chance, and cost
-    half a point of accuracy.
-
-    Args:
-        hidden: units of the cell, per layer.
-        embedding: units of the embedded inputs.
-
-    Shape:
-        features ``(..., layers, features)`` and hidden state ``(..., layers, hidden)`` in; raw
-        outputs ``(..., layers, 5)``, zero at initialisation, and the new hidden state out.
-
-    Example:
-        >>> network = MetaNetwork(hidden=6, embedding=4)
-        >>> network.hidden, network.embedding
-        (6, 4)
-    """
-
-    def __init__(self, hidden: int = 24, embedding: int = 16) -> None:
-        super().__init__()
-        self.hidden, self.embedding = hidden, embedding
-        self.embed = nn.Linear(_STATIC + _FEEDBACK + _OUTPUTS, embedding)
-        self.cell = nn.GRUCell(3 * embedding, hidden)
-        self.out = nn.Linear(hidden, _OUTPUTS)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, features: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        x = torch.tanh(self.embed(features))
-        common = torch.cat([x.mean(-2, keepdim=True), x.amax(-2, keepdim=True)], dim=-1)
-        x = torch.cat([x, common.expand(*x.shape[:-1], -1)], dim=-1)
-        shape = state.shape
-        state = self.cell(x.flatten(0, -2), state.flatten(0, -2)).view(shape)
-        raw = self.out(state)
-        noise, fraction = raw.split([_OUTPUTS - 1, 1], dim=-1)
-        return torch.cat([noise.mean(-2, keepdim=True).expand_as(noise), fraction], -1), state
 
 
 class LearnedPolicy:
@@ -214,7 +104,7 @@ class LearnedPolicy:
         return {
             "hidden": like.new_zeros(*shape, self.network.hidden),
             "fraction": like.new_zeros(shape),
-            "outputs": like.new_zeros(*shape, _OUTPUTS),
+            "outputs": like.new_zeros(*shape, OUTPUTS),
         }
 
     def settings(
@@ -240,16 +130,15 @@ class LearnedPolicy:
         """Differentiable settings, shape ``(..., layers, len(FIELDS))``, and the new state."""
         like = self.network.out.bias
         progress = run.progress(epoch)
-        static = _static_features(run, progress, self.domain).to(like)
-        if self.open_loop:
-            feedback = like.new_zeros(_FEEDBACK)
-        else:
-            feedback = _feedback_features(telemetry).to(like)
+        static = static_features(run, progress, self.domain).to(like)
+        feedback = (
+            like.new_zeros(FEEDBACK) if self.open_loop else feedback_features(telemetry).to(like)
+        )
         shape = state["outputs"].shape[:-1]
         features = torch.cat(
             [
-                static.expand(*shape, _STATIC),
-                feedback.expand(*shape, _FEEDBACK),
+                static.expand(*shape, STATIC),
+                feedback.expand(*shape, FEEDBACK),
                 state["outputs"],
             ],
             dim=-1,
@@ -271,7 +160,7 @@ class LearnedPolicy:
         own = torch.stack(
             [*columns[::2][:2], *(torch.log(c) for c in columns[1:4:2]), fraction], -1
         )
-        means = torch.zeros_like(outputs[..., : len(FIELDS) - _OUTPUTS])
+        means = torch.zeros_like(outputs[..., : len(FIELDS) - OUTPUTS])
         state = {"hidden": hidden, "fraction": fraction, "outputs": own.detach()}
         return torch.cat([outputs, means], dim=-1), state
 
@@ -299,45 +188,3 @@ def leaky_clamp(x: Tensor, leak: float = 0.3) -> Tensor:
     """
     result: Tensor = _LeakyClamp.apply(x, leak)
     return result
-
-
-def _static_features(run: RunInfo, progress: float, domain: Domain) -> Tensor:
-    """What is known before training, shape ``(layers, features)``, of order 1."""
-
-    def log_within(value: float, seen: tuple[float, float], typical: float) -> float:
-        return math.log(min(max(value, seen[0]), seen[1]) / typical)
-
-    count = len(run.layers)
-    horizon = log_within(run.horizon, domain.horizon, 15.0)
-    steps = run.steps_per_epoch
-    typical_steps = math.sqrt(domain.steps[0] * domain.steps[1])
-    total = typical_steps if steps is None else run.horizon * steps
-    rows = []
-    for index, (layer, depth) in enumerate(zip(run.layers, depths(count), strict=True)):
-        fan_in = log_within(layer.fan_in, domain.fan_in, 50.0) if layer.fan_in else 0.0
-        rows.append(
-            [
-                depth,
-                float(index == 0),
-                float(index == count - 1),
-                fan_in / 2,
-                math.log2(layer.weight_levels) / 2 if layer.weight_levels else 0.0,
-                math.log2(layer.activation_levels) / 2 if layer.activation_levels else 0.0,
-                log_within(count, domain.depth, 4.0),
-                horizon,
-                log_within(total, domain.steps, 300.0),
-                float(run.fine_tuning),
-                progress,
-                *(math.tanh((progress - knot) / 0.15) for knot in _KNOTS),
-            ]
-        )
-    return torch.tensor(rows)
-
-
-def _feedback_features(telemetry: Telemetry) -> Tensor:
-    """Telemetry, shape ``(..., layers, 3)``, of order 1 whatever the run."""
-    error = telemetry.weight_error
-    loss = telemetry.loss.clamp(min=1e-4).log().clamp(-4, 1)
-    trend = (4 * telemetry.loss_trend.clamp(min=1e-4).log()).clamp(-2, 2)
-    columns = [loss.unsqueeze(-1).expand_as(error), trend.unsqueeze(-1).expand_as(error), error]
-    return torch.nan_to_num(torch.stack(columns, dim=-1))

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from learnsched.files import write, write_text
-from learnsched.policies.learned import FEATURE_SCHEMA, LearnedPolicy
+from learnsched.policies.features import FEATURE_SCHEMA
+from learnsched.policies.learned import LearnedPolicy
 
 FORMAT_VERSION = 2
 

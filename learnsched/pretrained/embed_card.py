@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from learnsched.policies.learned import FEATURE_SCHEMA
+from learnsched.policies.features import FEATURE_SCHEMA
 from learnsched.pretrained.artefact import (
     ArtefactError,
     digest,

@@ -1,0 +1,55 @@
+"""What is quantized in a model, and what is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from learnsched.modules import ACTIVATIONS, QUANTIZED_LAYERS, QUANTIZED_TYPES
+from learnsched.quantizers import ActivationQuantizer
+from learnsched.tables import aligned
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``quantize_`` did with each module that it knows; ``repr`` prints it as a table.
+
+    Example:
+        >>> import learnsched as ls
+        >>> ls.report(ls.quantize_(nn.Sequential(nn.Linear(8, 4)), ls.ternary())).rows[0][0]
+        '0'
+    """
+
+    rows: tuple[tuple[str, str, str, str], ...]
+
+    def __repr__(self) -> str:
+        return aligned([("module", "kind", "levels", "scale"), *self.rows])
+
+
+def report(model: nn.Module) -> Report:
+    """What is quantized in a model, and what is not.
+
+    Example:
+        >>> from learnsched import quantize_, ternary
+        >>> net = quantize_(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), ternary())
+        >>> report(net)
+        module  kind    levels   scale
+        0       Linear  ternary  AbsoluteMean
+        1       ReLU    real
+    """
+    rows = []
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in inside:
+            continue
+        if isinstance(module, QUANTIZED_LAYERS):
+            quantizer = module.weight_quantizer
+            kind = type(module).__name__.removeprefix("Quantized")
+            rows.append((name, kind, quantizer.levels.name, type(quantizer.rule).__name__))
+        elif isinstance(module, ActivationQuantizer):
+            inside.update(module.modules())
+            rows.append((name, "activation", module.levels.name, f"{module.scale.item():.4g}"))
+        elif isinstance(module, (*QUANTIZED_TYPES, *ACTIVATIONS)):
+            rows.append((name, type(module).__name__, "real", ""))
+    return Report(tuple(rows))

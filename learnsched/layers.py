@@ -1,0 +1,68 @@
+"""The quantized layers of a model, as a schedule sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from learnsched.modules import QUANTIZED_LAYERS, QuantizedLayer, fan_in
+from learnsched.quantizers import ActivationQuantizer, WeightQuantizer
+from learnsched.schedule import LayerInfo
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer as a schedule sees it: a weight and the activations that follow it."""
+
+    info: LayerInfo
+    weight: QuantizedLayer | None
+    activations: tuple[ActivationQuantizer, ...]
+
+    @property
+    def quantizers(self) -> tuple[WeightQuantizer | ActivationQuantizer, ...]:
+        """The weight's quantizer, if any, then the activations'."""
+        own = () if self.weight is None else (self.weight.weight_quantizer,)
+        return (*own, *self.activations)
+
+
+def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
+    """The quantized layers of a model, from the input.
+
+    Raises:
+        ValueError: the model has none.
+
+    Example:
+        >>> import learnsched as ls
+        >>> net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> [layer.info.name for layer in quantized_layers(ls.quantize_(net, ls.ternary()))]
+        ['0', '2']
+    """
+    weights: dict[int, QuantizedLayer] = {}
+    activations: dict[int, list[ActivationQuantizer]] = {}
+    names: dict[int, str] = {}
+    for module in model.modules():
+        if isinstance(module, QUANTIZED_LAYERS):
+            twin = weights.setdefault(module.weight_quantizer.layer_index, module)
+            if twin.weight_quantizer is not module.weight_quantizer:
+                raise ValueError(
+                    f"{twin.weight_quantizer.layer_name} and {module.weight_quantizer.layer_name} "
+                    "were quantized in different calls; call quantize_ once, on the whole model"
+                )
+        if isinstance(module, WeightQuantizer | ActivationQuantizer):
+            names[module.layer_index] = module.layer_name
+        if isinstance(module, ActivationQuantizer):
+            activations.setdefault(module.layer_index, []).append(module)
+    if not names:
+        raise ValueError("the model has no quantized layers; call learnsched.quantize_ first")
+    result = []
+    for index in sorted(names):
+        weight, after = weights.get(index), tuple(activations.get(index, ()))
+        info = LayerInfo(
+            name=names[index],
+            fan_in=0 if weight is None else fan_in(weight),
+            weight_levels=0 if weight is None else len(weight.weight_quantizer.levels.values),
+            activation_levels=len(after[0].levels.values) if after else 0,
+        )
+        result.append(Layer(info, weight, after))
+    return tuple(result)

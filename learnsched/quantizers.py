@@ -1,0 +1,332 @@
+"""Quantizers of weights and activations as modules.
+
+Noise levels, memberships and held values are buffers, so that ``state_dict``, ``torch.compile``,
+``higher`` and data-parallel wrappers all see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from learnsched.annealed import quantize_unchecked
+from learnsched.incremental import any_per_channel, hard_membership, hold, priority
+from learnsched.levels import LevelSet
+from learnsched.noise import noise_shape
+from learnsched.scales import ScaleRule
+
+NOISE_BUFFERS = ("forward_std", "backward_std", "forward_mean", "backward_mean")
+
+
+class _Quantizer(nn.Module):
+    """What weights and activations share: a level set and the noise, in units of the level step."""
+
+    forward_std: Tensor
+    backward_std: Tensor
+    forward_mean: Tensor
+    backward_mean: Tensor
+    layer_name: str = ""
+    layer_index: int = 0
+    # a parameter after learn_noise_
+    log_std: nn.Parameter | None
+
+    def __init__(self, levels: LevelSet, like: Tensor) -> None:
+        super().__init__()
+        self.register_parameter("log_std", None)
+        self.levels = levels
+        self.noise = noise_shape("normal")
+        self.mode = "expectation"
+        for name in NOISE_BUFFERS:
+            initial = 1.0 if name == "backward_std" else 0.0
+            self.register_buffer(
+                name, torch.full((), initial, dtype=like.dtype, device=like.device)
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A noise shape holds functions of torch, not all of which can be pickled: keep its name.
+        return {**self.__dict__, "noise": self.noise.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "noise": noise_shape(state["noise"])})
+
+    def _annealed(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Quantize ``x``, in units of the level set or, given a constant scale, in its own."""
+        step = self.levels.step
+        noise = (self.forward_std, self.forward_mean, self.backward_std, self.backward_mean)
+        if self.log_std is not None:
+            factor = self.log_std.exp()
+            noise = (noise[0] * factor, noise[1], noise[2] * factor, noise[3])
+        if step != 1:
+            noise = tuple(level * step for level in noise)  # type: ignore[assignment]
+        return quantize_unchecked(x, self.levels, *noise, self.noise, self.mode, scale=scale)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # A float checkpoint knows nothing of quantizers: they keep what they have.
+        own = {prefix + name: buffer for name, buffer in self.named_buffers(recurse=False)}
+        learned = [name for name in ("scale", "log_std") if self._parameters.get(name) is not None]
+        own |= {prefix + name: getattr(self, name) for name in learned}
+        if own.keys().isdisjoint(state_dict):
+            state_dict = {**state_dict, **own}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        return f"levels={self.levels.name}, noise={self.noise.name}"
+
+
+class WeightQuantizer(_Quantizer):
+    """Quantizes a weight: annealed where it is free, held where INQ has frozen it.
+
+    Args:
+        levels: the level set.
+        rule: chooses the scale anew from the weight at each forward pass, until the first weight of
+            a channel is frozen; then that channel's scale stays.
+        weight: the weight, of which shape, dtype and device are taken.
+        channel_dim: the dimension of the output channels; a transposed convolution has it second. In
+            a grouped one, channels of the same place in every group share their scale.
+
+    Shape:
+        weight of shape ``(channels, ...)`` in, the same shape out.
+    """
+
+    membership: Tensor
+    held: Tensor
+    held_scale: Tensor
+    scale_held: Tensor
+    shared: _Shared | None = None
+
+    def __init__(
+        self, levels: LevelSet, rule: ScaleRule, weight: Tensor, channel_dim: int = 0
+    ) -> None:
+        super().__init__(levels, weight)
+        self.rule = rule
+        self.channel_dim = channel_dim
+        detached = weight.detach()
+        scale = self._fitted_scale(detached)
+        self.register_buffer("membership", torch.zeros_like(detached))
+        self.register_buffer("held", torch.zeros_like(detached))
+        self.register_buffer("held_scale", torch.ones_like(scale))
+        self.register_buffer("scale_held", torch.zeros_like(scale))
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """The positive scale in force, in a shape that broadcasts to the weight."""
+        return torch.where(self.scale_held > 0, self.held_scale, self._fitted_scale(weight))
+
+    def _fitted_scale(self, weight: Tensor) -> Tensor:
+        if self.channel_dim == 0:
+            return self.rule(weight, self.levels)
+        # Rules take the first dimension for the channels.
+        scale = self.rule(weight.transpose(0, self.channel_dim), self.levels)
+        return scale.transpose(0, self.channel_dim) if scale.dim() else scale
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.shared is not None:
+            return self.shared.quantized(self, weight)
+        return self.quantized(weight)
+
+    def quantized(self, weight: Tensor) -> Tensor:
+        """The weight to compute with."""
+        scale = self.scale(weight)
+        return torch.lerp(self._annealed(weight / scale) * scale, self.held, self.membership)
+
+    def project(self, weight: Tensor) -> Tensor:
+        """The weight on its level set: hard where free, as held where frozen."""
+        hard = self._hard(weight, self.scale(weight))
+        return torch.where(self.membership > 0, self.held, hard)
+
+    def _hard(self, weight: Tensor, scale: Tensor) -> Tensor:
+        # A staircase would give NaN a level, and hide that training has diverged.
+        return torch.where(weight.isfinite(), self.levels.quantize(weight / scale) * scale, weight)
+
+    @torch.no_grad()
+    def freeze_(
+        self,
+        weight: Tensor,
+        fraction: float,
+        partition: str,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Project and freeze the share ``fraction`` of the weights, in ``weight`` too.
+
+        Args:
+            weight: the parameter; its frozen entries are overwritten with their levels.
+            fraction: in [0, 1], not below what is frozen (``redraw`` excepted).
+            partition: the order, see :func:`learnsched.incremental.priority`.
+            generator: random numbers of the random partitions.
+
+        Raises:
+            ValueError: the fraction decreases or leaves [0, 1], or the partition is unknown.
+        """
+        redraw = partition == "redraw"
+        scale = self.scale(weight)
+        order = priority(weight / scale, self.levels, partition, generator)
+        membership = hard_membership(order, self.membership, fraction, redraw=redraw)
+        projected = self._hard(weight, scale)
+        released = torch.zeros_like(self.membership) if redraw else self.membership
+        self.held.copy_(hold(self.held, released, projected, membership))
+        self.membership.copy_(membership)
+        if not redraw or fraction == 1:
+            frozen = any_per_channel(membership, self.scale_held)
+            started = frozen & (self.scale_held == 0)
+            self.held_scale.copy_(torch.where(started, scale, self.held_scale))
+            self.scale_held.copy_(torch.maximum(self.scale_held, started.to(self.scale_held)))
+        if fraction == 1:
+            # A change of dtype since has rounded held weights and held scale apart.
+            self.held.copy_(self._hard(self.held, self.held_scale))
+        self.restore_(weight)
+
+    @torch.no_grad()
+    def restore_(self, weight: Tensor) -> None:
+        """Put frozen entries of the parameter back where an optimizer has moved them."""
+        torch.where(self.membership > 0, self.held, weight, out=weight.detach())
+
+    @torch.no_grad()
+    def release_(self) -> None:
+        """Free every weight and scale, so that the next :meth:`freeze_` starts anew."""
+        self.membership.zero_()
+        self.scale_held.zero_()
+
+    @torch.no_grad()
+    def error(self, weight: Tensor) -> Tensor:
+        """Relative quantization error ``|w - project(w)| / |w|``, a scalar at least 0.
+
+        Frozen weights have none, wherever an optimizer has moved their parameter.
+        """
+        kept = torch.where(self.membership > 0, self.held, weight)
+        return (kept - self.project(weight)).norm() / kept.norm().clamp(min=1e-12)
+
+
+class _Shared:
+    """One quantized weight for several micro-batches, and the sum of its gradients."""
+
+    def __init__(self) -> None:
+        self._result: Tensor | None = None
+        self._leaf: Tensor | None = None
+        self._made_of: tuple[int, bool] | None = None
+
+    def quantized(self, quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
+        now = weight._version, torch.is_grad_enabled()
+        if self._leaf is None or (now[1] and not self._leaf.requires_grad):
+            self._result = quantizer.quantized(weight)
+            self._leaf = self._result.detach().requires_grad_(self._result.requires_grad)
+            self._made_of = now
+        elif self._made_of is not None and self._made_of[0] != now[0]:
+            raise RuntimeError(
+                f"the weight of {quantizer.layer_name or 'a layer'} changed inside quantize_once; "
+                "leave the context before the optimizer's step"
+            )
+        return self._leaf
+
+    def pull_back(self) -> None:
+        if self._result is not None and self._leaf is not None and self._leaf.grad is not None:
+            torch.autograd.backward(self._result, self._leaf.grad)
+
+
+@contextmanager
+def quantize_once(model: nn.Module) -> Iterator[None]:
+    """Quantize each weight once for all the micro-batches of an optimizer step.
+
+    Inside, every forward pass uses the same quantized weights; their gradients add up there, and reach
+    the parameters when the context ends. Call ``backward`` inside, the optimizer's ``step`` after it.
+
+    Args:
+        model: converted by ``quantize_``.
+
+    Raises:
+        RuntimeError: a weight changes inside.
+
+    Example:
+        >>> from learnsched import quantize_, ternary
+        >>> net = quantize_(nn.Sequential(nn.Linear(8, 4)), ternary())
+        >>> with quantize_once(net):
+        ...     for x in torch.randn(3, 5, 8):
+        ...         net(x).square().mean().backward()
+        >>> net[0].weight.grad.shape
+        torch.Size([4, 8])
+    """
+    quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer)]
+    for quantizer in quantizers:
+        quantizer.shared = _Shared()
+    try:
+        yield
+        for quantizer in quantizers:
+            if quantizer.shared is not None:
+                quantizer.shared.pull_back()
+    finally:
+        for quantizer in quantizers:
+            quantizer.shared = None
+
+
+class ActivationQuantizer(_Quantizer):
+    """Quantizes an activation with one scale for the tensor.
+
+    Args:
+        levels: the level set.
+        scale: initial scale, positive.
+        rule: how calibration chooses the scale.
+        before: applied ahead of the staircase; None where the staircase does all (a ReLU's clipping
+            is part of a staircase without negative levels).
+        like: a tensor of the dtype and device to use.
+
+    Shape:
+        any shape in, the same shape out.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self,
+        levels: LevelSet,
+        scale: float,
+        rule: ScaleRule,
+        before: nn.Module | None,
+        like: Tensor,
+    ) -> None:
+        super().__init__(levels, like)
+        self.rule = rule
+        self.before = before
+        self.register_buffer("scale", torch.full((), scale, dtype=like.dtype, device=like.device))
+
+    @property
+    def learns_scale(self) -> bool:
+        """Whether the scale is a parameter, see :func:`learnsched.learn_scales_`."""
+        return "scale" in self._parameters
+
+    def ahead(self, x: Tensor) -> Tensor:
+        """What the staircase is applied to."""
+        result: Tensor = x if self.before is None else self.before(x)
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.ahead(x)
+        if self.learns_scale or self.scale.requires_grad:
+            return self._annealed(x / self.scale) * self.scale
+        return self._annealed(x, self.scale)
+
+
+class PReLUQuantizer(ActivationQuantizer):
+    """Quantizes the output of a PReLU, whose learned slope keeps its name in checkpoints."""
+
+    def __init__(
+        self, levels: LevelSet, scale: float, rule: ScaleRule, before: nn.PReLU, like: Tensor
+    ) -> None:
+        super().__init__(levels, scale, rule, None, like)
+        self.weight = before.weight
+
+    def ahead(self, x: Tensor) -> Tensor:
+        return F.prelu(x, self.weight)
