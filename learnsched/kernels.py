@@ -12,20 +12,18 @@ is composed is traced through, so that inductor fuses it (into Triton kernels on
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib.util
 import os
 import platform
-from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from learnsched import native, staircase
+from learnsched import native, native_call, staircase
 from learnsched.levels import LevelSet, inside_transform
-from learnsched.noise import NOISE_CODES, NoiseShape
+from learnsched.noise import NoiseShape
 from learnsched.staircase import Level
 
 if TYPE_CHECKING:
@@ -160,97 +158,6 @@ def _summed(x: Tensor, like: Level) -> Tensor:
     return x.sum_to_size(like.shape) if isinstance(like, Tensor) else x.sum()
 
 
-class _Staircase(ctypes.Structure):
-    _fields_ = (
-        ("thresholds", ctypes.c_void_p),
-        ("gaps", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("count", ctypes.c_long),
-        ("whole", ctypes.c_long),
-        ("noise", ctypes.c_long),
-        ("step", ctypes.c_float),
-    )
-
-
-class _Table(ctypes.Structure):
-    _fields_ = (
-        ("rows", ctypes.c_long),
-        ("columns", ctypes.c_long),
-        ("threads", ctypes.c_long),
-        ("scale", ctypes.c_void_p),
-        ("std", ctypes.c_void_p),
-        ("mean", ctypes.c_void_p),
-        ("scale_stride", ctypes.c_long),
-        ("std_stride", ctypes.c_long),
-        ("mean_stride", ctypes.c_long),
-    )
-
-
-class _Native:
-    """One call of the compiled kernels."""
-
-    __slots__ = ("_address", "_kept", "_library", "_table")
-
-    def __init__(
-        self, library: ctypes.CDLL, address: int, table: _Table, kept: list[Tensor | None]
-    ) -> None:
-        self._library = library
-        self._address = address
-        self._table = ctypes.addressof(table)
-        self._kept = (table, kept)  # what the kernels are given by address must stay alive
-
-    def value(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        self._library.learnsched_value(self._address, self._table, x.data_ptr(), out.data_ptr())
-        return out
-
-    def slope(self, x: Tensor, grad: Tensor) -> Tensor:
-        x, grad = x.contiguous(), _like(grad, x)
-        out = torch.empty_like(x)
-        self._library.learnsched_slope(
-            self._address, self._table, x.data_ptr(), grad.data_ptr(), out.data_ptr()
-        )
-        return out
-
-    def std_slope(self, x: Tensor, grad: Tensor, std: Tensor) -> Tensor:
-        x, grad = x.contiguous(), _like(grad, x)
-        out = x.new_empty(std.shape)
-        self._library.learnsched_std_slope(
-            self._address, self._table, x.data_ptr(), grad.data_ptr(), out.data_ptr()
-        )
-        return out
-
-    def slope_adjoint(
-        self, x: Tensor, grad: Tensor, outer: Tensor, std: Level
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x, grad, outer = x.contiguous(), _like(grad, x), _like(outer, x)
-        return self._adjoint(self._library.learnsched_slope_adjoint, x, grad, outer, std)
-
-    def std_slope_adjoint(
-        self, x: Tensor, grad: Tensor, outer: Tensor, std: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x, grad, outer = x.contiguous(), _like(grad, x), outer.to(x.dtype).contiguous()
-        return self._adjoint(self._library.learnsched_std_slope_adjoint, x, grad, outer, std)
-
-    def _adjoint(
-        self, kernel: Callable[..., None], x: Tensor, grad: Tensor, outer: Tensor, std: Level
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        of_grad, of_x = torch.empty_like(x), torch.empty_like(x)
-        of_std = x.new_empty(std.shape if isinstance(std, Tensor) else ())
-        kernel(
-            self._address,
-            self._table,
-            x.data_ptr(),
-            grad.data_ptr(),
-            outer.data_ptr(),
-            of_grad.data_ptr(),
-            of_x.data_ptr(),
-            of_std.data_ptr(),
-        )
-        return of_grad, of_x, of_std
-
-
 class _Operators:
     """The same as operators of torch, for what traces and does not run."""
 
@@ -297,7 +204,7 @@ def _call(
     noise: NoiseShape,
     scale: Scale,
     *gradients: Tensor,
-) -> _Native | _Operators | triton_kernels.Call | None:
+) -> native_call.Call | _Operators | triton_kernels.Call | None:
     """How the compiled kernels compute on these tensors; None if they cannot."""
     on_cpu = x.is_cpu
     if x.dtype is not torch.float32 and (on_cpu or x.dtype not in _HALF):
@@ -348,12 +255,8 @@ def _call(
     if library is None:
         return _on_gpu(levels, noise.name, rows, kept)
     threads = torch.get_num_threads() if size >= _PARALLEL else 1
-    table = _Table(rows, size // rows, threads, *pointers, *strides)
-    return _Native(library, _staircase(levels, noise.name)[0], table, kept)
-
-
-def _like(grad: Tensor, x: Tensor) -> Tensor:
-    return grad.expand_as(x).to(x.dtype).contiguous()
+    table = native_call.Table(rows, size // rows, threads, *pointers, *strides)
+    return native_call.Call(library, native_call.address(levels, noise.name)[0], table, kept)
 
 
 def _on_gpu(
@@ -375,17 +278,6 @@ def _has_triton() -> bool:
 @functools.lru_cache(maxsize=4096)
 def _number(level: float, device: torch.device) -> Tensor:
     return torch.full((), level, device=device)  # filled there: nothing waits for the device
-
-
-@functools.lru_cache(maxsize=256)
-def _staircase(levels: LevelSet, noise: str) -> tuple[int, _Staircase, tuple[Tensor, ...]]:
-    """The address of a level set as the kernels want it, and what must stay alive with it."""
-    numbers = (levels.thresholds, levels.gaps, levels.values)
-    arrays = tuple(torch.tensor(n, dtype=torch.float32) for n in numbers)
-    kind = NOISE_CODES[noise]
-    step, whole = staircase.spacing(levels)
-    made = _Staircase(*(a.data_ptr() for a in arrays), len(levels.thresholds), whole, kind, step)
-    return ctypes.addressof(made), made, arrays
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -10,12 +10,13 @@ from torch import nn
 import learnsched as ls
 from learnsched import kernels
 from learnsched.data import load
-from learnsched.meta.estimators import Unrolled, policy_rollout
 from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.inner import InnerState
 from learnsched.meta.presets import PRESETS
+from learnsched.meta.rollout import policy_rollout
 from learnsched.meta.tasks import Task
 from learnsched.meta.trainer import MetaTrainer, TrainerConfig
+from learnsched.meta.unrolled import Unrolled
 from learnsched.noise import NOISES, noise_shape
 from learnsched.policies import LearnedPolicy, MetaNetwork
 

@@ -45,7 +45,7 @@ def others():
     )
     yield from (
         "learnsched.conversion_report.Report", "learnsched.layers.quantized_layers",
-        "learnsched.finalize.IntegerWeights", "learnsched.meta.estimators.Unrolled",
+        "learnsched.finalize.IntegerWeights", "learnsched.meta.unrolled.Unrolled",
         "learnsched.meta.evolution.EvolutionStrategies", "learnsched.meta.hybrid.Hybrid",
         "learnsched.meta.guarded.Guarded",
         "learnsched.scales.ScaleRule", "learnsched.schedule.Policy", "learnsched.history.History",

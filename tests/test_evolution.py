@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from learnsched.data import load
-from learnsched.meta.estimators import policy_rollout, run_forward, table_rollout
 from learnsched.meta.evolution import (
     EvolutionStrategies,
     lift,
@@ -16,6 +15,7 @@ from learnsched.meta.evolution import (
     valid,
 )
 from learnsched.meta.inner import InnerState
+from learnsched.meta.rollout import policy_rollout, run_forward, table_rollout
 from learnsched.meta.tasks import Task
 from learnsched.policies import LearnedPolicy, MetaNetwork
 from learnsched.schedule import FIELDS, LayerInfo, RunInfo, Telemetry

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from learnsched.data import load
-from learnsched.meta.estimators import Unrolled, policy_rollout
 from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.guarded import Guarded
+from learnsched.meta.rollout import policy_rollout
 from learnsched.meta.tasks import Task
+from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import LearnedPolicy, MetaNetwork
 
 DIGITS = load("digits")

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from learnsched.data import load
-from learnsched.meta.estimators import Unrolled, clipped, policy_rollout
+from learnsched.meta.estimators import clipped
 from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.hybrid import Hybrid, share_of_precise
+from learnsched.meta.rollout import policy_rollout
 from learnsched.meta.tasks import Task
+from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import LearnedPolicy, MetaNetwork
 
 DIGITS = load("digits")

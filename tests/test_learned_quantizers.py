@@ -10,7 +10,7 @@ from torch import nn
 import learnsched as ls
 from learnsched.data import load
 from learnsched.layers import quantized_layers
-from learnsched.meta.estimators import run_forward, table_rollout
+from learnsched.meta.rollout import run_forward, table_rollout
 from learnsched.meta.tasks import Task
 from learnsched.policies import RelaxedQuantization
 from learnsched.schedule import plan

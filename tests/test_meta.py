@@ -7,16 +7,11 @@ import pytest
 import torch
 
 from learnsched.data import load
-from learnsched.meta.estimators import (
-    Unrolled,
-    policy_rollout,
-    run_forward,
-    table_rollout,
-    terminal_settings,
-)
 from learnsched.meta.presets import PRESETS
+from learnsched.meta.rollout import policy_rollout, run_forward, table_rollout, terminal_settings
 from learnsched.meta.tasks import Task
 from learnsched.meta.trainer import MetaTrainer
+from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import LearnedPolicy, MetaNetwork
 
 DIGITS = load("digits")

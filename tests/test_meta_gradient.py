@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from learnsched.data import load
-from learnsched.meta.estimators import Unrolled, policy_rollout, table_rollout
 from learnsched.meta.inner_optimizers import SGD, Adam
 from learnsched.meta.parameter_evolution import ParameterEvolution, perturbations
+from learnsched.meta.rollout import policy_rollout, table_rollout
 from learnsched.meta.tasks import Task
+from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import BaseCurve, LearnedPolicy, MetaNetwork
 from learnsched.schedule import FIELDS
 

@@ -21,7 +21,7 @@ from learnsched.benchmarks.methods import (
 )
 from learnsched.choose import LayerConfig
 from learnsched.data import load
-from learnsched.meta.estimators import run_forward, table_rollout
+from learnsched.meta.rollout import run_forward, table_rollout
 from learnsched.meta.tasks import BITS, Task
 from learnsched.policies import (
     AdditiveNoiseAnnealing,

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from learnsched.data import load, reduced
-from learnsched.meta.estimators import run_forward, table_rollout
 from learnsched.meta.networks import residual, vgg
+from learnsched.meta.rollout import run_forward, table_rollout
 from learnsched.meta.tasks import Task
 from learnsched.policies import StraightThrough
 from learnsched.schedule import plan

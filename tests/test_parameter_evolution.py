@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from learnsched.data import load
-from learnsched.meta.estimators import policy_rollout
 from learnsched.meta.inner import InnerState
 from learnsched.meta.parameter_evolution import (
     ParameterEstimate,
@@ -15,6 +14,7 @@ from learnsched.meta.parameter_evolution import (
     perturbations,
 )
 from learnsched.meta.presets import PRESETS
+from learnsched.meta.rollout import policy_rollout
 from learnsched.meta.tasks import Task
 from learnsched.meta.trainer import MetaTrainer
 from learnsched.policies import LearnedPolicy, MetaNetwork

@@ -203,7 +203,7 @@ SPOILED = {
         with_metadata(card="0" * 64 + "\n{}"), "card of .* is damaged or was altered"),
     "a card that vouches for no tensors": (lambda p: rewrite(p, sha256=None), "are not those that"),
     "another schema": (lambda p: rewrite(p, feature_schema=99),
-                       "has feature_schema 99, this version of learnsched reads 4; install"),
+                       "has feature_schema 99, this version of learnsched reads 3; install"),
     "no schema": (lambda p: rewrite(p, feature_schema=None), "has feature_schema None"),
     "another format": (lambda p: rewrite(p, format=1), "has format 1, this version"),
     "an empty card": (with_card(""), "card of .* cannot be read"),

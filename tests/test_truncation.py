@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from learnsched.data import load
-from learnsched.meta.estimators import Unrolled, table_rollout, terminal_settings
+from learnsched.meta.rollout import table_rollout, terminal_settings
 from learnsched.meta.tasks import Task
+from learnsched.meta.unrolled import Unrolled
 from learnsched.schedule import FIELDS
 
 TASK = Task("mlp", "digits", 6, 3, 5, 2, 16, "ternary/2-bit", (0.01, 0.02), False, 3)

@@ -27,9 +27,10 @@ from learnsched.benchmarks.search import Budget
 from learnsched.benchmarks.transfer import transfer
 from learnsched.intervals import interval
 from learnsched.meta import distribution
-from learnsched.meta.estimators import Rollout, table_rollout
+from learnsched.meta.estimators import Rollout
 from learnsched.meta.inner import InnerLoop
-from learnsched.policies import LearnedPolicy, MetaNetwork
+from learnsched.meta.rollout import table_rollout
+from learnsched.policies import LearnedPolicy
 from learnsched.schedule import FIELDS, Policy, plan
 
 _BACKWARD = [i for i, name in enumerate(FIELDS) if name.endswith("backward_std")]
@@ -76,20 +77,6 @@ class Unscheduled(Method):
         return rollout
 
 
-class _Alike(MetaNetwork):
-    """A meta-network all of whose outputs are those of the mean over layers."""
-
-    def forward(self, features: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        raw, state = super().forward(features, state)
-        return raw.mean(-2, keepdim=True).expand_as(raw), state
-
-
-def _alike(network: MetaNetwork) -> _Alike:
-    result = _Alike(network.hidden, network.embedding)
-    result.load_state_dict(network.state_dict())
-    return result
-
-
 def _planned(method: Method, inner: InnerLoop) -> Tensor:
     """Settings of all members with telemetry at rest, horizon first."""
     if method.learned is None:
@@ -106,18 +93,21 @@ def variants(policy: LearnedPolicy) -> list[Method]:
         keep[columns] = 0
         return lambda settings: settings * keep.to(settings)
 
+    def alike(settings: Tensor) -> Tensor:
+        # Not the fractions: a mean would let every layer freeze with the first one.
+        same = settings.mean(-2, keepdim=True).expand_as(settings).clone()
+        same[..., _FRACTION] = settings[..., _FRACTION]
+        return same
+
     whole = field.learned(policy)
     shared: dict[str, Any] = {"noise": whole.noise, "partition": whole.partition, "learned": policy}
-    alike = LearnedPolicy(
-        _alike(policy.network), policy.base, policy.domain, open_loop=policy.open_loop
-    )
     return [
         whole,
         Ablated("without early freezing", **shared, change=without(_FRACTION)),
         Ablated("without forward noise", **shared, change=without(_FORWARD)),
         Unscheduled("with constant backward noise", **shared),
         Blind("without telemetry", **shared),
-        Method("fraction alike in all layers", whole.noise, whole.partition, learned=alike),
+        Ablated("noise alike in all layers", **shared, change=alike),
     ]
 
 

@@ -29,7 +29,7 @@ from learnsched.benchmarks.held_out import train
 from learnsched.benchmarks.methods import Method
 from learnsched.data import DataSet, load
 from learnsched.meta import distribution
-from learnsched.meta.estimators import run_forward, table_rollout
+from learnsched.meta.rollout import run_forward, table_rollout
 from learnsched.meta.tasks import Task
 from learnsched.policies.base_curve import BaseCurve
 from learnsched.schedule import plan

@@ -35,18 +35,13 @@ from torch import Tensor
 from learnsched.benchmarks.environment import write_results
 from learnsched.data import DataSet, load
 from learnsched.figure_style import paper_style, save_figure
-from learnsched.meta.estimators import (
-    Inner,
-    Rollout,
-    ScheduleEstimate,
-    Unrolled,
-    policy_rollout,
-    run_forward,
-)
+from learnsched.meta.estimators import Inner, Rollout, ScheduleEstimate
 from learnsched.meta.evolution import EvolutionStrategies, project, tangent_basis
 from learnsched.meta.guarded import Guarded
 from learnsched.meta.hybrid import Hybrid
+from learnsched.meta.rollout import policy_rollout, run_forward
 from learnsched.meta.tasks import Task
+from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import LearnedPolicy, MetaNetwork
 from learnsched.pretrained import load_pretrained
 

@@ -27,7 +27,7 @@ from learnsched.benchmarks.search import Budget, Found, search
 from learnsched.data import DataSet, load
 from learnsched.intervals import bootstrap_interval
 from learnsched.meta import distribution
-from learnsched.meta.estimators import run_forward
+from learnsched.meta.rollout import run_forward
 from learnsched.meta.tasks import Task
 from learnsched.schedule import Policy
 

@@ -15,8 +15,9 @@ from learnsched.benchmarks.spaces import Trial
 from learnsched.choose import LayerConfig
 from learnsched.learned_quantizers import learn_noise_, learn_scales_
 from learnsched.levels import LevelSet, power_of_two, ternary, unsigned
-from learnsched.meta.estimators import Rollout, policy_rollout, table_rollout
+from learnsched.meta.estimators import Rollout
 from learnsched.meta.inner import InnerLoop
+from learnsched.meta.rollout import policy_rollout, table_rollout
 from learnsched.meta.tasks import BITS
 from learnsched.policies import (
     BaseCurve,

@@ -24,8 +24,9 @@ from learnsched.benchmarks.environment import write_results
 from learnsched.convert import quantize_
 from learnsched.data import DataSet, load
 from learnsched.levels import ternary, unsigned
-from learnsched.meta.estimators import Unrolled, policy_rollout, run_forward
+from learnsched.meta.rollout import policy_rollout, run_forward
 from learnsched.meta.tasks import Task
+from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import BaseCurve, LearnedPolicy, MetaNetwork
 from learnsched.scheduler import QuantizationScheduler
 

@@ -30,8 +30,8 @@ from learnsched.benchmarks.transfer import measure
 from learnsched.data import load
 from learnsched.intervals import interval
 from learnsched.meta import distribution
-from learnsched.meta.estimators import run_forward, table_rollout
 from learnsched.meta.evolution import LEARNED_FIELDS, hats, regression, valid
+from learnsched.meta.rollout import run_forward, table_rollout
 from learnsched.meta.tasks import Task
 from learnsched.policies import LearnedPolicy
 from learnsched.schedule import FIELDS, RunInfo, Schedule, Setting, Telemetry, plan

@@ -19,7 +19,7 @@ import torch
 
 from learnsched.benchmarks.cells import GRIDS, Cell
 from learnsched.benchmarks.environment import write_results
-from learnsched.meta.estimators import run_forward, table_rollout
+from learnsched.meta.rollout import run_forward, table_rollout
 from learnsched.policies import StraightThrough
 from learnsched.schedule import plan
 from learnsched.tables import aligned

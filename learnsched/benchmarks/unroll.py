@@ -5,7 +5,7 @@
 
 All three differentiate the same runs of the same networks under the same schedule:
 
-- *recomputed* is :class:`learnsched.meta.estimators.Unrolled`, which keeps one epoch's graph at a time;
+- *recomputed* is :class:`learnsched.meta.unrolled.Unrolled`, which keeps one epoch's graph at a time;
 - *full graph* is the same inner loop with one graph over the whole run;
 - *torchopt* is that with TorchOpt's differentiable optimizers in place of ``higher``, if it is
   installed. Its Adam has ε elsewhere in the formula, which is another run where gradients are small;
@@ -34,10 +34,11 @@ from torch.func import functional_call
 
 from learnsched.benchmarks.environment import write_results
 from learnsched.data import load
-from learnsched.meta.estimators import Unrolled, table_rollout, terminal_settings
 from learnsched.meta.inner import InnerLoop, InnerState, member_losses
 from learnsched.meta.inner_optimizers import Adam
+from learnsched.meta.rollout import table_rollout, terminal_settings
 from learnsched.meta.tasks import Task
+from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import BaseCurve
 from learnsched.schedule import plan
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 import learnsched as ls
 from learnsched.data import DataSet, Split
 from learnsched.guides import options as guide
-from learnsched.meta.estimators import policy_rollout, run_forward
 from learnsched.meta.presets import PRESETS
+from learnsched.meta.rollout import policy_rollout, run_forward
 from learnsched.policies import LearnedPolicy, MetaNetwork
 from learnsched.schedule import RunInfo, Telemetry
 

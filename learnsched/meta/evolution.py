@@ -14,14 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learnsched.meta.estimators import (
-    Inner,
-    Rollout,
-    ScheduleEstimate,
-    perturbation_generator,
-    run_forward,
-    terminal_settings,
-)
+from learnsched.meta.estimators import Inner, Rollout, ScheduleEstimate, perturbation_generator
+from learnsched.meta.rollout import run_forward, terminal_settings
 from learnsched.schedule import FIELDS, Telemetry
 
 # What a policy learns: means are not perturbed.
@@ -61,7 +55,7 @@ class EvolutionStrategies:
 
     Example:
         >>> from learnsched.data import load
-        >>> from learnsched.meta.estimators import policy_rollout
+        >>> from learnsched.meta.rollout import policy_rollout
         >>> from learnsched.meta.tasks import Task
         >>> from learnsched.policies import LearnedPolicy, MetaNetwork
         >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,

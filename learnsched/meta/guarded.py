@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from learnsched.meta.estimators import Inner, Rollout, ScheduleEstimate, Unrolled
+from learnsched.meta.estimators import Inner, Rollout, ScheduleEstimate
 from learnsched.meta.evolution import EvolutionStrategies
+from learnsched.meta.unrolled import Unrolled
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Guarded:
 
     Example:
         >>> from learnsched.data import load
-        >>> from learnsched.meta.estimators import policy_rollout
+        >>> from learnsched.meta.rollout import policy_rollout
         >>> from learnsched.meta.tasks import Task
         >>> from learnsched.policies import LearnedPolicy, MetaNetwork
         >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,

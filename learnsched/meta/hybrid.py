@@ -7,14 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from learnsched.meta.estimators import (
-    Inner,
-    Rollout,
-    ScheduleEstimate,
-    Unrolled,
-    clipped,
-)
+from learnsched.meta.estimators import Inner, Rollout, ScheduleEstimate, clipped
 from learnsched.meta.evolution import LEARNED_FIELDS, EvolutionStrategies, project, tangent_basis
+from learnsched.meta.unrolled import Unrolled
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,7 @@ class Hybrid:
 
     Example:
         >>> from learnsched.data import load
-        >>> from learnsched.meta.estimators import policy_rollout
+        >>> from learnsched.meta.rollout import policy_rollout
         >>> from learnsched.meta.tasks import Task
         >>> from learnsched.policies import LearnedPolicy, MetaNetwork
         >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,

@@ -19,8 +19,8 @@ from learnsched.meta.estimators import (
     Rollout,
     clip_factors,
     perturbation_generator,
-    run_forward,
 )
+from learnsched.meta.rollout import run_forward
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ParameterEvolution:
 
     Example:
         >>> from learnsched.data import load
-        >>> from learnsched.meta.estimators import policy_rollout
+        >>> from learnsched.meta.rollout import policy_rollout
         >>> from learnsched.meta.tasks import Task
         >>> from learnsched.policies import LearnedPolicy, MetaNetwork
         >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from learnsched.meta.estimators import Estimator, Unrolled
+from learnsched.meta.estimators import Estimator
 from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.guarded import Guarded
 from learnsched.meta.hybrid import Hybrid
 from learnsched.meta.tasks import BITS, Mix, Task
 from learnsched.meta.trainer import TrainerConfig
+from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import BaseCurve, BaseCurves, Case, Domain
 
 

@@ -22,14 +22,10 @@ from torch import Tensor
 from learnsched.data import DataSet, load
 from learnsched.files import write, write_text
 from learnsched.meta import distribution
-from learnsched.meta.estimators import (
-    Estimator,
-    Unrolled,
-    policy_rollout,
-    run_forward,
-    terminal_settings,
-)
+from learnsched.meta.estimators import Estimator
+from learnsched.meta.rollout import policy_rollout, run_forward, terminal_settings
 from learnsched.meta.tasks import Mix, Task
+from learnsched.meta.unrolled import Unrolled
 from learnsched.policies.learned import LearnedPolicy
 
 

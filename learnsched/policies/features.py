@@ -12,7 +12,7 @@ from learnsched.policies.domain import Domain
 from learnsched.schedule import RunInfo, Telemetry
 
 # Raised with every change of the features or outputs; artefacts of another schema are refused.
-FEATURE_SCHEMA = 4
+FEATURE_SCHEMA = 3
 
 _KNOTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 # Numbers a layer of each kind.

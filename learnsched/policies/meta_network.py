@@ -14,10 +14,6 @@ OUTPUTS = 5
 class MetaNetwork(nn.Module):
     """A GRU cell shared by all layers, with a mean and a maximum over layers as common input.
 
-    The noise is put out for the whole network, by the mean over layers, the fraction by each layer:
-    the differences in noise that layers learned when each had its own were those of chance, and cost
-    half a point of accuracy.
-
     Args:
         hidden: units of the cell, per layer.
         embedding: units of the embedded inputs.
@@ -47,6 +43,4 @@ class MetaNetwork(nn.Module):
         x = torch.cat([x, common.expand(*x.shape[:-1], -1)], dim=-1)
         shape = state.shape
         state = self.cell(x.flatten(0, -2), state.flatten(0, -2)).view(shape)
-        raw = self.out(state)
-        noise, fraction = raw.split([OUTPUTS - 1, 1], dim=-1)
-        return torch.cat([noise.mean(-2, keepdim=True).expand_as(noise), fraction], -1), state
+        return self.out(state), state

@@ -1,0 +1,134 @@
+"""Inner runs under a schedule: what makes the settings, and training forward along them."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from learnsched.meta.estimators import Inner, Rollout
+from learnsched.meta.inner import InnerState
+from learnsched.policies.learned import LearnedPolicy
+from learnsched.schedule import FIELDS, RunInfo, Telemetry
+
+_FRACTION = FIELDS.index("fraction")
+
+
+def run_forward(
+    inner: Inner, rollout: Rollout, *, hardened: bool = True
+) -> tuple[list[InnerState], Tensor, list[Tensor]]:
+    """Train without a graph, the settings closed-loop from the rollout.
+
+    Args:
+        inner: what to train.
+        rollout: what makes the settings.
+        hardened: whether the terminal conditions hold; without, a relaxed network stays relaxed.
+
+    Returns:
+        states at the start of every epoch and at the end, ``horizon + 1`` of them; settings, shape
+        ``(horizon, members, layers, len(FIELDS))``, attached to the rollout's graph; mean training
+        losses of the epochs.
+
+    Example:
+        >>> from learnsched.data import load
+        >>> from learnsched.meta.tasks import Task
+        >>> from learnsched.policies import LearnedPolicy, MetaNetwork
+        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
+        ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
+        >>> inner = task.build(load("digits"))
+        >>> rollout = policy_rollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
+        >>> states, settings, losses = run_forward(inner, rollout)
+        >>> len(states), settings.shape, losses[0].shape
+        (3, torch.Size([2, 2, 2, 7]), torch.Size([2]))
+    """
+    states = [inner.initial()]
+    rows: list[Tensor] = []
+    losses: list[Tensor] = []
+    for epoch in range(inner.run.horizon):
+        settings = rollout(epoch, inner.telemetry(states[-1], losses))
+        if hardened:
+            settings = terminal_settings(settings, inner.run, epoch)
+        state, loss = inner.epoch(states[-1], settings.detach(), epoch, track=False)
+        states.append(state)
+        rows.append(settings)
+        losses.append(loss)
+    return states, torch.stack(rows), losses
+
+
+def terminal_settings(settings: Tensor, run: RunInfo, epoch: int) -> Tensor:
+    """:func:`learnsched.schedule.terminal` for tensors of shape ``(..., len(FIELDS))``."""
+    if epoch < run.horizon - 1:
+        return settings
+    keep = torch.tensor([name.endswith("backward_std") for name in FIELDS], device=settings.device)
+    end = settings.new_zeros(len(FIELDS))
+    end[_FRACTION] = 1.0 if run.horizon > 1 else 0.0
+    return torch.where(keep, settings, end)
+
+
+class PolicyRollout:
+    """The settings of a learned policy for runs that are trained together; epoch 0 starts anew.
+
+    Args:
+        policy: what makes the settings.
+        run: what is trained.
+        members: runs.
+    """
+
+    def __init__(self, policy: LearnedPolicy, run: RunInfo, members: int) -> None:
+        self._policy, self._run, self._members = policy, run, members
+        self._state: dict[str, Tensor] = {}
+
+    @property
+    def parameters(self) -> Tensor:
+        """The network's parameters, flat, detached."""
+        return parameters_to_vector(self._policy.network.parameters()).detach()
+
+    def __call__(self, epoch: int, telemetry: Telemetry) -> Tensor:
+        if epoch == 0:
+            self._state = self._policy.initial_state(self._run, (self._members,))
+        settings, self._state = self._policy.tensors(self._run, epoch, telemetry, self._state)
+        return settings
+
+    def changed(self, changes: Tensor) -> Rollout:
+        """See :meth:`ParametricRollout.changed`."""
+        rollouts = []
+        for change in changes:
+            policy = copy.copy(self._policy)
+            policy.network = copy.deepcopy(self._policy.network).requires_grad_(False)
+            vector_to_parameters(self.parameters + change, policy.network.parameters())
+            rollouts.append(PolicyRollout(policy, self._run, self._members))
+
+        def rollout(epoch: int, telemetry: Telemetry) -> Tensor:
+            parts = [
+                field.split(self._members)
+                for field in (telemetry.loss, telemetry.loss_trend, telemetry.weight_error)
+            ]
+            each = zip(rollouts, *parts, strict=True)
+            return torch.cat([one(epoch, Telemetry(*seen)) for one, *seen in each])
+
+        return rollout
+
+
+def policy_rollout(policy: LearnedPolicy, run: RunInfo, members: int) -> PolicyRollout:
+    """The settings of a learned policy for ``members`` runs that are trained together.
+
+    Example:
+        >>> from learnsched.data import load
+        >>> from learnsched.meta.tasks import Task
+        >>> from learnsched.policies import LearnedPolicy, MetaNetwork
+        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
+        ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
+        >>> inner = task.build(load("digits"))
+        >>> rollout = policy_rollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
+        >>> settings = rollout(0, inner.telemetry(inner.initial(), []))
+        >>> settings.shape, settings.requires_grad  # members, layers, fields
+        (torch.Size([2, 2, 7]), True)
+    """
+    return PolicyRollout(policy, run, members)
+
+
+def table_rollout(table: Tensor) -> Rollout:
+    """Given settings of shape ``(horizon, members, layers, len(FIELDS))``, whatever is measured."""
+    return lambda epoch, telemetry: table[epoch]
