@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from learnsched.modules import ACTIVATIONS, QUANTIZED_LAYERS, QUANTIZED_TYPES
+from learnsched.modules import KNOWN, QUANTIZED_LAYERS
 from learnsched.quantizers import ActivationQuantizer
 from learnsched.tables import aligned
 
@@ -50,6 +50,6 @@ def report(model: nn.Module) -> Report:
         elif isinstance(module, ActivationQuantizer):
             inside.update(module.modules())
             rows.append((name, "activation", module.levels.name, f"{module.scale.item():.4g}"))
-        elif isinstance(module, (*QUANTIZED_TYPES, *ACTIVATIONS)):
+        elif isinstance(module, KNOWN):
             rows.append((name, type(module).__name__, "real", ""))
     return Report(tuple(rows))

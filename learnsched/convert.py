@@ -13,12 +13,18 @@ from torch import Tensor, nn
 
 from learnsched.choose import Chosen, LayerConfig, choose
 from learnsched.levels import LevelSet
-from learnsched.modules import ACTIVATIONS, BATCH_NORMS, CLIPPING, QUANTIZED_TYPES, channel_dim
+from learnsched.modules import (
+    ACTIVATIONS,
+    BATCH_NORMS,
+    CLIPPING,
+    KNOWN,
+    QUANTIZED_TYPES,
+    channel_dim,
+)
 from learnsched.quantizers import ActivationQuantizer, PReLUQuantizer, WeightQuantizer
 from learnsched.scales import LeastSquares, ScaleRule, default_weight_rule, unit_normal_scale
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_KNOWN = (*QUANTIZED_TYPES, *ACTIVATIONS)
 
 # A search of a tenth of a second, the same for all activations of a level set.
 _initial_scale = functools.cache(unit_normal_scale)
@@ -154,7 +160,7 @@ def _warn(model: nn.Module, order: list[tuple[str, nn.Module]], chosen: Chosen) 
     foreign = [
         f"{name} ({type(module).__name__})"
         for name, module in model.named_modules()
-        if isinstance(module, _KNOWN) and type(module) not in _KNOWN
+        if isinstance(module, KNOWN) and type(module) not in KNOWN
     ]
     if foreign:
         warnings.warn(

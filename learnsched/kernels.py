@@ -6,8 +6,9 @@ the compiled kernels of :mod:`learnsched.native`, float32 and half precision on 
 functions of :mod:`learnsched.staircase`. Half precision is computed in float32. Nothing here knows of
 autograd.
 
-Inside ``torch.compile`` the compiled kernels appear as the operators ``torch.ops.learnsched.*``; what
-is composed is traced through, so that inductor fuses it (into Triton kernels on a GPU).
+Inside ``torch.compile`` the compiled kernels appear as the operators ``torch.ops.learnsched.*``, which
+:mod:`learnsched.operators` defines by the functions of this module; what is composed is traced through,
+so that inductor fuses it (into Triton kernels on a GPU).
 """
 
 from __future__ import annotations
@@ -256,7 +257,7 @@ def _call(
         return _on_gpu(levels, noise.name, rows, kept)
     threads = torch.get_num_threads() if size >= _PARALLEL else 1
     table = native_call.Table(rows, size // rows, threads, *pointers, *strides)
-    return native_call.Call(library, native_call.address(levels, noise.name)[0], table, kept)
+    return native_call.Call(library, levels, noise.name, table, kept)
 
 
 def _on_gpu(

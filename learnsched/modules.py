@@ -78,6 +78,8 @@ QUANTIZED_LAYERS = tuple(QUANTIZED_TYPES.values())
 CLIPPING = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 _SMOOTH = (nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish)
 ACTIVATIONS = CLIPPING + _SMOOTH
+# all that quantize_ can turn into something else
+KNOWN = (*QUANTIZED_TYPES, *ACTIVATIONS)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 

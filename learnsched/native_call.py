@@ -46,15 +46,28 @@ class Table(ctypes.Structure):
 
 
 class Call:
-    """One call of the compiled kernels."""
+    """One call of the compiled kernels.
+
+    Args:
+        library: the kernels.
+        levels: the level set.
+        noise: name of the noise shape.
+        table: the tensor's rows, and addresses of their numbers.
+        kept: the tensors at these addresses.
+    """
 
     __slots__ = ("_address", "_kept", "_library", "_table")
 
     def __init__(
-        self, library: ctypes.CDLL, address: int, table: Table, kept: list[Tensor | None]
+        self,
+        library: ctypes.CDLL,
+        levels: LevelSet,
+        noise: str,
+        table: Table,
+        kept: list[Tensor | None],
     ) -> None:
         self._library = library
-        self._address = address
+        self._address = _staircase(levels, noise)[0]
         self._table = ctypes.addressof(table)
         self._kept = (table, kept)  # what the kernels are given by address must stay alive
 
@@ -115,7 +128,7 @@ def _like(grad: Tensor, x: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def address(levels: LevelSet, noise: str) -> tuple[int, _Staircase, tuple[Tensor, ...]]:
+def _staircase(levels: LevelSet, noise: str) -> tuple[int, _Staircase, tuple[Tensor, ...]]:
     """The address of a level set as the kernels want it, and what must stay alive with it."""
     numbers = (levels.thresholds, levels.gaps, levels.values)
     arrays = tuple(torch.tensor(n, dtype=torch.float32) for n in numbers)

@@ -268,7 +268,7 @@ def plot(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _read(path: Path | None, settings: dict[str, int]) -> list[dict[str, Any]]:
+def _read(path: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that a file holds already.
 
     Raises:
@@ -308,7 +308,8 @@ def main() -> None:
         options.noise, options.optimizer, options.width = ["normal"], ["adam", "sgd"], [6]
         options.steps, options.seeds, options.pairs = [20], 2, 8
     torch.set_num_threads(1)
-    settings = {name: getattr(options, name) for name in ("seed", "seeds", "pairs")}
+    budget = {name: getattr(options, name) for name in ("seed", "seeds", "pairs")}
+    settings = {**budget, "estimators": list(ESTIMATORS)}
     try:
         rows = _read(options.json, settings)
     except ValueError as error:
@@ -321,7 +322,7 @@ def main() -> None:
     for cell in grid:
         if cell in done:
             continue
-        rows.append(measure(data, cell, **settings))
+        rows.append(measure(data, cell, **budget))
         print(table(rows[-1:], head=False), flush=True)
         write_results(options.json, {**settings, "rows": rows})
     if options.plot:

@@ -20,6 +20,8 @@ from learnsched.schedule import FIELDS, RunInfo, Setting, Telemetry
 
 # Of the training loss in the first epoch's: twice what the features are clipped to.
 _LARGEST_LOSS = round(2 * math.e, 1)
+# Of the factor on a backward std.
+_LOG_RANGE = math.log(6.0)
 
 
 class LearnedPolicy:
@@ -163,9 +165,6 @@ class LearnedPolicy:
         means = torch.zeros_like(outputs[..., : len(FIELDS) - OUTPUTS])
         state = {"hidden": hidden, "fraction": fraction, "outputs": own.detach()}
         return torch.cat([outputs, means], dim=-1), state
-
-
-_LOG_RANGE = math.log(6.0)
 
 
 class _LeakyClamp(torch.autograd.Function):
