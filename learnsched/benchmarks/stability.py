@@ -1,0 +1,256 @@
+"""Does meta-training stay on course on long runs? With what stabilises it, and without.
+
+    python -m learnsched.benchmarks.stability --variant stabilised --seed 0 --folder FOLDER
+    python -m learnsched.benchmarks.stability --variant plain --seed 0 --folder FOLDER
+    python -m learnsched.benchmarks.stability --hand-coded --folder FOLDER
+    python -m learnsched.benchmarks.stability --folder FOLDER --plot PATH
+
+Inner runs take 300 to 800 optimizer steps on networks of four layers, 16 to 32 channels wide. Both
+variants have the same tasks, outer optimizer and average of the meta-parameters; ``stabilised`` damps
+the second order, leaves chaotic runs to evolution strategies and clips the gradient of every member,
+``plain`` backpropagates and clips nothing. A run that was interrupted goes on. The bound to beat is
+that of the strongest hand-coded methods, tuned on the validation tasks, then run on the same seeds as
+the learned schedule is validated on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from learnsched.benchmarks import held_out
+from learnsched.benchmarks import methods as field
+from learnsched.benchmarks.environment import write_results
+from learnsched.benchmarks.search import Budget
+from learnsched.data import DataSet
+from learnsched.figure_style import paper_style, save_figure
+from learnsched.meta.estimators import Estimator
+from learnsched.meta.guarded import Guarded
+from learnsched.meta.presets import EVOLUTION, PRESETS
+from learnsched.meta.tasks import Mix, Task
+from learnsched.meta.trainer import MetaTrainer, TrainerConfig
+from learnsched.meta.unrolled import Unrolled
+from learnsched.policies import LearnedPolicy, MetaNetwork
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How gradients are estimated and tamed.
+
+    Attributes:
+        estimator: of meta-gradients.
+        clip: see :class:`TrainerConfig`.
+    """
+
+    estimator: Estimator
+    clip: float
+
+
+VARIANTS = {
+    "stabilised": Variant(Guarded(Unrolled(damping=0.5), EVOLUTION), clip=1.0),
+    "plain": Variant(Unrolled(), clip=math.inf),
+}
+
+_MIX = Mix(
+    architectures=(("mnist1d", "cnn1d", (16, 24, 32), (4,)),),
+    horizons=(8, 12, 16, 20),
+    total_steps=(300, 800),
+    batches=(32,),
+    bits=(("ternary/2-bit", 1.0),),
+    learning_rates=(1e-2, 5e-2),
+    fine_tuning=0.0,
+    members=4,
+    tasks=1,
+    alike=1,
+)
+
+
+def _task(width: int, horizon: int, steps: int, seed: int) -> Task:
+    rates = (0.015, 0.02, 0.03, 0.04) * 3
+    return Task(
+        "cnn1d", "mnist1d", width, 4, horizon, steps, 32, "ternary/2-bit", rates, False, seed
+    )
+
+
+TRAINING = TrainerConfig(
+    mix=_MIX,
+    validation=(
+        _task(16, 10, 30, 2_000_000),
+        _task(24, 12, 40, 2_000_001),
+        _task(32, 20, 40, 2_000_002),
+    ),
+    learning_rate=0.004,
+    decay=100.0,
+    average=0.9,
+    validate_every=20,
+)
+
+# The same run in seconds, to see that it runs.
+_QUICK = replace(
+    TRAINING,
+    mix=replace(_MIX, architectures=(("mnist1d", "cnn1d", (4,), (3,)),), total_steps=(8, 16)),
+    validation=(replace(_task(4, 4, 4, 2_000_000), depth=3),),
+    validate_every=2,
+)
+
+
+def trained(
+    variant: Variant, config: TrainerConfig, folder: Path, data: Mapping[str, DataSet]
+) -> MetaTrainer:
+    """The trainer of a variant, at the last checkpoint of its folder or at its start."""
+    torch.manual_seed(config.seed)
+    preset = PRESETS["standard"]
+    policy = LearnedPolicy(MetaNetwork(), preset.base, replace(preset.domain, steps=(300, 800)))
+    return MetaTrainer(policy, replace(config, clip=variant.clip), folder, data, variant.estimator)
+
+
+def hand_coded(config: TrainerConfig, data: Mapping[str, DataSet], seed: int) -> dict[str, Any]:
+    """Mean validation error of each tuned method over the validation tasks, as the trainer's.
+
+    Every method has 16 trials of 4 seeds for each task, on seeds of their own; then it runs where the
+    learned schedule is validated, under the learning rate that was found.
+    """
+    budget = Budget(rounds=2, trials=8, trial_runs=4)
+    errors: dict[str, list[float]] = {}
+    for task in config.validation:
+        runs = len(task.learning_rates)
+        for method in field.rivals():
+            found = held_out.tune(
+                method, replace(task, seed=task.seed + 1), data[task.data], budget, seed
+            )
+            accuracy = held_out.train(
+                method, task, data[task.data], [found.learning_rate], [found.policy], runs,
+                data[task.data].validation,
+            )  # fmt: skip
+            errors.setdefault(method.name, []).append(1 - float(accuracy.mean()))
+            print(f"{task.name}: {method.name} {100 * errors[method.name][-1]:.1f} %", flush=True)
+    return {"seed": seed, "errors": errors}
+
+
+def curves(folder: Path) -> dict[str, list[list[dict[str, Any]]]]:
+    """The logs of a folder's runs, by variant."""
+    found: dict[str, list[list[dict[str, Any]]]] = {}
+    for name in VARIANTS:
+        for path in sorted(folder.glob(f"{name}-*/log.jsonl")):
+            log = [json.loads(line) for line in path.read_text().splitlines()]
+            found.setdefault(name, []).append(log)
+    return found
+
+
+def table(logs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> str:
+    """A Markdown table: of each run its validation errors in % and how large gradients became."""
+    lines = [
+        "| variant | outer steps | error at the start / % | lowest | last "
+        "| median norm, first and last 20 steps | largest norm | dropped |",
+        "| --- |" + " --- |" * 7,
+    ]
+    for name, runs in logs.items():
+        for log in runs:
+            errors = [100 * e["validation_error"] for e in log if "validation_error" in e]
+            steps = [e for e in log if "norm_median" in e]
+            norms = [e["norm_median"] for e in steps]
+            ends = [float(torch.tensor(part).nanmedian()) for part in (norms[:20], norms[-20:])]
+            largest = max(e["norm_largest"] for e in steps)
+            lines.append(
+                f"| {name} | {log[-1]['step']} | {errors[0]:.1f} | {min(errors):.1f} "
+                f"| {errors[-1]:.1f} | {ends[0]:.2g}, {ends[1]:.2g} | {largest:.2g} "
+                f"| {sum(e['dropped'] for e in steps)} |"
+            )
+    return "\n".join(lines)
+
+
+def plot(
+    logs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], bound: Mapping[str, Any] | None
+) -> Figure:
+    """Validation error and gradient norms over outer steps, a line a run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 2.8), layout="constrained")
+    above, below = figure.subplots(1, 2)
+    for (name, runs), dashes in zip(logs.items(), ("-", ":"), strict=False):
+        for index, log in enumerate(runs):
+            label = name if index == 0 else None
+            known = [e for e in log if "validation_error" in e]
+            above.plot(
+                [e["step"] for e in known], [100 * e["validation_error"] for e in known], dashes,
+                color="0.0", marker="osD"[index % 3], ms=3, lw=1, label=label,
+            )  # fmt: skip
+            steps = [e for e in log if "norm_largest" in e]
+            below.plot(
+                [e["step"] for e in steps], [e["norm_largest"] for e in steps], dashes,
+                color="0.0" if dashes == "-" else "0.5", lw=0.7, label=label,
+            )  # fmt: skip
+    if bound is not None:
+        best = min(bound["errors"].items(), key=lambda item: sum(item[1]))
+        above.axhline(
+            100 * sum(best[1]) / len(best[1]), color="0.5", ls="--", lw=1,
+            label=f"{best[0]}, tuned in each task",
+        )  # fmt: skip
+    above.set_xlabel("outer steps")
+    above.set_ylabel("validation error / %")
+    above.legend(fontsize=7, frameon=False)
+    below.set_yscale("log")
+    below.set_xlabel("outer steps")
+    below.set_ylabel("largest norm of a member's gradient")
+    below.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variant", choices=VARIANTS, help="train this one")
+    parser.add_argument("--seed", type=int, default=0, help="of tasks, meta-network and search")
+    parser.add_argument("--steps", type=int, default=200, help="outer steps in all")
+    parser.add_argument("--hand-coded", action="store_true", help="tune the bound to beat")
+    parser.add_argument("--folder", type=Path, default=Path("runs/stability"))
+    parser.add_argument(
+        "--quick", action="store_true", help="both variants, 2 outer steps in seconds"
+    )
+    parser.add_argument("--json", type=Path, help="write the logs here")
+    parser.add_argument("--plot", type=Path, help="draw what the folder holds")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    config = replace(_QUICK if options.quick else TRAINING, seed=options.seed)
+    steps = 2 if options.quick else options.steps
+    chosen = list(VARIANTS) if options.quick else [options.variant] if options.variant else []
+    data = config.load_data()
+    for name in chosen:
+        folder = options.folder / f"{name}-{options.seed}"
+        trained(VARIANTS[name], config, folder, data).run(steps, _show)
+        write_results(folder / "environment.json", {})
+    bound_path = options.folder / "hand_coded.json"
+    if options.hand_coded:
+        write_results(bound_path, hand_coded(config, data, options.seed))
+    bound = json.loads(bound_path.read_text()) if bound_path.exists() else None
+    logs = curves(options.folder)
+    print(table(logs))
+    write_results(options.json, {"runs": logs, "hand_coded": bound})
+    if options.plot:
+        with paper_style():
+            save_figure(plot(logs, bound), options.plot)
+
+
+def _show(entry: Mapping[str, Any]) -> None:
+    error = entry.get("validation_error")
+    shown = "" if error is None else f", validation error {100 * error:.2f} %"
+    print(
+        f"step {entry['step']}: outer loss {entry['outer_loss']:.3f}, largest norm "
+        f"{entry['norm_largest']:.2g}, {entry['seconds']:.0f} s{shown}", flush=True,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
