@@ -15,7 +15,12 @@ from learnsched.conversion_report import report
 from learnsched.convert import quantize_
 from learnsched.finalize import calibrate_, finalize_, integer_weights, reestimate_batch_norm_
 from learnsched.kernels import show_config
-from learnsched.learned_quantizers import learn_noise_, learn_scales_
+from learnsched.learned_quantizers import (
+    learn_noise_,
+    learn_scales_,
+    learn_weight_scales_,
+    sample_concrete_,
+)
 from learnsched.levels import LevelSet, binary, power_of_two, signed, ternary, unsigned
 from learnsched.plotting import plot_comparison, plot_schedule
 from learnsched.pretrained import (
@@ -63,6 +68,7 @@ __all__ = [
     "integer_weights",
     "learn_noise_",
     "learn_scales_",
+    "learn_weight_scales_",
     "level_probabilities",
     "list_pretrained",
     "load_pretrained",
@@ -76,6 +82,7 @@ __all__ = [
     "quantize_once",
     "reestimate_batch_norm_",
     "report",
+    "sample_concrete_",
     "save_artefact",
     "show_config",
     "signed",

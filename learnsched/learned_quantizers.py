@@ -1,7 +1,8 @@
-"""Scales and noise that are learned with the weights, by gradient descent."""
+"""Scales and noise that are learned with the weights, by gradient descent, and samples to learn from."""
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -57,6 +58,52 @@ def learn_scales_(model: nn.Module) -> list[nn.Parameter]:
     return learned
 
 
+def learn_weight_scales_(model: nn.Module) -> list[nn.Parameter]:
+    """Let every quantized weight learn a factor of its scale, in place: one a channel or a tensor.
+
+    The scale is what the weight's rule makes of it, times ``exp(log_scale)``; both are differentiated.
+    The first frozen weight of a channel fixes its scale as ever.
+
+    Args:
+        model: converted by ``quantize_``.
+
+    Returns:
+        the new parameters ``log_scale``, one a weight, in the shape of its scale, 0 at first. They are
+        part of the ``state_dict``, which only models with learned weight scales load. Give them to the
+        optimizer as those of :func:`learn_scales_`, without weight decay.
+
+    Raises:
+        ValueError: the model has no quantized weights.
+
+    Source:
+        Esser et al. 2020 (LSQ, arXiv:1902.08153), equation 3; Louizos et al. 2019 (RQ,
+        arXiv:1810.01875), section 2.1. There the scale itself is the parameter.
+
+    Example:
+        >>> import torch
+        >>> from learnsched import quantize_, ternary
+        >>> [log_scale] = learn_weight_scales_(quantize_(nn.Sequential(nn.Linear(8, 4)), ternary()))
+        >>> log_scale.shape
+        torch.Size([4, 1])
+    """
+    quantizers = [
+        layer.weight.weight_quantizer
+        for layer in quantized_layers(model)
+        if layer.weight is not None
+    ]
+    if not quantizers:
+        raise ValueError(
+            "the model has no quantized weights whose scale could be learned; give quantize_ a weight "
+            "level set such as ternary()"
+        )
+    learned: list[nn.Parameter] = []
+    for quantizer in quantizers:
+        if quantizer.log_scale is None:
+            quantizer.log_scale = nn.Parameter(torch.zeros_like(quantizer.held_scale))
+        learned.append(quantizer.log_scale)
+    return learned
+
+
 def learn_noise_(model: nn.Module) -> list[nn.Parameter]:
     """Let every quantizer learn a factor of its noise, in place; a schedule's std is multiplied by it.
 
@@ -93,3 +140,33 @@ def learn_noise_(model: nn.Module) -> list[nn.Parameter]:
         if quantizer.log_std is None:
             quantizer.log_std = nn.Parameter(torch.zeros_like(quantizer.forward_std))
     return [quantizer.log_std for quantizer in quantizers if quantizer.log_std is not None]
+
+
+def sample_concrete_(model: nn.Module, temperature: float = 1.0) -> None:
+    """Let every quantizer draw concrete samples of its levels while its noise lasts, in place.
+
+    They take the place of the forward mode; their gradients are their own, so that the schedule's
+    backward noise counts only once a quantizer is hard. They draw from the global generator.
+
+    Args:
+        model: converted by ``quantize_``.
+        temperature: of the samples, positive; the lower, the nearer to levels.
+
+    Raises:
+        ValueError: the temperature is not positive, or the model has no quantizers.
+
+    Source:
+        Louizos et al. 2019 (RQ, arXiv:1810.01875), equations 6 to 8.
+
+    Example:
+        >>> from learnsched import quantize_, ternary
+        >>> net = quantize_(nn.Sequential(nn.Linear(8, 4)), ternary())
+        >>> sample_concrete_(net, temperature=0.5)
+        >>> net[0].weight_quantizer.temperature
+        0.5
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"the temperature must be positive and finite, got {temperature}")
+    for layer in quantized_layers(model):
+        for quantizer in layer.quantizers:
+            quantizer.temperature = temperature

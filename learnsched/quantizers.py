@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from learnsched.annealed import quantize_unchecked
+from learnsched.concrete import concrete_quantize
 from learnsched.incremental import any_per_channel, hard_membership, hold, priority
 from learnsched.levels import LevelSet
 from learnsched.noise import noise_shape
@@ -32,6 +33,8 @@ class _Quantizer(nn.Module):
     backward_mean: Tensor
     layer_name: str = ""
     layer_index: int = 0
+    # of the concrete samples in place of the mode's value, after sample_concrete_
+    temperature: float | None = None
     # a parameter after learn_noise_
     log_std: nn.Parameter | None
 
@@ -63,7 +66,11 @@ class _Quantizer(nn.Module):
             noise = (noise[0] * factor, noise[1], noise[2] * factor, noise[3])
         if step != 1:
             noise = tuple(level * step for level in noise)  # type: ignore[assignment]
-        return quantize_unchecked(x, self.levels, *noise, self.noise, self.mode, scale=scale)
+        if self.temperature is None:
+            return quantize_unchecked(x, self.levels, *noise, self.noise, self.mode, scale=scale)
+        inside = x if scale is None else x / scale
+        drawn = concrete_quantize(inside, self.levels, *noise, self.noise, self.temperature)
+        return drawn if scale is None else drawn * scale
 
     def _load_from_state_dict(
         self,
@@ -77,7 +84,11 @@ class _Quantizer(nn.Module):
     ) -> None:
         # A float checkpoint knows nothing of quantizers: they keep what they have.
         own = {prefix + name: buffer for name, buffer in self.named_buffers(recurse=False)}
-        learned = [name for name in ("scale", "log_std") if self._parameters.get(name) is not None]
+        learned = [
+            name
+            for name in ("scale", "log_scale", "log_std")
+            if self._parameters.get(name) is not None
+        ]
         own |= {prefix + name: getattr(self, name) for name in learned}
         if own.keys().isdisjoint(state_dict):
             state_dict = {**state_dict, **own}
@@ -108,6 +119,8 @@ class WeightQuantizer(_Quantizer):
     held: Tensor
     held_scale: Tensor
     scale_held: Tensor
+    # a parameter after learn_weight_scales_
+    log_scale: nn.Parameter | None
     shared: _Shared | None = None
 
     def __init__(
@@ -116,6 +129,7 @@ class WeightQuantizer(_Quantizer):
         super().__init__(levels, weight)
         self.rule = rule
         self.channel_dim = channel_dim
+        self.register_parameter("log_scale", None)
         detached = weight.detach()
         scale = self._fitted_scale(detached)
         self.register_buffer("membership", torch.zeros_like(detached))
@@ -128,6 +142,10 @@ class WeightQuantizer(_Quantizer):
         return torch.where(self.scale_held > 0, self.held_scale, self._fitted_scale(weight))
 
     def _fitted_scale(self, weight: Tensor) -> Tensor:
+        scale = self._rule_scale(weight)
+        return scale if self.log_scale is None else scale * self.log_scale.exp()
+
+    def _rule_scale(self, weight: Tensor) -> Tensor:
         if self.channel_dim == 0:
             return self.rule(weight, self.levels)
         # Rules take the first dimension for the channels.

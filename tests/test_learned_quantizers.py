@@ -150,6 +150,81 @@ def test_a_population_learns_a_scale_for_each_member():
     check_that_each_member_learned_its_own(ls.learn_scales_, 2, "scale", 2)
 
 
+def test_the_gradient_of_a_weight_scale_is_that_of_finite_differences():
+    model = ls.quantize_(nn.Sequential(nn.Linear(40, 3)), ls.ternary()).double()
+    [log_scale] = ls.learn_weight_scales_(model)
+    quantizer, weight = model[0].weight_quantizer, model[0].weight
+    for buffer in (quantizer.forward_std, quantizer.backward_std):
+        buffer.fill_(0.3)
+
+    def total():
+        return (quantizer(weight) ** 3).sum()
+
+    (found,) = torch.autograd.grad(total(), log_scale)
+    for channel in range(3):
+        one = log_scale.detach()[channel]
+        assert float(found[channel]) == pytest.approx(finite_difference(total, one), rel=1e-5)
+
+
+def test_weight_scales_start_as_the_rules_and_are_kept_from_the_first_frozen_weight():
+    model, plain = quantized(), quantized()
+    learned = ls.learn_weight_scales_(model)
+    assert [tuple(p.shape) for p in learned] == [(6, 1), (5, 1), (3, 1)]
+    assert all(a is b for a, b in zip(learned, ls.learn_weight_scales_(model), strict=True))
+    x = torch.randn(16, 8)
+    assert torch.equal(model(x), plain(x))
+    quantizer, weight = model[0].weight_quantizer, model[0].weight
+    with torch.no_grad():
+        learned[0].fill_(0.5)
+    assert torch.allclose(
+        quantizer.scale(weight), plain[0].weight_quantizer.scale(weight) * torch.e**0.5
+    )
+    quantizer.freeze_(weight, 1.0, "magnitude")
+    scale = quantizer.scale(weight).clone()
+    with torch.no_grad():
+        learned[0].fill_(0.9)
+    assert torch.equal(quantizer.scale(weight), scale)
+
+
+def test_without_quantized_weights_there_is_no_weight_scale_to_learn():
+    with pytest.raises(ValueError, match="no quantized weights"):
+        ls.learn_weight_scales_(ls.quantize_(network(), None, ls.unsigned(2)))
+
+
+def test_models_of_learned_weight_scales_train_load_and_are_finalized():
+    model = quantized()
+    learned = ls.learn_weight_scales_(model)
+    model.load_state_dict(network(1).state_dict())
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    scheduler = ls.QuantizationScheduler(
+        model, ls.policies.RelaxedQuantization(), epochs=3, optimizer=optimizer
+    )
+    x = torch.randn(64, 8)
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
+        optimizer.step()
+        scheduler.step()
+    ls.finalize_(model, [x])
+    assert all(bool((p != 0).any()) for p in learned)
+    other = quantized()
+    with pytest.raises(RuntimeError, match="log_scale"):
+        other.load_state_dict(model.state_dict())
+    ls.learn_weight_scales_(other)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.eval()(x), model.eval()(x))
+
+
+def test_a_population_learns_a_weight_scale_for_each_member():
+    both, alone = trained_population(ls.learn_weight_scales_, 3)
+    learned = [name for name in both if name.endswith("log_scale")]
+    assert len(learned) == 3
+    for name in learned:
+        assert both[name].shape[0] == 2
+        assert bool((both[name][0] != both[name][1]).any())
+        torch.testing.assert_close(both[name][:1], alone[name])
+
+
 @pytest.mark.parametrize("kind", ["weight", "activation"])
 def test_the_gradient_of_the_noise_is_that_of_finite_differences(kind):
     model = ls.quantize_(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), ls.ternary(), ls.unsigned(2))

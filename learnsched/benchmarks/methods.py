@@ -11,9 +11,15 @@ import torch
 from torch import nn
 
 from learnsched.benchmarks import spaces
+from learnsched.benchmarks.input_scales import scale_inputs_
 from learnsched.benchmarks.spaces import Trial
 from learnsched.choose import LayerConfig
-from learnsched.learned_quantizers import learn_noise_, learn_scales_
+from learnsched.learned_quantizers import (
+    learn_noise_,
+    learn_scales_,
+    learn_weight_scales_,
+    sample_concrete_,
+)
 from learnsched.levels import LevelSet, power_of_two, ternary, unsigned
 from learnsched.meta.estimators import Rollout
 from learnsched.meta.inner import InnerLoop
@@ -145,7 +151,7 @@ def hand_coded(bits: str = "ternary/2-bit") -> list[Method]:
 
     Example:
         >>> [method.name for method in hand_coded("binary/binary") if "Net" in method.name]
-        ['XNOR-Net']
+        ['XNOR-Net', 'XNOR-Net, input scales']
     """
     if bits not in BITS:
         raise ValueError(f"unknown bits {bits!r}; choose one of {', '.join(BITS)}")
@@ -193,6 +199,12 @@ def _others() -> list[Method]:
             levels=lambda c: replace(c, weight_scale=AbsoluteMean("channel")),
             bits=("binary/binary",),
             source="Rastegari et al. 2016 (arXiv:1603.05279), equation 6, without the inputs' scales",
+        ),
+        Method(
+            "XNOR-Net, input scales", uniform, settled, spaces.straight_through_uniform,
+            levels=lambda c: replace(c, weight_scale=AbsoluteMean("channel")),
+            prepare=scale_inputs_, bits=("binary/binary",),
+            source="Rastegari et al. 2016 (arXiv:1603.05279), equations 6 to 11",
         ),
         Method(
             "INQ", uniform, "magnitude", spaces.incremental("magnitude"),
@@ -249,8 +261,12 @@ def _others() -> list[Method]:
             prepare=_learn_scales_and_noise, source=f"{_RQ}, section 2.1",
         ),
         Method(
-            "LSQ", uniform, settled, spaces.straight_through_uniform, prepare=learn_scales_,
-            source="Esser et al. 2020 (arXiv:1902.08153), of the activations' scales",
+            "RQ, concrete", "logistic", settled, spaces.relaxed_quantization("expectation"),
+            prepare=_learn_from_samples, source=f"{_RQ}, algorithm 1",
+        ),
+        Method(
+            "LSQ", uniform, settled, spaces.straight_through_uniform, prepare=_learn_all_scales,
+            source="Esser et al. 2020 (arXiv:1902.08153), equation 3",
         ),
         Method(
             "RQ ST", "logistic", settled, spaces.relaxed_quantization("random"), mode="random",
@@ -263,9 +279,19 @@ def _others() -> list[Method]:
     ]  # fmt: skip
 
 
-def _learn_scales_and_noise(model: nn.Module) -> None:
+def _learn_all_scales(model: nn.Module) -> None:
     learn_scales_(model)
+    learn_weight_scales_(model)
+
+
+def _learn_scales_and_noise(model: nn.Module) -> None:
+    _learn_all_scales(model)
     learn_noise_(model)
+
+
+def _learn_from_samples(model: nn.Module) -> None:
+    _learn_scales_and_noise(model)
+    sample_concrete_(model)
 
 
 def parametric(bits: str = "ternary/2-bit") -> Method:

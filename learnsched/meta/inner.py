@@ -19,7 +19,6 @@ from learnsched.annealed import quantize_unchecked
 from learnsched.incremental import any_per_channel, hold, priority, soft_membership
 from learnsched.meta.inner_optimizers import Adam, InnerOptimizer
 from learnsched.meta.population import CARRIED, Population
-from learnsched.quantizers import WeightQuantizer
 from learnsched.schedule import FIELDS, RunInfo, Telemetry
 
 _FRACTION = FIELDS.index("fraction")
@@ -285,7 +284,7 @@ class InnerLoop:
         ]
         return dict(zip(names, carried, strict=True))
 
-    def _weight(self, parameters: list[Tensor], name: str) -> Tensor:
+    def _parameter(self, parameters: list[Tensor], name: str) -> Tensor:
         return parameters[self._position[self.population.key(name)]]
 
     def _freeze(
@@ -300,9 +299,9 @@ class InnerLoop:
         generator = torch.Generator(settings.device).manual_seed(epoch)
         redraw = self.partition == "redraw"
         for place, (name, _, quantizer, layer) in enumerate(self.population.weights):
-            weight = self._weight(parameters, name)
+            weight = self._parameter(parameters, name)
             membership, held, held_scale, scale_held = carried[4 * place : 4 * place + 4]
-            scale = self._scale(quantizer, weight, held_scale, scale_held)
+            scale = self._scale(parameters, place, held_scale, scale_held)
             x = weight / scale
             backward = settings[:, layer, _WEIGHT_BACKWARD].view(-1, *[1] * (x.dim() - 1))
             projected = scale * quantize_unchecked(
@@ -339,21 +338,25 @@ class InnerLoop:
         parameters = list(state.tensors[: self._count])
         carried = state.tensors[self._carried_from :]
         for place, (name, _, quantizer, layer) in enumerate(self.population.weights):
-            weight = self._weight(parameters, name)
+            weight = self._parameter(parameters, name)
             membership, held, held_scale, scale_held = carried[4 * place : 4 * place + 4]
-            scale = self._scale(quantizer, weight, held_scale, scale_held)
+            scale = self._scale(parameters, place, held_scale, scale_held)
             gap = (1 - membership) * (weight - scale * quantizer.levels.quantize(weight / scale))
             kept = torch.lerp(weight, held, membership)
             norms = [t.flatten(1).norm(dim=1) for t in (gap, kept)]
             error[:, layer] = norms[0] / norms[1].clamp(min=1e-12)
         return error
 
-    @staticmethod
     def _scale(
-        quantizer: WeightQuantizer, weight: Tensor, held_scale: Tensor, scale_held: Tensor
+        self, parameters: list[Tensor], place: int, held_scale: Tensor, scale_held: Tensor
     ) -> Tensor:
         """The scale in force of each member, in a shape that broadcasts to the stacked weight."""
-        scale = vmap(lambda w: quantizer.rule(w, quantizer.levels))(weight)
+        name, key, quantizer, _ = self.population.weights[place]
+        scale = vmap(lambda w: quantizer.rule(w, quantizer.levels))(
+            self._parameter(parameters, name)
+        )
+        if quantizer.log_scale is not None:
+            scale = scale * self._parameter(parameters, f"{key}.log_scale").exp()
         return torch.where(scale_held > 0, held_scale, scale)
 
 

@@ -83,7 +83,7 @@ class Population(nn.Module):
             return result
 
         with ConvolutionsAsProducts() if x.is_cuda else contextlib.nullcontext():
-            result: Tensor = vmap(one)(parameters, buffers, x)
+            result: Tensor = vmap(one, randomness="different")(parameters, buffers, x)
         return result
 
     def repeated(self, count: int) -> Population:

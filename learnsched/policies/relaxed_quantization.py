@@ -22,11 +22,11 @@ class RelaxedQuantization:
     The gradient is that of the expectation, under the same noise as the value. With
     ``mode="random"`` the value is a sample of the levels' categorical distribution: RQ ST. With
     ``mode="expectation"`` it is that distribution's mean, the mean of RQ's concrete samples up to
-    their temperature.
+    their temperature; after :func:`learnsched.sample_concrete_` it is one of these samples.
 
-    The std is scheduled; after :func:`learnsched.learn_noise_` each quantizer learns a factor of it, and
-    after :func:`learnsched.learn_scales_` the scale of activations, as in the paper. Left out of it: the
-    scale of weights follows its rule, and no concrete sample is drawn.
+    The std is scheduled; as in the paper, each quantizer learns a factor of it after
+    :func:`learnsched.learn_noise_`, and the scales of activations and weights after
+    :func:`learnsched.learn_scales_` and :func:`learnsched.learn_weight_scales_`.
 
     Args:
         std: of the noise at the start, in level steps, positive.
