@@ -1,5 +1,6 @@
 """The report's numbers, against ones computed by hand from a small file of records."""
 
+import itertools
 import json
 
 import numpy as np
@@ -18,6 +19,7 @@ from learnsched.benchmarks.statistics import (
     importances,
     interval,
     overall_gap_closed,
+    search_curve,
     share_to_match,
 )
 
@@ -178,3 +180,29 @@ def test_without_records_it_says_so(tmp_path):
         report.main([str(tmp_path)])
     with pytest.raises(ValueError, match="no records"):
         report.page([], {})
+
+
+def test_what_a_search_gets_is_the_mean_over_all_draws_of_methods():
+    rng = np.random.default_rng(0)
+    rows = {
+        f"method {i}": {
+            "method": f"method {i}", "role": "hand-coded",
+            "validation": float(v), "test": [float(t), float(t)],
+        }
+        for i, (v, t) in enumerate(zip(rng.random(5), rng.random(5), strict=True))
+    }  # fmt: skip
+    rows["learned"] = {
+        "method": "learned",
+        "role": "learned",
+        "validation": 0.9,
+        "test": [0.5, 0.5],
+    }
+    curve = search_curve({"cell": rows})
+    assert list(curve) == [1, 2, 3, 4, 5]
+    rivals = [r for r in rows.values() if r["role"] == "hand-coded"]
+    for m in curve:
+        kept = [
+            max(drawn, key=lambda r: r["validation"])["test"][0]
+            for drawn in itertools.combinations(rivals, m)
+        ]
+        assert curve[m].mean == pytest.approx(np.mean(kept) - 0.5)

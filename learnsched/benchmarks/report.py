@@ -40,6 +40,7 @@ from learnsched.benchmarks.statistics import (
     importances,
     mean,
     overall_gap_closed,
+    search_curve,
     share_to_match,
 )
 from learnsched.files import write_text
@@ -219,6 +220,21 @@ def claims_table(cells: Cells) -> str:
     return markdown(table)
 
 
+def search_table(cells: Cells, name: str, trials: int) -> str:
+    """What the best of 1, 2, 4, ... searched methods reaches, against a learned one."""
+    curve = search_curve(cells, name)
+    chosen = [m for m in curve if m & (m - 1) == 0 or m == len(curve)]
+    rows = [["methods searched", "runs", f"margin to {name} / points"]]
+    rows += [[str(m), str(trials * m), curve[m].text("+")] for m in chosen]
+    return markdown(rows)
+
+
+def _trials(records: Sequence[Record]) -> int:
+    """Runs of one method's search."""
+    budget = records[0]["budget"]
+    return int(budget["rounds"] * budget["trials"] * budget["trial_runs"])
+
+
 def knobs(cells: Cells) -> dict[str, dict[str, float]]:
     """Functional ANOVA of each method that has parameters of its own."""
     found = {}
@@ -334,6 +350,11 @@ def page(records: Sequence[Record], shares: Mapping[str, Mapping[str, float]]) -
             }
             if pairs:
                 parts.append(verdict(compare(pairs), name, text))
+        parts += [
+            "Searching among hand-coded methods, drawn at random and judged on validation data:",
+            search_table(cells, name, _trials(records)),
+            "![search](methods_search.png)",
+        ]
         parts.append("![margins](methods_margins.png)")
         if any(rows.get(name, {}).get("shorter") for rows in cells.values()):
             parts.append("![epochs](methods_epochs.png)")
@@ -363,6 +384,10 @@ def write(records: Sequence[Record], into: Path) -> None:
     order = [n for n in names(cells) if any(n in r for r in cells.values())]
     report_figures.ranking({n: margins(cells, n) for n in order}, into / "methods_ranking.png")
     report_figures.epochs(cells, into / "methods_epochs.png")
+    learned = [n for n in order if any(r.get(n, {}).get("role") == LEARNED for r in cells.values())]
+    for name in learned[:1]:
+        curve = search_curve(cells, name)
+        report_figures.search_cost(curve, _trials(records), into / "methods_search.png")
     if shares:
         report_figures.parameters(shares, into / "methods_parameters.png")
     write_text(into / "methods.jsonl", "".join(json.dumps(r) + "\n" for r in records))

@@ -13,7 +13,7 @@ import numpy as np
 from learnsched.benchmarks.accuracy import FLOAT, LEARNED, PARAMETRIC, PEER, RELAXED, START
 from learnsched.benchmarks.statistics import Record, best, difference
 from learnsched.figure_style import paper_style, save_figure
-from learnsched.intervals import interval
+from learnsched.intervals import Interval, interval
 
 Cells = Mapping[str, Mapping[str, Record]]
 
@@ -122,6 +122,43 @@ def epochs(cells: Cells, path: Path) -> None:
             "epochs of the learned schedule / epochs of the hand-coded one", size="medium"
         )
         figure.supylabel("learned − best hand-coded / points", size="medium")
+        save_figure(figure, path)
+
+
+def search_cost(curve: Mapping[int, Interval], trials: int, path: Path) -> None:
+    """What the best of several searched methods reaches, over the runs that their searches take.
+
+    Args:
+        curve: from the number of methods to the margin, see :func:`statistics.search_curve`.
+        trials: runs of one method's search.
+        path: file to write.
+    """
+    from matplotlib.figure import Figure
+
+    with paper_style():
+        figure = Figure(figsize=(4.6, 2.6), layout="constrained")
+        axes = figure.add_subplot()
+        runs = [trials * count for count in curve]
+        axes.fill_between(
+            runs, [100 * i.low for i in curve.values()], [100 * i.high for i in curve.values()],
+            color="0.85", linewidth=0,
+        )  # fmt: skip
+        axes.plot(
+            runs, [100 * i.mean for i in curve.values()], color="black",
+            label="best hand-coded method by validation",
+        )  # fmt: skip
+        axes.axhline(0, color="black", linewidth=0.6, linestyle="--")
+        axes.plot(
+            [trials], [0], linestyle="none", label="learned, its learning rate searched",
+            **_STYLES[LEARNED],
+        )  # fmt: skip
+        axes.set_xscale("log")
+        ticks = [trials * 2**k for k in range(len(curve).bit_length())]
+        axes.set_xticks(ticks, [str(t) for t in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("runs of the search on one's own network")
+        axes.set_ylabel("test accuracy less that of\nthe learned schedule / points")
+        axes.legend(loc="lower right")
         save_figure(figure, path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,39 @@ def share_to_match(rows: Mapping[str, Record], method: str = LEARNED) -> float |
     measured[1.0] = rows[method]["test"]
     reached = [share for share, values in measured.items() if np.mean(values) >= mean(rival)]
     return min(reached, default=np.inf)
+
+
+def search_curve(
+    cells: Mapping[str, Mapping[str, Record]], method: str = LEARNED
+) -> dict[int, Interval]:
+    """What searching among hand-coded methods gets one, against a method that is not chosen.
+
+    Of ``m`` methods, drawn at random and each searched with its trials, one keeps the method of best
+    validation accuracy; its expected test accuracy over all draws has a closed form.
+
+    Args:
+        cells: records by cell and method.
+        method: what is compared.
+
+    Returns:
+        from every ``m`` that all cells have, to the interval over cells of the margin, in accuracy:
+        the kept method less ``method``.
+    """
+    margins: list[Array] = []
+    for rows in cells.values():
+        rivals = [r for r in rows.values() if r["role"] == HAND_CODED]
+        if method not in rows or not rivals:
+            continue
+        ordered = sorted(rivals, key=lambda r: float(r["validation"]), reverse=True)
+        tests, count = np.asarray([mean(r) for r in ordered]), len(ordered)
+        # The j-th best is kept if it is drawn and the others come from those after it.
+        chances = [
+            [comb(count - 1 - j, m - 1) / comb(count, m) for j in range(count)]
+            for m in range(1, count + 1)
+        ]
+        margins.append(np.asarray(chances) @ tests - mean(rows[method]))
+    shortest = min(map(len, margins), default=0)
+    return {m + 1: interval(np.asarray([row[m] for row in margins])) for m in range(shortest)}
 
 
 def importances(records: Sequence[Record], seed: int = 0) -> dict[str, float]:
