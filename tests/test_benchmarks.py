@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from learnsched.benchmarks import stability
 from learnsched.benchmarks.held_out import QUICK_TASKS, compare, summary, table
 from learnsched.benchmarks.methods import hand_coded
 from learnsched.benchmarks.room import tables
@@ -32,6 +33,7 @@ def run(name, *arguments):
         "population",
         "outer_steps",
         "room",
+        "stability",
     ],
 )
 def test_a_quick_run_writes_its_rows(name, tmp_path):
@@ -69,3 +71,26 @@ def test_a_schedule_made_for_one_task_starts_at_the_base_and_stays_in_its_ranges
     assert bool((fraction.diff(dim=-2) >= 0).all())
     backward = moved[..., FIELDS.index("weight_backward_std")]
     assert bool((backward > 0).all())
+
+
+def test_the_logs_of_meta_training_become_a_row_and_lines_for_each_run(tmp_path):
+    def entry(step, error, largest):
+        norms = {"norm_median": 0.5 * step, "norm_largest": largest, "dropped": step == 2}
+        return {"step": step, "validation_error": error, **norms}
+
+    start = {"step": 0, "validation_error": 0.25}
+    for name, last in (("plain-0", 0.4), ("stabilised-0", 0.2), ("stabilised-1", 0.3)):
+        (tmp_path / name).mkdir()
+        log = [start, entry(1, 0.22, 3.0), entry(2, last, 4e5)]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
+    rows = stability.stored(tmp_path)
+    assert [(r["variant"], r["seed"]) for r in rows] == [
+        ("stabilised", 0), ("stabilised", 1), ("plain", 0),
+    ]  # fmt: skip
+    lines = stability.table(rows).splitlines()
+    assert lines[-1] == "| plain | 0 | 2 | 25.0 | 22.0 | 40.0 | 0.5, 0.5 | 4e+05 | 1 |"
+    figure = stability.plot(rows, {"errors": {"ANA": [0.3, 0.2], "STE": [0.4, 0.4]}})
+    error, norm = figure.axes
+    assert [line.get_ydata()[0] for line in error.lines] == [25.0, 25.0, 25.0, 25.0]
+    assert error.lines[-1].get_label() == "ANA, tuned in each task"
+    assert len(norm.lines) == 3

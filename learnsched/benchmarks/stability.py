@@ -5,12 +5,12 @@
     python -m learnsched.benchmarks.stability --hand-coded --folder FOLDER
     python -m learnsched.benchmarks.stability --folder FOLDER --plot PATH
 
-Inner runs take 300 to 800 optimizer steps on networks of four layers, 16 to 32 channels wide. Both
-variants have the same tasks, outer optimizer and average of the meta-parameters; ``stabilised`` damps
-the second order, leaves chaotic runs to evolution strategies and clips the gradient of every member,
-``plain`` backpropagates and clips nothing. A run that was interrupted goes on. The bound to beat is
-that of the strongest hand-coded methods, tuned on the validation tasks, then run on the same seeds as
-the learned schedule is validated on.
+Inner runs take 300 to 800 optimizer steps on networks of four layers, 16 to 32 channels wide. All
+variants have the same tasks, outer optimizer and average of the meta-parameters. ``stabilised`` damps
+the second order, leaves chaotic runs to evolution strategies and clips the gradient of every member;
+``clipped`` only clips, and ``plain`` backpropagates and clips nothing. A run that was interrupted goes
+on. The bound to beat is that of the strongest hand-coded methods, tuned on the validation tasks, then
+run on the same seeds as the learned schedule is validated on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +59,7 @@ class Variant:
 
 VARIANTS = {
     "stabilised": Variant(Guarded(Unrolled(damping=0.5), EVOLUTION), clip=1.0),
+    "clipped": Variant(Unrolled(), clip=1.0),
     "plain": Variant(Unrolled(), clip=math.inf),
 }
 
@@ -69,7 +71,7 @@ _MIX = Mix(
     bits=(("ternary/2-bit", 1.0),),
     learning_rates=(1e-2, 5e-2),
     fine_tuning=0.0,
-    members=4,
+    members=8,
     tasks=1,
     alike=1,
 )
@@ -89,7 +91,7 @@ TRAINING = TrainerConfig(
         _task(24, 12, 40, 2_000_001),
         _task(32, 20, 40, 2_000_002),
     ),
-    learning_rate=0.004,
+    learning_rate=0.002,
     decay=100.0,
     average=0.9,
     validate_every=20,
@@ -137,72 +139,74 @@ def hand_coded(config: TrainerConfig, data: Mapping[str, DataSet], seed: int) ->
     return {"seed": seed, "errors": errors}
 
 
-def curves(folder: Path) -> dict[str, list[list[dict[str, Any]]]]:
-    """The logs of a folder's runs, by variant."""
-    found: dict[str, list[list[dict[str, Any]]]] = {}
+def stored(folder: Path) -> list[dict[str, Any]]:
+    """The runs of a folder: variant, seed and log of each."""
+    found = []
     for name in VARIANTS:
         for path in sorted(folder.glob(f"{name}-*/log.jsonl")):
             log = [json.loads(line) for line in path.read_text().splitlines()]
-            found.setdefault(name, []).append(log)
+            seed = int(path.parent.name.removeprefix(f"{name}-"))
+            found.append({"variant": name, "seed": seed, "log": log})
     return found
 
 
-def table(logs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table: of each run its validation errors in % and how large gradients became."""
     lines = [
-        "| variant | outer steps | error at the start / % | lowest | last "
+        "| variant | seed | outer steps | error at the start / % | lowest | last "
         "| median norm, first and last 20 steps | largest norm | dropped |",
-        "| --- |" + " --- |" * 7,
+        "| --- |" + " --- |" * 8,
     ]
-    for name, runs in logs.items():
-        for log in runs:
-            errors = [100 * e["validation_error"] for e in log if "validation_error" in e]
-            steps = [e for e in log if "norm_median" in e]
-            norms = [e["norm_median"] for e in steps]
-            ends = [float(torch.tensor(part).nanmedian()) for part in (norms[:20], norms[-20:])]
-            largest = max(e["norm_largest"] for e in steps)
-            lines.append(
-                f"| {name} | {log[-1]['step']} | {errors[0]:.1f} | {min(errors):.1f} "
-                f"| {errors[-1]:.1f} | {ends[0]:.2g}, {ends[1]:.2g} | {largest:.2g} "
-                f"| {sum(e['dropped'] for e in steps)} |"
-            )
+    for row in rows:
+        log = row["log"]
+        errors = [100 * e["validation_error"] for e in log if "validation_error" in e]
+        steps = [e for e in log if "norm_median" in e]
+        norms = [e["norm_median"] for e in steps]
+        ends = [float(torch.tensor(part).nanmedian()) for part in (norms[:20], norms[-20:])]
+        lines.append(
+            f"| {row['variant']} | {row['seed']} | {log[-1]['step']} | {errors[0]:.1f} "
+            f"| {min(errors):.1f} | {errors[-1]:.1f} | {ends[0]:.2g}, {ends[1]:.2g} "
+            f"| {max(e['norm_largest'] for e in steps):.2g} | {sum(e['dropped'] for e in steps)} |"
+        )
     return "\n".join(lines)
 
 
-def plot(
-    logs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], bound: Mapping[str, Any] | None
-) -> Figure:
+# Of each variant: dashes and shade.
+_LINES = {"stabilised": ("-", "0.0"), "clipped": ("--", "0.35"), "plain": (":", "0.55")}
+
+
+def plot(rows: Sequence[Mapping[str, Any]], bound: Mapping[str, Any] | None) -> Figure:
     """Validation error and gradient norms over outer steps, a line a run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.0, 2.8), layout="constrained")
-    above, below = figure.subplots(1, 2)
-    for (name, runs), dashes in zip(logs.items(), ("-", ":"), strict=False):
-        for index, log in enumerate(runs):
-            label = name if index == 0 else None
-            known = [e for e in log if "validation_error" in e]
-            above.plot(
-                [e["step"] for e in known], [100 * e["validation_error"] for e in known], dashes,
-                color="0.0", marker="osD"[index % 3], ms=3, lw=1, label=label,
-            )  # fmt: skip
-            steps = [e for e in log if "norm_largest" in e]
-            below.plot(
-                [e["step"] for e in steps], [e["norm_largest"] for e in steps], dashes,
-                color="0.0" if dashes == "-" else "0.5", lw=0.7, label=label,
-            )  # fmt: skip
-    if bound is not None:
-        best = min(bound["errors"].items(), key=lambda item: sum(item[1]))
-        above.axhline(
-            100 * sum(best[1]) / len(best[1]), color="0.5", ls="--", lw=1,
-            label=f"{best[0]}, tuned in each task",
+    error, norm = figure.subplots(1, 2)
+    seen: set[str] = set()
+    for row in rows:
+        name, log = row["variant"], row["log"]
+        dashes, shade = _LINES[name]
+        label = None if name in seen else name
+        seen.add(name)
+        known = [e for e in log if "validation_error" in e]
+        error.plot(
+            [e["step"] for e in known], [100 * e["validation_error"] for e in known], dashes,
+            color=shade, marker="osD^"[row["seed"] % 4], ms=3, lw=1, label=label,
         )  # fmt: skip
-    above.set_xlabel("outer steps")
-    above.set_ylabel("validation error / %")
-    above.legend(fontsize=7, frameon=False)
-    below.set_yscale("log")
-    below.set_xlabel("outer steps")
-    below.set_ylabel("largest norm of a member's gradient")
-    below.legend(fontsize=7, frameon=False)
+        steps = [e for e in log if "norm_largest" in e]
+        largest = [e["norm_largest"] for e in steps]
+        norm.plot([e["step"] for e in steps], largest, dashes, color=shade, lw=0.8, label=label)
+    if bound is not None:
+        name, errors = min(bound["errors"].items(), key=lambda item: sum(item[1]))
+        error.axhline(
+            100 * sum(errors) / len(errors), color="0.5", ls="-.", lw=1,
+            label=f"{name}, tuned in each task",
+        )  # fmt: skip
+    for panel in (error, norm):
+        panel.set_xlabel("outer steps")
+        panel.legend(fontsize=7, frameon=False)
+    error.set_ylabel("validation error / %")
+    norm.set_yscale("log")
+    norm.set_ylabel("largest norm of a member's gradient")
     return figure
 
 
@@ -224,23 +228,37 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     config = replace(_QUICK if options.quick else TRAINING, seed=options.seed)
-    steps = 2 if options.quick else options.steps
-    chosen = list(VARIANTS) if options.quick else [options.variant] if options.variant else []
+    if options.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            _run(options, config, list(VARIANTS), 2, Path(folder))
+    else:
+        chosen = [options.variant] if options.variant else []
+        _run(options, config, chosen, options.steps, options.folder)
+
+
+def _run(
+    options: argparse.Namespace,
+    config: TrainerConfig,
+    chosen: Sequence[str],
+    steps: int,
+    folder: Path,
+) -> None:
+    """Train the chosen variants, tune the bound if asked to, and show what the folder holds."""
     data = config.load_data()
     for name in chosen:
-        folder = options.folder / f"{name}-{options.seed}"
-        trained(VARIANTS[name], config, folder, data).run(steps, _show)
-        write_results(folder / "environment.json", {})
-    bound_path = options.folder / "hand_coded.json"
+        run = folder / f"{name}-{config.seed}"
+        trained(VARIANTS[name], config, run, data).run(steps, _show)
+        write_results(run / "environment.json", {})
+    path = folder / "hand_coded.json"
     if options.hand_coded:
-        write_results(bound_path, hand_coded(config, data, options.seed))
-    bound = json.loads(bound_path.read_text()) if bound_path.exists() else None
-    logs = curves(options.folder)
-    print(table(logs))
-    write_results(options.json, {"runs": logs, "hand_coded": bound})
+        write_results(path, hand_coded(config, data, config.seed))
+    bound = json.loads(path.read_text()) if path.exists() else None
+    rows = stored(folder)
+    print(table(rows))
+    write_results(options.json, {"rows": rows, "hand_coded": bound})
     if options.plot:
         with paper_style():
-            save_figure(plot(logs, bound), options.plot)
+            save_figure(plot(rows, bound), options.plot)
 
 
 def _show(entry: Mapping[str, Any]) -> None:
