@@ -60,7 +60,11 @@ CLAIMS = (
     ("ANA: normal, against uniform noise", "ANA, normal", "ANA, uniform"),
     ("ANA: a tuned backward width, against the 2022 grid", "ANA, uniform", "ANA 2022, uniform"),
     ("STE: a backward width that moves, against a constant", "STE, moving", "straight-through"),
-    ("RQ: expectation, against concrete samples", "RQ", "RQ ST"),
+    ("XNOR-Net: input scales, against none", "XNOR-Net, input scales", "XNOR-Net"),
+    ("RQ: expectation, against hard samples (RQ ST)", "RQ", "RQ ST"),
+    ("RQ: expectation, against concrete samples", "RQ, learned", "RQ, concrete"),
+    ("RQ: noise and scales learned, against a schedule", "RQ, learned", "RQ"),
+    ("LSQ: learned scales, against fixed ones", "LSQ", "STE, uniform"),
 )  # fmt: skip
 
 
