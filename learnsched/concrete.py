@@ -57,9 +57,7 @@ def concrete_quantize(
         >>> concrete_quantize(x, ternary(), 0.0, 0.0, 0.5, 0.0, noise_shape("logistic"), 1.0).tolist()
         [-1.0, 0.0]
     """
-    hard = quantize_unchecked(
-        x, levels, 0.0, forward_mean, backward_std, backward_mean, noise, generator=generator
-    )
+    hard = quantize_unchecked(x, levels, 0.0, forward_mean, backward_std, backward_mean, noise)
     narrow = torch.as_tensor(forward_std, dtype=x.dtype, device=x.device)
     soft = narrow > NARROWEST
     # What is not chosen must have a finite gradient all the same.

@@ -103,6 +103,13 @@ def names(cells: Cells) -> list[str]:
     return sorted(roles, key=key)
 
 
+def learned_names(cells: Cells) -> list[str]:
+    """The learned methods, in the order of :func:`names`."""
+    return [
+        n for n in names(cells) if any(r.get(n, {}).get("role") == LEARNED for r in cells.values())
+    ]
+
+
 def margins(cells: Cells, name: str) -> dict[str, float]:
     """Mean test accuracy less that of the cell's best hand-coded method, which itself has 0."""
     found = {}
@@ -327,9 +334,7 @@ def page(records: Sequence[Record], shares: Mapping[str, Mapping[str, float]]) -
     if not records:
         raise ValueError("no records; run python -m learnsched.benchmarks.accuracy first")
     cells = by_cell(records)
-    learned = [
-        n for n in names(cells) if any(r.get(n, {}).get("role") == LEARNED for r in cells.values())
-    ]
+    learned = learned_names(cells)
     parts = [
         "# Methods by hand, and learned", conditions(records),
         "## Test accuracy", "In %, mean over seeds and bootstrap 95 % interval; the best hand-coded "
@@ -388,8 +393,7 @@ def write(records: Sequence[Record], into: Path) -> None:
     order = [n for n in names(cells) if any(n in r for r in cells.values())]
     report_figures.ranking({n: margins(cells, n) for n in order}, into / "methods_ranking.png")
     report_figures.epochs(cells, into / "methods_epochs.png")
-    learned = [n for n in order if any(r.get(n, {}).get("role") == LEARNED for r in cells.values())]
-    for name in learned[:1]:
+    for name in learned_names(cells)[:1]:
         curve = search_curve(cells, name)
         report_figures.search_cost(curve, _trials(records), into / "methods_search.png")
     if shares:
