@@ -33,8 +33,7 @@ from learnsched.benchmarks.search import Budget
 from learnsched.data import DataSet
 from learnsched.figure_style import paper_style, save_figure
 from learnsched.meta.estimators import Estimator
-from learnsched.meta.guarded import Guarded
-from learnsched.meta.presets import EVOLUTION, PRESETS
+from learnsched.meta.presets import PRESETS
 from learnsched.meta.tasks import Mix, Task
 from learnsched.meta.trainer import MetaTrainer, TrainerConfig
 from learnsched.meta.unrolled import Unrolled
@@ -58,7 +57,7 @@ class Variant:
 
 
 VARIANTS = {
-    "stabilised": Variant(Guarded(Unrolled(damping=0.5), EVOLUTION), clip=1.0),
+    "stabilised": Variant(PRESETS["standard"].estimator, clip=1.0),
     "clipped": Variant(Unrolled(), clip=1.0),
     "plain": Variant(Unrolled(), clip=math.inf),
 }
@@ -221,7 +220,7 @@ def main() -> None:
     parser.add_argument("--hand-coded", action="store_true", help="tune the bound to beat")
     parser.add_argument("--folder", type=Path, default=Path("runs/stability"))
     parser.add_argument(
-        "--quick", action="store_true", help="both variants, 2 outer steps in seconds"
+        "--quick", action="store_true", help="all variants, 2 outer steps in seconds"
     )
     parser.add_argument("--json", type=Path, help="write the logs here")
     parser.add_argument("--plot", type=Path, help="draw what the folder holds")

@@ -173,7 +173,7 @@ def _validation(
     )
 
 
-EVOLUTION = EvolutionStrategies(pairs=3, std=0.15, relative_std=0.5, knots=3, by_layer=False)
+_EVOLUTION = EvolutionStrategies(pairs=3, std=0.15, relative_std=0.5, knots=3, by_layer=False)
 
 PRESETS: dict[str, Preset] = {
     "quick": Preset(
@@ -208,7 +208,7 @@ PRESETS: dict[str, Preset] = {
             average=0.9,
         ),
         base=_BASE,
-        estimator=Guarded(Unrolled(damping=0.5), EVOLUTION),
+        estimator=Guarded(Unrolled(damping=0.5), _EVOLUTION),
     ),
 }
 PRESETS["long"] = replace(
@@ -220,7 +220,7 @@ PRESETS["long"] = replace(
         decay=200.0,
         average=0.97,
     ),
-    estimator=Hybrid(Unrolled(damping=0.5), replace(EVOLUTION, pairs=6)),
+    estimator=Hybrid(Unrolled(damping=0.5), replace(_EVOLUTION, pairs=6)),
 )
 
 # For a GPU, where hundreds of copies of a run cost hardly more than one: only what is asked for in the
