@@ -87,6 +87,9 @@ _SMALL = (
     Cell("signal-cnn-ternary", _task("mnist1d", "cnn1d", 20, 5, 12, 30, "ternary/ternary")),
     Cell("fashion-cnn-binary", _task("fashion_mnist", "cnn2d", 8, 5, 8, 32, "binary/binary")),
     Cell("signal-mlp", _task("mnist1d", "mlp", 96, 5, 12, 40)),
+    Cell(
+        "fashion-cnn-binary-weights", _task("fashion_mnist", "cnn2d", 8, 5, 8, 32, "binary/2-bit")
+    ),
 )
 
 _MORE = (
