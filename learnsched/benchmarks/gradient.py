@@ -14,7 +14,8 @@ Evolution strategies have noise of their own: the agreement of one half of the r
 the other says how much, and what agreement a perfect gradient could reach (Spearman–Brown).
 
 With ``--json``, rows are written after each one, and those that are there already are not measured
-again: an interrupted run goes on, and another grid adds to it.
+again, unless with more pairs: an interrupted run goes on, another grid adds to it, and a row whose
+reference had not converged is replaced.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from learnsched.benchmarks.environment import write_results
+from learnsched.benchmarks.environment import describe, write_results
 from learnsched.data import DataSet, load
 from learnsched.figure_style import paper_style, save_figure
 from learnsched.meta.estimators import Inner, Rollout, ScheduleEstimate
@@ -163,8 +164,10 @@ def measure(data: DataSet, cell: Cell, *, seeds: int, pairs: int, seed: int) -> 
         )
     return {
         **asdict(cell),
+        "commit": describe()["commit"],
         "learning_rate": RATES[cell.optimizer],
         "reference": {
+            "pairs": pairs,
             "seconds": reference_seconds,
             "agreement": _cosine(*halves).tolist(),
             "agreement_of_mean": float(_cosine(halves[0].mean(0), halves[1].mean(0))),
@@ -308,23 +311,25 @@ def main() -> None:
         options.noise, options.optimizer, options.width = ["normal"], ["adam", "sgd"], [6]
         options.steps, options.seeds, options.pairs = [20], 2, 8
     torch.set_num_threads(1)
-    budget = {name: getattr(options, name) for name in ("seed", "seeds", "pairs")}
-    settings = {**budget, "estimators": list(ESTIMATORS)}
+    settings = {"seed": options.seed, "seeds": options.seeds, "estimators": list(ESTIMATORS)}
     try:
         rows = _read(options.json, settings)
     except ValueError as error:
         parser.error(str(error))
     policies = [START, options.artefact] if options.artefact else [START]
     grid = cells(policies, options.noise, options.optimizer, options.steps, options.width)
-    done = [Cell(**{name: row[name] for name in Cell.__annotations__}) for row in rows]
+    done = {Cell(**{name: row[name] for name in Cell.__annotations__}): row for row in rows}
     data = load("mnist1d")
     print(table(rows), flush=True)
     for cell in grid:
-        if cell in done:
+        if cell in done and done[cell]["reference"]["pairs"] >= options.pairs:
             continue
-        rows.append(measure(data, cell, **budget))
-        print(table(rows[-1:], head=False), flush=True)
-        write_results(options.json, {**settings, "rows": rows})
+        done[cell] = measure(
+            data, cell, seeds=options.seeds, pairs=options.pairs, seed=options.seed
+        )
+        print(table([done[cell]], head=False), flush=True)
+        write_results(options.json, {**settings, "rows": list(done.values())})
+    rows = list(done.values())
     if options.plot:
         with paper_style():
             save_figure(plot(rows), options.plot)
