@@ -51,16 +51,16 @@ if TYPE_CHECKING:
 
 _KNOTS = 2
 _HORIZON = 10
-_BUDGET = EvolutionStrategies(8, knots=_KNOTS, by_layer=False, seed=1_000_003, ridge=0.1)
+BUDGET = EvolutionStrategies(8, knots=_KNOTS, by_layer=False, seed=1_000_003, ridge=0.1)
 
 ESTIMATORS: dict[str, Callable[[Inner, Rollout], ScheduleEstimate]] = {
     "unrolled": Unrolled(),
     "unrolled, damped by ½": Unrolled(damping=0.5),
     "unrolled, first order": Unrolled(damping=0.0),
     "unrolled, windows of 2 epochs": Unrolled(damping=0.5, truncation=2),
-    "evolution, 8 pairs": _BUDGET,
-    "hybrid, damped and 8 pairs": Hybrid(Unrolled(damping=0.5), _BUDGET),
-    "guarded, damped or 8 pairs": Guarded(Unrolled(damping=0.5), _BUDGET),
+    "evolution, 8 pairs": BUDGET,
+    "hybrid, damped and 8 pairs": Hybrid(Unrolled(damping=0.5), BUDGET),
+    "guarded, damped or 8 pairs": Guarded(Unrolled(damping=0.5), BUDGET),
 }
 
 # Maxima of the cosine schedule that train the networks of this benchmark well.
