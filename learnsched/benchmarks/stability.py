@@ -70,14 +70,14 @@ _MIX = Mix(
     bits=(("ternary/2-bit", 1.0),),
     learning_rates=(1e-2, 5e-2),
     fine_tuning=0.0,
-    members=8,
+    members=4,
     tasks=1,
     alike=1,
 )
 
 
 def _task(width: int, horizon: int, steps: int, seed: int) -> Task:
-    rates = (0.015, 0.02, 0.03, 0.04) * 3
+    rates = (0.015, 0.02, 0.03, 0.04) * 6
     return Task(
         "cnn1d", "mnist1d", width, 4, horizon, steps, 32, "ternary/2-bit", rates, False, seed
     )
@@ -90,7 +90,7 @@ TRAINING = TrainerConfig(
         _task(24, 12, 40, 2_000_001),
         _task(32, 20, 40, 2_000_002),
     ),
-    learning_rate=0.002,
+    learning_rate=0.001,
     decay=100.0,
     average=0.9,
     validate_every=20,
