@@ -55,6 +55,7 @@ CLAIMS = (
     ("INQ: restarted learning rate, against a cosine", "INQ, settled, restarts", "INQ, settled"),
     ("RPR: re-drawn, against a fixed random order", "RPR", "INQ, random"),
     ("XNOR-Net: filter scales, against BinaryConnect's constant", "XNOR-Net", "BinaryConnect"),
+    ("BWN: filter scales, against BinaryConnect's constant", "BWN", "BinaryConnect"),
     ("TWN: one scale a layer, against one a filter", "TWN", "STE, uniform"),
     ("ANA: noise that vanishes, against straight-through", "ANA, normal", "straight-through"),
     ("ANA: normal, against uniform noise", "ANA, normal", "ANA, uniform"),

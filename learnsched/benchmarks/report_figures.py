@@ -110,7 +110,7 @@ def epochs(cells: Cells, path: Path) -> None:
         grid = figure.subplots(rows_count, columns, sharex=True, squeeze=False)
         for axes in grid.flat[len(lines) :]:
             axes.set_axis_off()
-        for axes, (cell, curve) in zip(grid.flat, lines.items(), strict=False):
+        for index, (axes, (cell, curve)) in enumerate(zip(grid.flat, lines.items(), strict=False)):
             shares = list(curve)
             axes.axhline(0, color="black", linewidth=0.6, linestyle="--")
             axes.plot(shares, [i.mean for i in curve.values()], "o-", color="black")
@@ -118,6 +118,8 @@ def epochs(cells: Cells, path: Path) -> None:
                 axes.plot([share, share], [found.low, found.high], color="black", linewidth=0.8)
             axes.set_title(textwrap.fill(cell, 24), loc="left")
             axes.set_xticks([0.25, 0.5, 0.75, 1.0], ["¼", "½", "¾", "1"])
+            if index + columns >= len(lines):
+                axes.tick_params(labelbottom=True)  # the lowest of its column
         figure.supxlabel(
             "epochs of the learned schedule / epochs of the hand-coded one", size="medium"
         )
