@@ -216,12 +216,13 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path):
         small_trainer(tmp_path, learning_rate=0.5)
 
 
-def test_a_run_begun_before_tasks_named_their_optimizer_goes_on(tmp_path):
+def test_a_run_begun_before_tasks_had_all_their_fields_goes_on(tmp_path):
     small_trainer(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     for task in config["trainer"]["validation"]:
         assert task.pop("optimizer") == "adam"
+        assert task.pop("float_ends") is False
     path.write_text(json.dumps(config))
     assert small_trainer(tmp_path).step == 0
 

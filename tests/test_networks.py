@@ -1,5 +1,7 @@
 """The families of networks: their depth is that of their name, and a population of them trains."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -64,3 +66,12 @@ def test_reduced_data_are_stratified_parts_of_the_whole():
     assert reduced(whole, 200, 100, 500).sha256 == reduced(whole, 200, 100, 500).sha256
     with pytest.raises(ValueError, match="at least 1, got 0, 1 and 1"):
         reduced(whole, 0, 1, 1)
+
+
+def test_float_ends_keep_the_first_and_the_last_weights_real():
+    task = Task("cnn1d", "mnist1d", 4, 4, 2, 2, 8, "ternary/2-bit", (0.01,), False, 0)
+    ends = replace(task, float_ends=True)
+    layers = ends.build(load("mnist1d")).run.layers
+    assert [layer.weight_levels for layer in layers] == [0, 3, 3]
+    assert [layer.activation_levels for layer in layers] == [4, 4, 4]
+    assert ends.name == task.name.replace("2-bit", "2-bit, float ends")

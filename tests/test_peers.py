@@ -1,5 +1,7 @@
 """Peers train the same networks to weights on their level sets; skipped where they are missing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,17 +16,17 @@ def distinct(weight):
     return max(len(row.unique()) for row in weight.detach().flatten(1))
 
 
-def trained(prepare, policy, bits):
-    """The network of the quick cell after training."""
+def trained(prepare, policy, **changes):
+    """The network of the quick cell, its task changed, after training."""
     kept = []
 
-    def keeping(model, policy, steps):
-        made = prepare(model, policy, steps, bits=bits)
+    def keeping(model, policy, task):
+        made = prepare(model, policy, task)
         kept.append(made[0])
         return made
 
-    data = CELL.data()
-    accuracy = plain.train(keeping, CELL.task, data, [0.01], [policy], 1, data.validation)
+    data, task = CELL.data(), replace(CELL.task, **changes)
+    accuracy = plain.train(keeping, task, data, [0.01], [policy], 1, data.validation)
     assert accuracy.shape == (1, 1)
     return kept[0], float(accuracy)
 
@@ -33,7 +35,7 @@ def trained(prepare, policy, bits):
 def test_parq_ends_on_its_levels(bits, most):
     pytest.importorskip("torchao")
     peers = pytest.importorskip("learnsched.benchmarks.peers")
-    model, accuracy = trained(peers.prepare_parq, peers.Parq(0.0, 0.7, 10.0, 0.7), bits)
+    model, accuracy = trained(peers.prepare_parq, peers.Parq(0.0, 0.7, 10.0, 0.7), bits=bits)
     weights = [p for p in model.parameters() if p.dim() > 1]
     assert [distinct(w) <= most for w in weights] == [True] * 3
     assert accuracy > 0.2
@@ -46,7 +48,7 @@ def test_parq_ends_on_its_levels(bits, most):
 def test_brevitas_layers_are_on_their_levels(bits, most, scaling):
     qnn = pytest.importorskip("brevitas.nn")
     peers = pytest.importorskip("learnsched.benchmarks.peers")
-    model, accuracy = trained(peers.prepare_brevitas, peers.Brevitas(scaling, 1.0), bits)
+    model, accuracy = trained(peers.prepare_brevitas, peers.Brevitas(scaling, 1.0), bits=bits)
     layers = [m for m in model.modules() if isinstance(m, qnn.QuantLinear)]
     assert len(layers) == 3
     assert all(distinct(layer.quant_weight().value) <= most for layer in layers)
@@ -57,6 +59,18 @@ def test_brevitas_layers_are_on_their_levels(bits, most, scaling):
         out = activation(torch.randn(1000))
         assert len(getattr(out, "value", out).unique()) <= levels
     assert accuracy > 0.12
+
+
+def test_float_ends_stay_real_in_peers():
+    pytest.importorskip("torchao")
+    qnn = pytest.importorskip("brevitas.nn")
+    peers = pytest.importorskip("learnsched.benchmarks.peers")
+    model, _ = trained(peers.prepare_parq, peers.Parq(0.0, 0.7, 10.0, 0.7), float_ends=True)
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    assert [distinct(w) <= 3 for w in weights] == [False, True, False]
+    model, _ = trained(peers.prepare_brevitas, peers.Brevitas("constant", 1.0), float_ends=True)
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert [isinstance(layer, qnn.QuantLinear) for layer in layers] == [False, True, False]
 
 
 def test_members_of_plain_training_do_not_depend_on_each_other():

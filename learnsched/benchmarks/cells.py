@@ -67,10 +67,12 @@ def _task(
     *,
     fine_tuned: bool = False,
     batch: int = 32,
+    float_ends: bool = False,
 ) -> Task:
     return Task(
-        family, data, width, depth, horizon, steps, batch, bits, (0.01,), fine_tuned, 88_000
-    )
+        family, data, width, depth, horizon, steps, batch, bits, (0.01,), fine_tuned, 88_000,
+        float_ends=float_ends,
+    )  # fmt: skip
 
 
 # Data sets alternate, so that a comparison that ends early has some of each.
@@ -90,6 +92,7 @@ _SMALL = (
     Cell(
         "fashion-cnn-binary-weights", _task("fashion_mnist", "cnn2d", 8, 5, 8, 32, "binary/2-bit")
     ),
+    Cell("fashion-cnn-float-ends", _task("fashion_mnist", "cnn2d", 8, 6, 8, 32, float_ends=True)),
 )
 
 _MORE = (

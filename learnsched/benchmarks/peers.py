@@ -25,7 +25,7 @@ from learnsched.benchmarks import plain
 from learnsched.benchmarks.accuracy import PEER, Entry, Train, execute, parser
 from learnsched.benchmarks.spaces import Trial
 from learnsched.convert import quantize_
-from learnsched.meta.tasks import BITS
+from learnsched.meta.tasks import BITS, Task
 from learnsched.policies import StraightThrough
 from learnsched.scheduler import QuantizationScheduler
 
@@ -81,20 +81,22 @@ def suggest_brevitas(trial: Trial, bits: str) -> Brevitas:
 
 
 def prepare_parq(
-    model: nn.Module, policy: Parq, steps: int, *, bits: str
+    model: nn.Module, policy: Parq, task: Task
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Activations of this package, weights quantized by torchao's optimizer, a channel at a time."""
     from torchao.prototype.parq.optim import ProxPARQ, QuantOptimizer
     from torchao.prototype.parq.quant import LSBQuantizer
 
-    quantize_(model, None, BITS[bits][1])
+    quantize_(model, None, BITS[task.bits][1])
     ste = StraightThrough(policy.activation_backward_std, policy.activation_backward_std)
     QuantizationScheduler(model, ste, epochs=2)  # constant until the end, where nothing changes
+    weights = [layer.weight for layer in _layers_to_quantize(model, task)]
+    chosen = {id(weight) for weight in weights}
+    others: dict[str, Any] = {"params": [p for p in model.parameters() if id(p) not in chosen]}
     # torchao calls ternary 0 bits.
-    quantized: dict[str, Any] = {"quant_bits": 0 if bits.startswith("ternary") else 1}
-    quantized["params"] = [p for p in model.parameters() if p.dim() > 1]
-    others: dict[str, Any] = {"params": [p for p in model.parameters() if p.dim() <= 1]}
-    base = torch.optim.Adam([quantized, others], lr=1.0)
+    quant_bits = 0 if task.bits.startswith("ternary") else 1
+    base = torch.optim.Adam([{"params": weights, "quant_bits": quant_bits}, others], lr=1.0)
+    steps = task.horizon * task.steps
     first, last = int(policy.start * steps), max(1, int(policy.end * steps))
     optimizer = QuantOptimizer(
         base,
@@ -106,12 +108,18 @@ def prepare_parq(
 
 
 def prepare_brevitas(
-    model: nn.Module, policy: Brevitas, steps: int, *, bits: str
+    model: nn.Module, policy: Brevitas, task: Task
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Layers and activations replaced by Brevitas' own, the weights kept."""
-    weight, activation = _brevitas_layers(bits, policy, steps)
-    _replace(model, weight, activation)
-    return plain.adam(model, None, steps)
+    weight, activation = _brevitas_layers(task.bits, policy, task.horizon * task.steps)
+    _replace(model, _layers_to_quantize(model, task), weight, activation)
+    return plain.adam(model, None, task)
+
+
+def _layers_to_quantize(model: nn.Module, task: Task) -> list[Any]:
+    """The weight layers, without the ends where those stay real."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d)]
+    return layers[1:-1] if task.float_ends else layers
 
 
 def _brevitas_layers(
@@ -171,16 +179,17 @@ def _brevitas_layers(
 
 def _replace(
     model: nn.Module,
+    layers: Sequence[nn.Module],
     weight: Callable[[nn.Module], nn.Module],
     activation: Callable[[], nn.Module],
 ) -> None:
     for name, child in model.named_children():
-        if isinstance(child, nn.Linear | nn.Conv1d | nn.Conv2d):
+        if any(child is layer for layer in layers):
             setattr(model, name, weight(child))
         elif isinstance(child, nn.ReLU):
             setattr(model, name, activation())
         else:
-            _replace(child, weight, activation)
+            _replace(child, layers, weight, activation)
 
 
 def entries(bits: str) -> list[Entry]:
@@ -194,7 +203,7 @@ def entries(bits: str) -> list[Entry]:
         ("PARQ (torchao)", "torchao", prepare_parq, suggest_parq),
         ("Brevitas", "brevitas", prepare_brevitas, functools.partial(suggest_brevitas, bits=bits)),
     ):
-        train = functools.partial(plain.train, functools.partial(cast(Any, prepare), bits=bits))
+        train = functools.partial(plain.train, cast(Any, prepare))
         version = f"{package} {metadata.version(package)}"
         found.append(Entry(name, PEER, cast(Train, train), suggest, version, version))
     return found

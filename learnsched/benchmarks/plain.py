@@ -16,12 +16,12 @@ from learnsched.data import DataSet, Split
 from learnsched.meta.tasks import Task
 from learnsched.modules import BATCH_NORMS
 
-# From a float network, a policy and the number of steps to the network to train and its optimizer,
-# which has a learning rate of 1.
-Prepare = Callable[[nn.Module, Any, int], tuple[nn.Module, torch.optim.Optimizer]]
+# From a float network, a policy and the task to the network to train and its optimizer, which has a
+# learning rate of 1.
+Prepare = Callable[[nn.Module, Any, Task], tuple[nn.Module, torch.optim.Optimizer]]
 
 
-def adam(model: nn.Module, _: Any, steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+def adam(model: nn.Module, policy: Any, task: Task) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The network as it is, and the optimizer of the inner loop."""
     return model, torch.optim.Adam(model.parameters(), lr=1.0)
 
@@ -56,7 +56,7 @@ def train(
     for model, rate, policy, batches in zip(
         networks, members, repeated, itertools.cycle(order), strict=False
     ):
-        prepared, optimizer = prepare(model, policy, task.horizon * task.steps)
+        prepared, optimizer = prepare(model, policy, task)
         _fit(prepared, optimizer, rate, data, batches.flatten(0, 1))
         _reestimate(prepared, data, batches[-1][:20])
         accuracies.append(_accuracy(prepared, split))

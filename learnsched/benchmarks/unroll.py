@@ -1,7 +1,7 @@
 """Time and peak memory of one unrolled gradient: recomputed epochs, one full graph, TorchOpt.
 
     python -m learnsched.benchmarks.unroll [--quick] [--seed N] [--json PATH] [--rounds N]
-                                           [--optimizer adam|momentum]
+                                           [--optimizer adam momentum]
 
 All three differentiate the same runs of the same networks under the same schedule:
 
@@ -158,7 +158,7 @@ def _peak() -> float:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Ratios within the run, in words; of several rounds the fastest counts."""
+    """Ratios within the run of one optimizer, in words; of several rounds the fastest counts."""
 
     def best(method: str, horizon: int, what: str) -> float:
         found = [r[what] for r in rows if (r["method"], r["horizon"]) == (method, horizon)]
@@ -168,8 +168,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
         return best(method, horizon, what) / best(other, to, what)
 
     short, long = (f(r["horizon"] for r in rows) for f in (min, max))
+    optimizer = rows[0]["optimizer"]
     lines = [
-        f"recomputed, memory at {long} epochs over {short}: "
+        f"{optimizer}: recomputed, memory at {long} epochs over {short}: "
         f"{ratio('mib', 'recomputed', long, 'recomputed', short):.2f}"
     ]
     for method in dict.fromkeys(r["method"] for r in rows):
@@ -177,7 +178,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
             continue
         for horizon in (short, long):
             lines.append(
-                f"{method} over full graph at {horizon} epochs: "
+                f"{optimizer}: {method} over full graph at {horizon} epochs: "
                 f"time {ratio('seconds', method, horizon, 'full graph', horizon):.2f}, "
                 f"memory {ratio('mib', method, horizon, 'full graph', horizon):.2f}, "
                 f"cosine of gradients {best(method, horizon, 'cosine'):.6f}"
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two steps an epoch, one round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--optimizer", choices=_RATES, default="adam")
+    parser.add_argument("--optimizer", nargs="+", choices=_RATES, default=list(_RATES))
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--horizon", type=int, help=argparse.SUPPRESS)
@@ -202,7 +203,7 @@ def main() -> None:
     if options.method:
         print(
             json.dumps(
-                measure(options.method, options.optimizer, options.horizon, steps, options.seed)
+                measure(options.method, options.optimizer[0], options.horizon, steps, options.seed)
             )
         )
         return
@@ -211,35 +212,45 @@ def main() -> None:
         methods.remove("torchopt")
         print("torchopt is not installed: left out")
     rows: list[dict[str, Any]] = []
-    horizons = (10, 40)
-    for _ in range(1 if options.quick else options.rounds):
-        for horizon in horizons:
-            for method in methods:
-                rows.append(_in_a_process(method, horizon, options))
-    for row in rows:
-        reference = next(
-            r["gradient"]
-            for r in rows
-            if (r["method"], r["horizon"]) == ("full graph", row["horizon"])
-        )
-        ours, theirs = (torch.tensor(g, dtype=torch.float64) for g in (row["gradient"], reference))
-        row["cosine"] = float(torch.cosine_similarity(ours, theirs, dim=0))
-    for row in rows:
-        del row["gradient"]
-    print("\n".join(lines := summary(rows)))
+    lines: list[str] = []
+    for optimizer in options.optimizer:
+        mine = [
+            _in_a_process(method, optimizer, horizon, options)
+            for _ in range(1 if options.quick else options.rounds)
+            for horizon in (10, 40)
+            for method in methods
+        ]
+        _compare(mine)
+        lines += summary(mine)
+        rows += mine
+    print("\n".join(lines))
     write_results(options.json, {"seed": options.seed, "summary": lines, "rows": rows})
 
 
-def _in_a_process(method: str, horizon: int, options: argparse.Namespace) -> dict[str, Any]:
+def _compare(rows: Sequence[dict[str, Any]]) -> None:
+    """Put in place of each gradient its cosine with that of the full graph."""
+    full = {r["horizon"]: r["gradient"] for r in rows if r["method"] == "full graph"}
+    for row in rows:
+        ours, theirs = (
+            torch.tensor(gradient, dtype=torch.float64)
+            for gradient in (row.pop("gradient"), full[row["horizon"]])
+        )
+        row["cosine"] = float(torch.cosine_similarity(ours, theirs, dim=0))
+
+
+def _in_a_process(
+    method: str, optimizer: str, horizon: int, options: argparse.Namespace
+) -> dict[str, Any]:
     command = [
         sys.executable, "-m", "learnsched.benchmarks.unroll", "--method", method,
         "--horizon", str(horizon), "--seed", str(options.seed),
-        "--optimizer", options.optimizer, *["--quick"] * options.quick,
+        "--optimizer", optimizer, *["--quick"] * options.quick,
     ]  # fmt: skip
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     row: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     print(
-        f"{method:>10}, {horizon:2} epochs: {row['mib']:6.0f} MiB, {row['seconds']:6.1f} CPU s",
+        f"{optimizer:>8}, {method:>10}, {horizon:2} epochs: {row['mib']:6.0f} MiB, "
+        f"{row['seconds']:6.1f} CPU s",
         flush=True,
     )
     return row

@@ -64,6 +64,8 @@ class Task:
         runs: how many seeds the members have; member i has the seed of member ``i % runs``. All
             differ if 0.
         optimizer: of the inner loop, a key of :data:`learnsched.meta.inner_optimizers.OPTIMIZERS`.
+        float_ends: keep the first and the last layer's weights real, as much of the field does; all
+            activations are quantized.
 
     Example:
         >>> from learnsched.data import load
@@ -88,14 +90,16 @@ class Task:
     seed: int
     runs: int = 0
     optimizer: str = "adam"
+    float_ends: bool = False
 
     @property
     def name(self) -> str:
         """What distinguishes the task in tables, seeds and learning rates left out."""
         start = ", fine-tuned" if self.fine_tuning else ""
         optimizer = "" if self.optimizer == "adam" else f", {self.optimizer}"
+        ends = ", float ends" if self.float_ends else ""
         return (
-            f"{self.data} {self.family} {self.depth}×{self.width}, {self.bits}, "
+            f"{self.data} {self.family} {self.depth}×{self.width}, {self.bits}{ends}, "
             f"{self.horizon}×{self.steps} steps{start}{optimizer}"
         )
 
@@ -155,6 +159,7 @@ class Task:
                 config.activation,
                 weight_scale=config.weight_scale,
                 activation_scale=config.activation_scale,
+                skip=("first", "last") if self.float_ends else (),
                 example_input=x[:1],
             )
             for layer in quantized_layers(model):

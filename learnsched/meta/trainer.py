@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -262,8 +262,10 @@ class MetaTrainer:
         path = self.folder / "config.json"
         if path.exists():
             stored = json.loads(path.read_text())
-            for task in stored["trainer"]["validation"]:
-                task.setdefault("optimizer", "adam")  # runs begun before tasks named one
+            # The run may have begun before tasks had all their fields.
+            later = {f.name: f.default for f in fields(Task) if f.default is not MISSING}
+            tasks = stored["trainer"]["validation"]
+            stored["trainer"]["validation"] = [later | task for task in tasks]
             if stored != json.loads(config):
                 raise FileExistsError(
                     f"{self.folder} holds a run of another configuration ({path}); "
