@@ -167,9 +167,8 @@ def small_trainer(folder, **changes):
         total_steps=(6, 9),
         members=2,
     )
-    config = dataclasses.replace(
-        preset.trainer, mix=mix, validation=(SMALL,), validate_every=2, **changes
-    )
+    changes = {"validation": (SMALL,), "validate_every": 2} | changes
+    config = dataclasses.replace(preset.trainer, mix=mix, **changes)
     torch.manual_seed(0)
     policy = LearnedPolicy(MetaNetwork(), preset.base, preset.domain)
     return MetaTrainer(policy, config, folder, {"digits": DIGITS})
@@ -208,6 +207,15 @@ def test_a_start_that_is_never_beaten_is_kept(tmp_path):
     trainer.load_best()
     for name, parameter in trainer.policy.network.named_parameters():
         assert torch.equal(parameter, start[name])
+
+
+def test_without_validation_tasks_the_last_average_is_kept(tmp_path):
+    trainer = small_trainer(tmp_path, validation=(), validate_every=1)
+    trainer.run(2)
+    assert ["validation_error" in entry for entry in trainer.log] == [False, False]
+    trainer.load_best()
+    for name, parameter in trainer.policy.network.named_parameters():
+        assert torch.equal(parameter, trainer._average[name])
 
 
 def test_a_folder_of_another_configuration_is_refused(tmp_path):

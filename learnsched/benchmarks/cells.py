@@ -93,10 +93,10 @@ _SMALL = (
         "fashion-cnn-binary-weights", _task("fashion_mnist", "cnn2d", 8, 5, 8, 32, "binary/2-bit")
     ),
     Cell("fashion-cnn-float-ends", _task("fashion_mnist", "cnn2d", 8, 6, 8, 32, float_ends=True)),
+    Cell("signal-cnn-60-epochs", _task("mnist1d", "cnn1d", 24, 7, 60, 40)),
 )
 
 _MORE = (
-    Cell("signal-cnn-60-epochs", _task("mnist1d", "cnn1d", 24, 7, 60, 40)),
     Cell("fashion-vgg", _task("fashion_mnist", "vgg", 6, 8, 15, 100), 12_000, 5000, 10_000),
     Cell(
         "fashion-cnn-long",

@@ -42,7 +42,7 @@ def work(preset: str, seed: int, step: int, threads: int, *, profile: bool) -> d
     """Take one outer step: its wall and CPU seconds on this rank, or what it spent them on."""
     torch.set_num_threads(threads)
     chosen = PRESETS[preset]
-    config = replace(chosen.trainer, seed=seed, validate_every=step + 2)
+    config = replace(chosen.trainer, seed=seed, validation=())
     distribution.start()
     torch.manual_seed(seed)
     policy = LearnedPolicy(MetaNetwork(), chosen.base, chosen.domain)

@@ -142,7 +142,7 @@ class MetaTrainer:
             self._log = [{"step": 0, "validation_error": self._validate()}]
         while self.step < steps:
             entry = self._outer_step()
-            if self.step % self.config.validate_every == 0:
+            if self.config.validation and self.step % self.config.validate_every == 0:
                 entry["validation_error"] = self._validate()
             self._log.append(entry)
             self._save()
