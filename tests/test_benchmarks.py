@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 
-from learnsched.benchmarks import stability
+from learnsched.benchmarks import gradient, stability
 from learnsched.benchmarks.held_out import QUICK_TASKS, compare, summary, table
 from learnsched.benchmarks.methods import hand_coded
 from learnsched.benchmarks.room import tables
@@ -94,3 +95,33 @@ def test_the_logs_of_meta_training_become_a_row_and_lines_for_each_run(tmp_path)
     assert [line.get_ydata()[0] for line in error.lines] == [25.0, 25.0, 25.0, 25.0]
     assert error.lines[-1].get_label() == "ANA, tuned in each task"
     assert len(norm.lines) == 3
+
+
+def test_a_larger_reference_replaces_a_smaller_one(tmp_path, monkeypatch):
+    made = []
+
+    def measure(data, cell, *, seeds, pairs, seed):
+        made.append((cell.steps, pairs))
+        reference = {"pairs": pairs, "seconds": 0.0, "agreement": [0.5], "norms": [1.0]}
+        return {
+            **asdict(cell), "reference": {**reference, "agreement_of_mean": 0.5}, "estimators": [],
+        }  # fmt: skip
+
+    monkeypatch.setattr(gradient, "measure", measure)
+    path = tmp_path / "gradient.json"
+    for steps, pairs in (("20 40", "4"), ("20", "8"), ("20 40", "4")):
+        grid = [
+            "--noise",
+            "normal",
+            "--optimizer",
+            "adam",
+            "--width",
+            "8",
+            "--steps",
+            *steps.split(),
+        ]
+        monkeypatch.setattr(sys, "argv", ["gradient", *grid, "--pairs", pairs, "--json", str(path)])
+        gradient.main()
+    assert made == [(20, 4), (40, 4), (20, 8)]
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["steps"], row["reference"]["pairs"]) for row in rows] == [(20, 8), (40, 4)]
