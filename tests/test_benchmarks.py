@@ -13,6 +13,7 @@ from learnsched.benchmarks.held_out import QUICK_TASKS, compare, summary, table
 from learnsched.benchmarks.methods import hand_coded
 from learnsched.benchmarks.room import tables
 from learnsched.benchmarks.search import Budget
+from learnsched.benchmarks.transfer import gains
 from learnsched.policies import BaseCurve
 from learnsched.schedule import FIELDS, LayerInfo, RunInfo, plan
 
@@ -125,3 +126,15 @@ def test_a_larger_reference_replaces_a_smaller_one(tmp_path, monkeypatch):
     assert made == [(20, 4), (40, 4), (20, 8)]
     rows = json.loads(path.read_text())["rows"]
     assert [(row["steps"], row["reference"]["pairs"]) for row in rows] == [(20, 8), (40, 4)]
+
+
+def test_gains_are_paired_over_the_learning_rates():
+    records = [
+        {"cell": "a", "method": "new", "validation": [0.52, 0.64, 0.56]},
+        {"cell": "a", "method": "old", "validation": [0.50, 0.60, 0.50]},
+        {"cell": "b", "method": "new", "validation": [0.1, 0.2, 0.3]},
+    ]
+    # 2, 4 and 6 points: their standard deviation is 2, the standard error 2 / √3.
+    assert gains(records, "new", "old").splitlines() == [
+        "| task | new − old |", "| --- | --- |", "| a | +4.0 ± 1.2 |",
+    ]  # fmt: skip
