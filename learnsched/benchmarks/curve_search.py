@@ -1,13 +1,14 @@
 """Which fixed curve is best? A search over a family of schedules, for each pair of level sets.
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.curve_search [--bits BITS]
-                                          [--fine-tuning] [--quick] [--seed N] [--json PATH]
+                               [--fine-tuning | --long] [--quick] [--seed N] [--json PATH]
 
 The rival of meta-training, and what gives it a base to start from. Random curves train on every task
 of a list, each with a learning rate of its own; a quadratic in all coordinates is fitted to their
 validation accuracy, seed by seed and task by task around its mean; its maximum is the curve that is
 found. Further rounds draw from the half as wide box around the last maximum. What was found is compared
-with the plain base curve on fresh seeds, each at its best of three learning rates.
+with the plain base curve and with the one that meta-training starts from, on fresh seeds, each at its
+best of three learning rates.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from learnsched.benchmarks.held_out import train
 from learnsched.benchmarks.methods import Method
 from learnsched.data import DataSet, load
 from learnsched.meta import distribution
+from learnsched.meta.presets import PRESETS
 from learnsched.meta.rollout import run_forward, table_rollout
 from learnsched.meta.tasks import Task
+from learnsched.policies import BaseCurves
 from learnsched.policies.base_curve import BaseCurve
 from learnsched.schedule import plan
 
@@ -64,6 +67,7 @@ BOXES: dict[str, Box] = {
 }
 _SEEDS = 4
 _RATES = (0.012, 0.022, 0.04)
+_LONG_RATES = (0.006, 0.012, 0.022)
 
 
 def tasks(bits: str) -> tuple[Task, ...]:
@@ -103,6 +107,20 @@ def fine_tuned(bits: str) -> tuple[Task, ...]:
     )
 
 
+def long(bits: str) -> tuple[Task, ...]:
+    """What curves for long runs are tried on: ten times as many steps as meta-training's shortest."""
+    rows = (
+        ("mnist1d", "cnn1d", 8, 4, 20, 50),
+        ("mnist1d", "cnn1d", 12, 5, 24, 60),
+        ("noisy_digits", "cnn2d", 8, 4, 20, 50),
+        ("mnist1d", "mlp", 32, 4, 20, 60),
+    )
+    return tuple(
+        Task(family, data, width, depth, horizon, steps, 32, bits, (), False, 740_000)
+        for data, family, width, depth, horizon, steps in rows
+    )
+
+
 def curves(points: Tensor, box: Box) -> tuple[list[BaseCurve], list[float]]:
     """Curves and learning rates of points in the unit cube, shape ``(count, len(box))``."""
     found, rates = [], []
@@ -118,9 +136,9 @@ def curves(points: Tensor, box: Box) -> tuple[list[BaseCurve], list[float]]:
     return found, rates
 
 
-def accuracies(task: Task, data: DataSet, points: Tensor, seed: int) -> Tensor:
+def accuracies(task: Task, data: DataSet, points: Tensor, box: Box, seed: int) -> Tensor:
     """Validation accuracy of each point; point i has the seed of point ``i % 4``."""
-    found, rates = curves(points, BOXES[task.bits])
+    found, rates = curves(points, box)
     final = replace(task, learning_rates=tuple(rates), runs=_SEEDS, seed=task.seed + seed)
     inner = final.build(data, membership_width=0.0, eps=1e-8)
     tables = torch.stack([plan(curve, inner.run).table.float() for curve in found], dim=1)
@@ -170,17 +188,17 @@ def maximum(coefficients: Tensor, low: Tensor, high: Tensor, seed: int) -> tuple
     return points[best].detach(), float(value[best])
 
 
-def search(bits: str, count: int, rounds: int, seed: int, rows: Sequence[Task]) -> dict[str, Any]:
+def search(box: Box, count: int, rounds: int, seed: int, rows: Sequence[Task]) -> dict[str, Any]:
     """All rounds over all tasks; what each found.
 
     Args:
-        bits: a key of :data:`BOXES`.
+        box: where curves are drawn from.
         count: curves of a task and round.
         rounds: each but the first in half the box of the one before.
         seed: of the curves and their runs.
         rows: what to train on.
     """
-    box, data = BOXES[bits], _data()
+    data = _data()
     low, high = torch.zeros(len(box)).double(), torch.ones(len(box)).double()
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     found = []
@@ -193,7 +211,7 @@ def search(bits: str, count: int, rounds: int, seed: int, rows: Sequence[Task]) 
             )
             points = low + (high - low) * sobol.draw(count).double()
             task = rows[index]
-            value = accuracies(task, data[task.data], points, 1000 * (seed + 1) + turn)
+            value = accuracies(task, data[task.data], points, box, 1000 * (seed + 1) + turn)
             mine[index] = (points, value)
             print(
                 f"round {turn + 1}, {task.name}: mean {value.mean():.3f}, "
@@ -214,27 +232,32 @@ def search(bits: str, count: int, rounds: int, seed: int, rows: Sequence[Task]) 
 
 
 def verify(
-    rows: Sequence[Task], compared: Mapping[str, BaseCurve], seeds: int, seed: int
+    rows: Sequence[Task],
+    compared: Mapping[str, BaseCurve | BaseCurves],
+    rates: Sequence[float],
+    seeds: int,
+    seed: int,
 ) -> list[Any]:
-    """Validation accuracy on fresh seeds, each task at its best learning rate of three.
+    """Validation accuracy on fresh seeds, each task at its best learning rate.
 
     Args:
         rows: the tasks.
         compared: curves by name.
+        rates: learning rates.
         seeds: runs of each curve, task and learning rate.
         seed: of the runs.
     """
     data = _data()
     method = Method("curve", BaseCurve.noise, BaseCurve.partition)
-    repeated = [curve for curve in compared.values() for _ in _RATES]
+    repeated = [curve for curve in compared.values() for _ in rates]
     mine = {}
     for index in range(distribution.rank(), len(rows), distribution.world_size()):
         task = replace(rows[index], seed=31_337 + seed)
         known = data[task.data]
         accuracy = train(
-            method, task, known, _RATES * len(compared), repeated, seeds, known.validation
+            method, task, known, list(rates) * len(compared), repeated, seeds, known.validation
         )
-        mean = accuracy.mean(1).view(len(compared), len(_RATES)).amax(1)
+        mean = accuracy.mean(1).view(len(compared), len(rates)).amax(1)
         accuracies = dict(zip(compared, mean.tolist(), strict=True))
         mine[index] = {"task": task.name, "accuracy": accuracies}
     return distribution.gather(mine, len(rows))
@@ -250,7 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bits", choices=BOXES, default="ternary/2-bit")
-    parser.add_argument("--fine-tuning", action="store_true", help="start from float networks")
+    regime = parser.add_mutually_exclusive_group()
+    regime.add_argument("--fine-tuning", action="store_true", help="start from float networks")
+    regime.add_argument("--long", action="store_true", help="runs of 1000 to 1440 steps")
     parser.add_argument("--count", type=int, default=256, help="curves for each task and round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="two tasks, few curves and seeds")
@@ -264,23 +289,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     distribution.start()
     torch.set_num_threads(1)
     count, rounds, seeds = (4, 1, 2) if options.quick else (options.count, options.rounds, 6)
-    rows = fine_tuned(options.bits) if options.fine_tuning else tasks(options.bits)
-    rows = rows[5:] if options.quick else rows
-    name = f"{options.bits}, fine-tuned" if options.fine_tuning else options.bits
+    name, rows, box, rates = options.bits, tasks(options.bits), BOXES[options.bits], _RATES
+    if options.fine_tuning:
+        name, rows = f"{name}, fine-tuned", fine_tuned(options.bits)
+    elif options.long:
+        name, rows, rates = f"{name}, long", long(options.bits), _LONG_RATES
+        box = {**box, "learning_rate": (0.005, 0.05, True)}
+    rows = rows[-2:] if options.quick else rows
     stored: dict[str, Any] = {}
     if options.json and options.json.exists():
         stored = json.loads(options.json.read_text())
     content = stored.get(name) or {
         "environment": describe(),
         "seed": options.seed,
-        **search(options.bits, count, rounds, options.seed, rows),
+        **search(box, count, rounds, options.seed, rows),
     }
     last = BaseCurve(**content["rounds"][-1]["curve"])
-    compared = {"plain": BaseCurve(), "found": last}
-    content["verified"] = verify(rows, compared, seeds, options.seed)
+    shipped = PRESETS["standard"].base
+    compared: dict[str, BaseCurve | BaseCurves] = {
+        "plain": BaseCurve(), "shipped": shipped, "found": last,
+    }  # fmt: skip
+    content["verified"] = verify(rows, compared, rates, seeds, options.seed)
     if distribution.rank() == 0:
         write_results(options.json, {**stored, name: content})
-        print("accuracy in %: plain curve, found curve")
+        print("accuracy in %: " + ", ".join(compared))
         for row in content["verified"]:
             print(" ".join(f"{100 * a:5.1f}" for a in row["accuracy"].values()), row["task"])
     distribution.stop()
