@@ -111,16 +111,7 @@ def test_a_larger_reference_replaces_a_smaller_one(tmp_path, monkeypatch):
     monkeypatch.setattr(gradient, "measure", measure)
     path = tmp_path / "gradient.json"
     for steps, pairs in (("20 40", "4"), ("20", "8"), ("20 40", "4")):
-        grid = [
-            "--noise",
-            "normal",
-            "--optimizer",
-            "adam",
-            "--width",
-            "8",
-            "--steps",
-            *steps.split(),
-        ]
+        grid = f"--noise normal --optimizer adam --width 8 --steps {steps}".split()
         monkeypatch.setattr(sys, "argv", ["gradient", *grid, "--pairs", pairs, "--json", str(path)])
         gradient.main()
     assert made == [(20, 4), (40, 4), (20, 8)]

@@ -101,10 +101,7 @@ def fine_tuned(bits: str) -> tuple[Task, ...]:
         ("noisy_digits", "residual", 8, 5, 8, 25),
         ("mnist1d", "mlp", 32, 4, 12, 20),
     )
-    return tuple(
-        Task(family, data, width, depth, horizon, steps, 32, bits, (), True, 720_000)
-        for data, family, width, depth, horizon, steps in rows
-    )
+    return _of_one_regime(rows, bits, fine_tuning=True, seed=720_000)
 
 
 def long(bits: str) -> tuple[Task, ...]:
@@ -115,8 +112,15 @@ def long(bits: str) -> tuple[Task, ...]:
         ("noisy_digits", "cnn2d", 8, 4, 20, 50),
         ("mnist1d", "mlp", 32, 4, 20, 60),
     )
+    return _of_one_regime(rows, bits, fine_tuning=False, seed=740_000)
+
+
+def _of_one_regime(
+    rows: Sequence[tuple[str, str, int, int, int, int]], bits: str, *, fine_tuning: bool, seed: int
+) -> tuple[Task, ...]:
+    """Tasks by data, family, width, depth, horizon and steps an epoch."""
     return tuple(
-        Task(family, data, width, depth, horizon, steps, 32, bits, (), False, 740_000)
+        Task(family, data, width, depth, horizon, steps, 32, bits, (), fine_tuning, seed)
         for data, family, width, depth, horizon, steps in rows
     )
 
