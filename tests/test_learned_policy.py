@@ -381,6 +381,33 @@ def test_a_run_gets_the_curve_of_the_nearest_case(weight, activation, fine_tunin
     assert torch.equal(own.table, plan(CURVES.nearest(run), run).table)
 
 
+@pytest.mark.parametrize(
+    ("weight", "activation", "expected"),
+    [(3, 0, 2.0), (2, 0, 2.0), (3, 256, 2.0), (3, 64, 2.0), (3, 16, 1.0), (3, 4, 1.0)],
+)
+def test_real_activations_have_a_case_of_their_own(weight, activation, expected):
+    real = Case(3, 0, False, BaseCurve(power=2.0))
+    curves = BaseCurves((Case(3, 4, False, BaseCurve(power=1.0)), real))
+    run = RunInfo(
+        (LayerInfo("first", 9, weight, activation), LayerInfo("last", 9, weight, 0)), 4, 10
+    )
+    assert curves.nearest(run).power == expected
+    assert BaseCurves.from_config(json.loads(json.dumps(curves.config()))) == curves
+
+
+def test_networks_whose_activations_are_all_real_are_another_domain():
+    real = RunInfo((LayerInfo("first", 9, 3, 0), LayerInfo("last", 9, 3, 0)), 4, 10)
+    ends = RunInfo((LayerInfo("first", 9, 3, 4), LayerInfo("last", 9, 3, 0)), 4, 10)
+    two_bit = Domain(activation_levels=(4, 4))
+    assert [two_bit.has_seen_levels(run) for run in (real, ends)] == [False, True]
+    assert Domain(activation_levels=(4, 256)).has_seen_levels(real)
+    policy = trained()
+    policy.domain = two_bit
+    base = LearnedPolicy(MetaNetwork(), policy.base)
+    assert torch.equal(rollout(policy, real), rollout(base, real))
+    assert not torch.equal(rollout(policy, ends), rollout(base, ends))
+
+
 def test_base_curves_go_through_json_and_are_not_empty():
     assert BaseCurves.from_config(json.loads(json.dumps(CURVES.config()))) == CURVES
     with pytest.raises(ValueError, match="at least one case"):

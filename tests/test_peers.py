@@ -31,7 +31,9 @@ def trained(prepare, policy, **changes):
     return kept[0], float(accuracy)
 
 
-@pytest.mark.parametrize(("bits", "most"), [("ternary/2-bit", 3), ("binary/binary", 2)])
+@pytest.mark.parametrize(
+    ("bits", "most"), [("ternary/2-bit", 3), ("binary/binary", 2), ("ternary/real", 3)]
+)
 def test_parq_ends_on_its_levels(bits, most):
     pytest.importorskip("torchao")
     peers = pytest.importorskip("learnsched.benchmarks.peers")
@@ -43,7 +45,8 @@ def test_parq_ends_on_its_levels(bits, most):
 
 @pytest.mark.parametrize("scaling", ["constant", "largest"])
 @pytest.mark.parametrize(
-    ("bits", "most"), [("ternary/2-bit", 3), ("ternary/ternary", 3), ("binary/binary", 2)]
+    ("bits", "most"),
+    [("ternary/2-bit", 3), ("ternary/ternary", 3), ("binary/binary", 2), ("ternary/real", 3)],
 )
 def test_brevitas_layers_are_on_their_levels(bits, most, scaling):
     qnn = pytest.importorskip("brevitas.nn")
@@ -52,10 +55,10 @@ def test_brevitas_layers_are_on_their_levels(bits, most, scaling):
     layers = [m for m in model.modules() if isinstance(m, qnn.QuantLinear)]
     assert len(layers) == 3
     assert all(distinct(layer.quant_weight().value) <= most for layer in layers)
-    levels = {"2-bit": 4, "ternary": 3, "binary": 2}[bits.split("/")[1]]
-    for activation in [
-        m for m in model.modules() if isinstance(m, qnn.QuantReLU | qnn.QuantIdentity)
-    ]:
+    levels = {"2-bit": 4, "ternary": 3, "binary": 2, "real": 0}[bits.split("/")[1]]
+    activations = [m for m in model.modules() if isinstance(m, qnn.QuantReLU | qnn.QuantIdentity)]
+    assert len(activations) == (2 if levels else 0)
+    for activation in activations:
         out = activation(torch.randn(1000))
         assert len(getattr(out, "value", out).unique()) <= levels
     assert accuracy > 0.12

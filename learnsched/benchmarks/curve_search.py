@@ -56,8 +56,10 @@ _BOX: Box = {
     "activation_backward_tilt": (-1.2, 1.2, False),
     "learning_rate": (0.012, 0.05, True),
 }
+_WEIGHTS_ALONE = {n: sides for n, sides in _BOX.items() if not n.startswith("activation")}
 BOXES: dict[str, Box] = {
     "ternary/2-bit": _BOX,
+    "ternary/real": _WEIGHTS_ALONE,
     "ternary/ternary": _BOX,
     "binary/binary": {
         **_BOX,

@@ -14,6 +14,7 @@ from learnsched.benchmarks import spaces
 from learnsched.benchmarks.input_scales import scale_inputs_
 from learnsched.benchmarks.spaces import Trial
 from learnsched.choose import LayerConfig
+from learnsched.layers import quantized_layers
 from learnsched.learned_quantizers import (
     learn_noise_,
     learn_scales_,
@@ -37,8 +38,8 @@ from learnsched.policies.incremental import IDENTITY_STD
 from learnsched.scales import AbsoluteMean, FanIn, Fixed, Maximum, PowerOfTwo
 from learnsched.schedule import Policy, RunInfo, plan
 
-TERNARY = ("ternary/2-bit", "ternary/ternary")
-BINARY = ("binary/binary", "binary/2-bit")
+TERNARY = ("ternary/2-bit", "ternary/ternary", "ternary/real")
+BINARY = ("binary/binary", "binary/2-bit", "binary/real")
 SIGNED_ACTIVATIONS = ("ternary/ternary", "binary/binary")
 
 # TWN's thresholds are ±0.7 times the mean magnitude Δ/0.7 (equation 6), its levels ± the mean of what
@@ -159,10 +160,14 @@ def hand_coded(bits: str = "ternary/2-bit") -> list[Method]:
 
 
 def _within(method: Method, bits: str) -> Method:
-    """The method with the ranges of its parameters that suit the activations."""
-    if method.suggest is None or bits not in SIGNED_ACTIVATIONS:
+    """The method with the parameters, and the ranges of them, that suit the activations."""
+    if method.suggest is None:
         return method
-    return replace(method, suggest=spaces.with_narrow_activations(method.suggest))
+    if bits in SIGNED_ACTIVATIONS:
+        return replace(method, suggest=spaces.with_narrow_activations(method.suggest))
+    if BITS[bits][1] is None:
+        return replace(method, suggest=spaces.with_real_activations(method.suggest))
+    return method
 
 
 def _others() -> list[Method]:
@@ -192,7 +197,8 @@ def _others() -> list[Method]:
         Method(
             "BWN", uniform, settled, spaces.straight_through_uniform,
             levels=lambda c: replace(c, weight_scale=AbsoluteMean("channel")),
-            bits=("binary/2-bit",), source="Rastegari et al. 2016 (arXiv:1603.05279), equation 6",
+            bits=("binary/2-bit", "binary/real"),
+            source="Rastegari et al. 2016 (arXiv:1603.05279), equation 6",
         ),
         Method(
             "XNOR-Net", uniform, settled, spaces.straight_through_uniform,
@@ -280,7 +286,8 @@ def _others() -> list[Method]:
 
 
 def _learn_all_scales(model: nn.Module) -> None:
-    learn_scales_(model)
+    if any(layer.activations for layer in quantized_layers(model)):
+        learn_scales_(model)
     learn_weight_scales_(model)
 
 

@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from learnsched.benchmarks import plain
+from learnsched.benchmarks import plain, spaces
 from learnsched.benchmarks.accuracy import PEER, Entry, Train, execute, parser
 from learnsched.benchmarks.spaces import Trial
 from learnsched.convert import quantize_
@@ -87,9 +87,11 @@ def prepare_parq(
     from torchao.prototype.parq.optim import ProxPARQ, QuantOptimizer
     from torchao.prototype.parq.quant import LSBQuantizer
 
-    quantize_(model, None, BITS[task.bits][1])
-    ste = StraightThrough(policy.activation_backward_std, policy.activation_backward_std)
-    QuantizationScheduler(model, ste, epochs=2)  # constant until the end, where nothing changes
+    activation = BITS[task.bits][1]
+    if activation is not None:
+        quantize_(model, None, activation)
+        ste = StraightThrough(policy.activation_backward_std, policy.activation_backward_std)
+        QuantizationScheduler(model, ste, epochs=2)  # constant until the end, where nothing changes
     weights = [layer.weight for layer in _layers_to_quantize(model, task)]
     chosen = {id(weight) for weight in weights}
     others: dict[str, Any] = {"params": [p for p in model.parameters() if id(p) not in chosen]}
@@ -170,6 +172,8 @@ def _brevitas_layers(
             made = qnn.QuantReLU(bit_width=2, collect_stats_steps=max(1, min(300, steps // 10)))
         elif after == "ternary":
             made = qnn.QuantIdentity(act_quant=SignedTernaryActPerTensorConst)
+        elif after == "real":
+            made = nn.ReLU()
         else:
             made = qnn.QuantIdentity(act_quant=SignedBinaryActPerTensorConst)
         return cast(nn.Module, made)
@@ -199,8 +203,9 @@ def entries(bits: str) -> list[Entry]:
         ModuleNotFoundError: a peer is not installed in this environment.
     """
     found = []
+    parq = spaces.with_real_activations(suggest_parq) if BITS[bits][1] is None else suggest_parq
     for name, package, prepare, suggest in (
-        ("PARQ (torchao)", "torchao", prepare_parq, suggest_parq),
+        ("PARQ (torchao)", "torchao", prepare_parq, parq),
         ("Brevitas", "brevitas", prepare_brevitas, functools.partial(suggest_brevitas, bits=bits)),
     ):
         train = functools.partial(plain.train, cast(Any, prepare))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from learnsched.policies import (
     AdditiveNoiseAnnealing,
@@ -48,6 +48,7 @@ class Trial(Protocol):
 
 
 Suggest = Callable[[Trial], Policy]
+_Policy = TypeVar("_Policy")
 
 # By how much the ranges of the activations' backward noise reach further down.
 _NARROWER = 5.0
@@ -73,6 +74,24 @@ def with_narrow_activations(suggest: Suggest) -> Suggest:
     step away from the next: a gradient as wide as a step is mostly wrong.
     """
     return lambda trial: suggest(_NarrowActivations(trial))
+
+
+@dataclass(frozen=True)
+class _RealActivations:
+    trial: Trial
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        if name.startswith("activation_"):
+            return high
+        return self.trial.suggest_float(name, low, high, log=log)
+
+    def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
+        return self.trial.suggest_categorical(name, choices)
+
+
+def with_real_activations(suggest: Callable[[Trial], _Policy]) -> Callable[[Trial], _Policy]:
+    """The same space without what concerns activations, which has no effect where they are real."""
+    return lambda trial: suggest(_RealActivations(trial))
 
 
 def straight_through(trial: Trial) -> StraightThrough:

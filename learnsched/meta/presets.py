@@ -12,6 +12,7 @@ from learnsched.meta.tasks import BITS, Mix, Task
 from learnsched.meta.trainer import TrainerConfig
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import BaseCurve, BaseCurves, Case, Domain
+from learnsched.policies.domain import REAL_LEVELS
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Preset:
     def domain(self) -> Domain:
         """The range of runs that the mix can draw."""
         mix = self.trainer.mix
-        levels = [len(BITS[name][1].values) for name, _ in mix.bits]
+        sets = [BITS[name][1] for name, _ in mix.bits]
+        levels = [REAL_LEVELS if s is None else len(s.values) for s in sets]
         return Domain(
             horizon=(min(mix.horizons), max(mix.horizons)),
             steps=mix.total_steps,

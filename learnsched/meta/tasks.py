@@ -36,11 +36,13 @@ _HELD_OUT = 256
 # Quantiles of what a batch norm puts out, for scale rules of activations.
 _STANDARD_NORMAL = torch.special.ndtri((torch.arange(1024) + 0.5) / 1024)
 
-BITS: dict[str, tuple[LevelSet, LevelSet]] = {
+BITS: dict[str, tuple[LevelSet, LevelSet | None]] = {
     "ternary/2-bit": (ternary(), unsigned(2)),
     "ternary/ternary": (ternary(), ternary()),
     "binary/binary": (binary(), binary()),
     "binary/2-bit": (binary(), unsigned(2)),
+    "ternary/real": (ternary(), None),
+    "binary/real": (binary(), None),
 }
 
 

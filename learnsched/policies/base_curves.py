@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from learnsched.policies.base_curve import BaseCurve
+from learnsched.policies.domain import REAL_LEVELS
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
 _MOST_LEVELS = 2**16
@@ -19,7 +20,7 @@ class Case:
 
     Attributes:
         weight_levels: how many levels weights have, 2 to 65,536 (16 bits).
-        activation_levels: how many levels activations have, the same.
+        activation_levels: how many levels activations have, the same, or 0 where they are real.
         fine_tuning: whether runs start from a float network.
         curve: what to do there.
 
@@ -37,7 +38,8 @@ class Case:
     curve: BaseCurve
 
     def __post_init__(self) -> None:
-        for levels in (self.weight_levels, self.activation_levels):
+        # A case without levels of weights would be one of nothing to schedule.
+        for levels in (self.weight_levels, self.activation_levels or 2):
             if not 2 <= levels <= _MOST_LEVELS:
                 raise ValueError(f"a quantizer has 2 to {_MOST_LEVELS} levels, not {levels}")
 
@@ -46,8 +48,9 @@ class Case:
 class BaseCurves:
     """The curve of the nearest case; a :class:`~learnsched.schedule.Policy` of its own.
 
-    Nearest in the logarithm of the numbers of levels, averaged over the layers that have them; among
-    equals, of the same regime; among these, the first.
+    Nearest in the logarithm of the numbers of levels, averaged over the layers that have them (real
+    activations count as 8 bits if all are real); among equals, of the same regime; among these, the
+    first.
 
     Attributes:
         cases: at least one.
@@ -95,17 +98,13 @@ class BaseCurves:
     def nearest(self, run: RunInfo) -> BaseCurve:
         """The curve for a run."""
         weights = _mean_log([layer.weight_levels for layer in run.layers])
-        activations = _mean_log([layer.activation_levels for layer in run.layers])
+        activations = _activation_bits([layer.activation_levels for layer in run.layers])
 
         def distance(case: Case) -> tuple[float, bool]:
-            gaps = [
-                0.0 if mean is None else abs(mean - math.log2(levels))
-                for mean, levels in (
-                    (weights, case.weight_levels),
-                    (activations, case.activation_levels),
-                )
-            ]
-            return sum(gaps), case.fine_tuning != run.fine_tuning
+            gap = abs(activations - _activation_bits([case.activation_levels]))
+            if weights is not None:
+                gap += abs(weights - math.log2(case.weight_levels))
+            return gap, case.fine_tuning != run.fine_tuning
 
         return min(self.cases, key=distance).curve
 
@@ -123,3 +122,8 @@ def _mean_log(levels: Sequence[int]) -> float | None:
     """Mean logarithm to base 2 of the numbers that are not 0, rounded: equal cases must tie."""
     logs = [math.log2(count) for count in levels if count]
     return round(sum(logs) / len(logs), 9) if logs else None
+
+
+def _activation_bits(levels: Sequence[int]) -> float:
+    mean = _mean_log(levels)
+    return math.log2(REAL_LEVELS) if mean is None else mean

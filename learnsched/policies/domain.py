@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass
 
 from learnsched.schedule import RunInfo
 
+# Real activations are like those of 8 bits, on which noise of a level step has no effect either.
+REAL_LEVELS = 256
+
 
 @dataclass(frozen=True)
 class Domain:
@@ -17,8 +20,8 @@ class Domain:
         steps: fewest and most optimizer steps of a run.
         depth: fewest and most layers.
         fan_in: smallest and largest fan-in.
-        activation_levels: fewest and most levels of activations. A run with others gets the base
-            curve alone: what is learned of one level set does harm to another.
+        activation_levels: fewest and most levels of activations; 256 for real ones. A run with
+            others gets the base curve alone: what is learned of one level set does harm to another.
 
     Raises:
         ValueError: a range is not positive and finite, or is reversed.
@@ -59,7 +62,9 @@ class Domain:
         ]
 
     def has_seen_levels(self, run: RunInfo) -> bool:
-        """Whether the run's quantized activations have as many levels as meta-training has seen.
+        """Whether the run's activations have as many levels as meta-training has seen.
+
+        Real ones count only where all are real, as in networks whose weights alone are quantized.
 
         Example:
             >>> from learnsched.schedule import LayerInfo
@@ -69,4 +74,4 @@ class Domain:
         """
         low, high = self.activation_levels
         levels = [layer.activation_levels for layer in run.layers if layer.activation_levels]
-        return all(low <= count <= high for count in levels)
+        return all(low <= count <= high for count in levels or [REAL_LEVELS])
