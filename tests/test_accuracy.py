@@ -14,11 +14,21 @@ import torch
 
 from learnsched import load_pretrained, quantize_, ternary, unsigned
 from learnsched.benchmarks import accuracy
-from learnsched.benchmarks.accuracy import claim, entries, main, matching, measure, read
+from learnsched.benchmarks.accuracy import (
+    LEARNED,
+    START,
+    claim,
+    entries,
+    main,
+    matching,
+    measure,
+    read,
+)
 from learnsched.benchmarks.cells import GRIDS, Cell
 from learnsched.benchmarks.search import Budget, search
 from learnsched.meta.population import Population
 from learnsched.meta.presets import PRESETS
+from learnsched.policies import BaseCurve, BaseCurves, Case, LearnedPolicy, MetaNetwork
 
 QUICK = GRIDS["quick"]
 CELL = QUICK.cells[0]
@@ -139,6 +149,28 @@ def test_a_claim_ends_with_its_process(tmp_path):
     holder.join()
     with claim(tmp_path / "job") as mine:
         assert mine
+
+
+def test_a_new_base_curve_makes_a_new_version_only_where_it_applies():
+    def versions(base, bits):  # of the start, then of the learned policy
+        policy = LearnedPolicy(MetaNetwork(2, 2), base)
+        policy.network.load_state_dict(network.state_dict())
+        return [e.version for e in entries(bits, policy) if e.role in (START, LEARNED)]
+
+    network = MetaNetwork(2, 2)
+    cases = (Case(3, 4, False, BaseCurve(power=1.0)), Case(3, 3, False, BaseCurve(power=2.0)))
+    old = BaseCurves(cases)
+    tuned = BaseCurves((*cases, Case(3, 3, True, BaseCurve(power=0.5))))
+    real = BaseCurves((*cases, Case(3, 0, False, BaseCurve(power=0.5))))
+    for new, changed in ((tuned, "ternary/ternary"), (real, "ternary/real")):
+        for bits in ("ternary/2-bit", "ternary/ternary", "ternary/real"):
+            pairs = zip(versions(old, bits), versions(new, bits), strict=True)
+            assert [a != b for a, b in pairs] == [bits == changed] * 2, bits
+    start, learned = versions(old, "ternary/2-bit")
+    with torch.no_grad():
+        network.out.bias.add_(1)
+    assert versions(old, "ternary/2-bit")[0] == start
+    assert versions(old, "ternary/2-bit")[1] != learned
 
 
 def test_another_version_of_a_method_is_measured_again(tmp_path):

@@ -39,8 +39,9 @@ from learnsched.benchmarks.search import Budget, search
 from learnsched.benchmarks.spaces import Trial
 from learnsched.data import DataSet, Split
 from learnsched.files import write_text
-from learnsched.meta.tasks import Task
-from learnsched.policies import LearnedPolicy
+from learnsched.meta.tasks import BITS, Task
+from learnsched.policies import BaseCurve, BaseCurves, LearnedPolicy
+from learnsched.schedule import LayerInfo, RunInfo
 
 # (task, data, learning rates, policies, seeds of each, split) to accuracies (rates, seeds).
 Train = Callable[[Task, DataSet, Sequence[float], Sequence[Any], int, Split], torch.Tensor]
@@ -91,11 +92,12 @@ def entries(bits: str, policy: LearnedPolicy | None, name: str = "learned") -> l
     found.append(_entry(field.upper_bound(), RELAXED))
     found.append(Entry("float", FLOAT, functools.partial(plain.train, plain.adam)))
     if policy is not None:
+        curves = _curves(policy.base, bits)
         # The network of the start has random weights that change nothing: its curve tells all.
-        curve = hashlib.sha256(repr(policy.base).encode()).hexdigest()[:16]
+        start = hashlib.sha256(repr(curves).encode()).hexdigest()[:16]
         learned = replace(field.learned(policy), name=name)
-        found.append(_entry(field.start_of(policy), START, version=curve))
-        found.append(_entry(learned, LEARNED, version=_digest(policy), shorter=SHORTER))
+        found.append(_entry(field.start_of(policy), START, version=start))
+        found.append(_entry(learned, LEARNED, version=_digest(policy, curves), shorter=SHORTER))
     return found
 
 
@@ -106,9 +108,17 @@ def _entry(
     return Entry(method.name, role, train, method.suggest, method.source, version, shorter)
 
 
-def _digest(policy: LearnedPolicy) -> str:
-    """A hash of a learned policy: base curve, whether it sees telemetry, and weights."""
-    digest = hashlib.sha256(repr((policy.base, policy.open_loop)).encode())
+def _curves(base: BaseCurves, bits: str) -> list[BaseCurve]:
+    """The curves that apply to these bits, from scratch and in fine-tuning."""
+    weight, activation = BITS[bits]
+    levels = 0 if activation is None else len(activation.values)
+    layers = (LayerInfo("layer", 1, len(weight.values), levels),)
+    return [base.nearest(RunInfo(layers, 1, fine_tuning=tuned)) for tuned in (False, True)]
+
+
+def _digest(policy: LearnedPolicy, curves: list[BaseCurve]) -> str:
+    """A hash of a learned policy: base curves, whether it sees telemetry, and weights."""
+    digest = hashlib.sha256(repr((curves, policy.open_loop)).encode())
     for name, value in sorted(policy.network.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().contiguous().numpy().tobytes())

@@ -92,6 +92,12 @@ _SMALL = (
     Cell(
         "fashion-cnn-binary-weights", _task("fashion_mnist", "cnn2d", 8, 5, 8, 32, "binary/2-bit")
     ),
+    # Weights alone: from random ones, and in the regime of INQ's paper.
+    Cell("fashion-cnn-weights", _task("fashion_mnist", "cnn2d", 8, 5, 8, 32, "ternary/real")),
+    Cell(
+        "signal-cnn-weights-fine-tuned",
+        _task("mnist1d", "cnn1d", 20, 5, 10, 30, "ternary/real", fine_tuned=True),
+    ),
 )
 
 # Searched like the small ones; the second takes as long as eight of them.
