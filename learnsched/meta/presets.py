@@ -105,12 +105,24 @@ _BINARY = BaseCurve(
     activation_backward_end=0.1,
     freeze_from=0.9,
 )
+# Weights alone: what concerns activations has no effect.
+_WEIGHTS = BaseCurve(
+    weight_forward_std=0.5,
+    weight_hard_from=1.0,
+    power=2.5,
+    weight_backward_std=2.3,
+    weight_backward_end=0.9,
+    freeze_from=0.4,
+    hard_tilt=-0.8,
+    weight_backward_tilt=-0.4,
+)
 _BASE = BaseCurves(
     (
         Case(3, 4, False, _TWO_BIT),
         Case(3, 3, False, _TERNARY),
         Case(3, 3, True, _TERNARY_TUNED),
         Case(2, 2, False, _BINARY),
+        Case(3, 0, False, _WEIGHTS),
     )
 )
 
