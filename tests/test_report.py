@@ -137,6 +137,14 @@ def test_intervals_cover_the_mean_of_a_known_distribution():
         interval([])
 
 
+def test_importance_is_that_of_cells_with_all_parameters(records):
+    narrow = next(r for r in records if (r["cell"], r["method"]) == ("three", "STE"))
+    whole = report.knobs(by_cell([r for r in records if r is not narrow]))
+    narrow["space"] = {"learning_rate": narrow["space"]["learning_rate"]}
+    assert set(whole["STE"]) == {"learning_rate", "std"}
+    assert report.knobs(by_cell(records)) == whole
+
+
 def test_importance_goes_to_the_parameter_that_decides(records):
     shares = importances([r for r in records if r["method"] == "STE"])
     assert next(iter(shares)) == "std"

@@ -248,12 +248,16 @@ def _trials(records: Sequence[Record]) -> int:
 
 
 def knobs(cells: Cells) -> dict[str, dict[str, float]]:
-    """Functional ANOVA of each method that has parameters of its own."""
+    """Functional ANOVA of each method that has parameters of its own, in the cells that have them all.
+
+    Where activations are real, none of theirs is searched.
+    """
     found = {}
     for name in names(cells):
         records = [rows[name] for rows in cells.values() if name in rows]
         if any(record["parameters"] for record in records):
-            shares = importances(records)
+            most = max(len(record["space"]) for record in records)
+            shares = importances([r for r in records if len(r["space"]) == most])
             if shares:
                 found[name] = shares
     return found
@@ -377,7 +381,9 @@ def page(records: Sequence[Record], shares: Mapping[str, Mapping[str, float]]) -
     if shares:
         parts += [
             "## Which parameter matters",
-            "Functional ANOVA of the searches of all cells, each cell's accuracies standardised.",
+            "Functional ANOVA of the searches of all cells that have all of a method's parameters "
+            "(where activations are real, none of theirs is searched), each cell's accuracies "
+            "standardised.",
             knobs_table(shares), "![parameters](methods_parameters.png)",
         ]  # fmt: skip
     parts += ["## What was chosen", chosen_table(cells), "## Missing", missing(cells)]
