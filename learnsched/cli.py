@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--steps", type=_count, help="optimizer steps an epoch; unknown if omitted")
     verb.add_argument("--fan-in", type=_count, default=50, help="weights of one output unit (50)")
     verb.add_argument("--levels", type=_levels, nargs=2, default=(3, 4), metavar=("W", "A"),
-                      help="number of levels of weights and of activations (3 4)")  # fmt: skip
+                      help="number of levels of weights and of activations, 0: real (3 4)")  # fmt: skip
     verb.add_argument("--fine-tuning", action="store_true", help="start from a float network")
     verb.add_argument("--out", type=Path, default=Path("schedule.png"), help="file (schedule.png)")
     verb.set_defaults(verb=_plot)
@@ -250,7 +250,8 @@ def _count(text: str, least: int = 1) -> int:
 
 
 def _levels(text: str) -> int:
-    return _count(text, least=2)
+    """A number of levels, or 0 for what stays real, for argparse."""
+    return 0 if text == "0" else _count(text, least=2)
 
 
 def _percentage(total: int) -> Callable[[int], None] | None:

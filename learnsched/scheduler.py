@@ -293,7 +293,8 @@ class QuantizationScheduler:
                 continue
             weight = layer.weight.weight
             generator = torch.Generator(weight.device)
-            generator.manual_seed(self._seed * 1_000_003 + self.epoch * 1_009 + index)
+            seed = self._seed * 1_000_003 + self.epoch * 1_009 + index
+            generator.manual_seed(seed % 2**63)
             layer.weight.weight_quantizer.freeze_(
                 weight, setting.fraction, self.policy.partition, generator
             )

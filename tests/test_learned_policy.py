@@ -439,3 +439,13 @@ def test_a_policy_without_telemetry_does_not_mind_the_loss():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         policy.settings(run, 2, telemetry, policy.initial_state(run))
+
+
+def test_nothing_is_said_to_be_clipped_where_the_network_is_not_used():
+    layers = (LayerInfo("first", 9, 3, 0), LayerInfo("last", 9, 3, 0))
+    policy = LearnedPolicy(MetaNetwork(), domain=Domain(horizon=(2, 4), activation_levels=(4, 4)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        policy.begin(RunInfo(layers, 900, 10))
+    with pytest.warns(UserWarning, match="horizon"):
+        policy.begin(RunInfo((LayerInfo("first", 9, 3, 4), layers[1]), 900, 10))

@@ -377,3 +377,13 @@ def test_a_card_of_something_else_is_not_embedded(path, changes):
 @pytest.mark.skipif(not ls.list_pretrained(), reason="no artefact has been trained yet")
 def test_the_default_is_there():
     assert "default" in ls.list_pretrained()
+
+
+def test_artefacts_are_read_under_another_default_dtype():
+    expected = ls.load_pretrained("default").network.state_dict()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = ls.load_pretrained("default").network.state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

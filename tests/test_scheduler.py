@@ -724,3 +724,11 @@ def test_weights_are_measured_only_for_policies_that_read_their_error(monkeypatc
     measured.clear()
     ls.QuantizationScheduler(network(), policies.StraightThrough(), epochs=2)
     assert not measured
+
+
+def test_a_seed_of_any_size_will_do():
+    model = ls.quantize_(nn.Sequential(nn.Linear(4, 4)), ls.ternary())
+    policy = policies.IncrementalQuantization(2, partition="random")
+    scheduler = ls.QuantizationScheduler(model, policy, epochs=2, seed=2**62 + 2**61)
+    scheduler.step()
+    assert scheduler.epoch == 1

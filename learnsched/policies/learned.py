@@ -84,13 +84,17 @@ class LearnedPolicy:
             KeyError, TypeError, ValueError: the configuration is not one of :meth:`config`.
         """
         domain = Domain(**{name: (low, high) for name, (low, high) in config["domain"].items()})
-        network = MetaNetwork(config["hidden"], config["embedding"])
+        # Artefacts are in single precision, whatever the default is.
+        network = MetaNetwork(config["hidden"], config["embedding"]).float()
         base = BaseCurves.from_config(config["base"])
         return cls(network, base, domain, open_loop=config["open_loop"])
 
     def begin(self, run: RunInfo) -> dict[str, Tensor]:
-        """The state before the first epoch; warns if the run lies outside the domain."""
-        outside = self.domain.outside(run)
+        """The state before the first epoch; warns if the run lies outside the domain.
+
+        Not where activations are others than the network has seen: the base curve has no such inputs.
+        """
+        outside = self.domain.outside(run) if self.domain.has_seen_levels(run) else []
         if outside:
             warnings.warn(
                 f"outside of what the schedule was trained on: {'; '.join(outside)}. "
