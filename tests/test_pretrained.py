@@ -387,3 +387,11 @@ def test_artefacts_are_read_under_another_default_dtype():
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_reading_an_artefact_draws_nothing_from_the_global_generator():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    ls.load_pretrained("default")
+    assert torch.equal(torch.rand(3), expected)

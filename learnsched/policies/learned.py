@@ -84,8 +84,10 @@ class LearnedPolicy:
             KeyError, TypeError, ValueError: the configuration is not one of :meth:`config`.
         """
         domain = Domain(**{name: (low, high) for name, (low, high) in config["domain"].items()})
-        # Artefacts are in single precision, whatever the default is.
-        network = MetaNetwork(config["hidden"], config["embedding"]).float()
+        # Artefacts are in single precision, whatever the default is; and reading one must not change
+        # what a user draws next.
+        with torch.random.fork_rng(devices=[]):
+            network = MetaNetwork(config["hidden"], config["embedding"]).float()
         base = BaseCurves.from_config(config["base"])
         return cls(network, base, domain, open_loop=config["open_loop"])
 
