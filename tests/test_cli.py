@@ -69,10 +69,11 @@ def test_a_card_cannot_steer_the_terminal():
     assert all(c.isprintable() or c == "\n" for c in text)
 
 
+@pytest.mark.parametrize("levels", [("2", "2"), ("3", "0")])
 @pytest.mark.parametrize("source", ["default", "StraightThrough", "AdditiveNoiseAnnealing"])
-def test_plot_draws_what_a_policy_makes(source, capsys, tmp_path):
+def test_plot_draws_what_a_policy_makes(source, levels, capsys, tmp_path):
     out = tmp_path / "s.png"
-    options = ["--layers", "3", "--epochs", "8", "--steps", "20", "--levels", "2", "2"]
+    options = ["--layers", "3", "--epochs", "8", "--steps", "20", "--levels", *levels]
     assert cli.main(["plot", source, "--out", str(out), *options]) == 0
     assert capsys.readouterr().out == f"wrote {out}\n"
     assert out.read_bytes().startswith(PNG)

@@ -363,6 +363,8 @@ CURVES = BaseCurves((
         (2, 2, True, 0.9),
         (3, 256, True, 0.6),
         (2, 256, False, 0.5),
+        (3, 2, True, 0.7),  # as near to 3 and 3 levels as to 2 and 2: the first
+        (3, 2, False, 0.8),  # the same, but of this regime
         (0, 3, False, 0.7),
         (0, 0, True, 0.6),  # nothing is known: the regime decides
     ],

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from learnsched.policies.base_curve import BaseCurve
-from learnsched.policies.domain import REAL_LEVELS
+from learnsched.policies.domain import REAL_LEVELS, activation_levels
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
 _MOST_LEVELS = 2**16
@@ -98,13 +98,18 @@ class BaseCurves:
     def nearest(self, run: RunInfo) -> BaseCurve:
         """The curve for a run."""
         weights = _mean_log([layer.weight_levels for layer in run.layers])
-        activations = _activation_bits([layer.activation_levels for layer in run.layers])
+        activations = _mean_log(activation_levels(run))
 
         def distance(case: Case) -> tuple[float, bool]:
-            gap = abs(activations - _activation_bits([case.activation_levels]))
-            if weights is not None:
-                gap += abs(weights - math.log2(case.weight_levels))
-            return gap, case.fine_tuning != run.fine_tuning
+            gaps = [
+                0.0 if mean is None else abs(mean - math.log2(levels))
+                for mean, levels in (
+                    (weights, case.weight_levels),
+                    (activations, case.activation_levels or REAL_LEVELS),
+                )
+            ]
+            # Rounded: what is equally near must tie.
+            return round(sum(gaps), 6), case.fine_tuning != run.fine_tuning
 
         return min(self.cases, key=distance).curve
 
@@ -119,11 +124,6 @@ class BaseCurves:
 
 
 def _mean_log(levels: Sequence[int]) -> float | None:
-    """Mean logarithm to base 2 of the numbers that are not 0, rounded: equal cases must tie."""
+    """Mean logarithm to base 2 of the numbers that are not 0."""
     logs = [math.log2(count) for count in levels if count]
-    return round(sum(logs) / len(logs), 9) if logs else None
-
-
-def _activation_bits(levels: Sequence[int]) -> float:
-    mean = _mean_log(levels)
-    return math.log2(REAL_LEVELS) if mean is None else mean
+    return sum(logs) / len(logs) if logs else None

@@ -73,5 +73,10 @@ class Domain:
             [True, False]
         """
         low, high = self.activation_levels
-        levels = [layer.activation_levels for layer in run.layers if layer.activation_levels]
-        return all(low <= count <= high for count in levels or [REAL_LEVELS])
+        return all(low <= count <= high for count in activation_levels(run))
+
+
+def activation_levels(run: RunInfo) -> list[int]:
+    """Numbers of levels of a run's quantized activations; one of real ones if it has none."""
+    levels = [layer.activation_levels for layer in run.layers if layer.activation_levels]
+    return levels or [REAL_LEVELS]
