@@ -261,6 +261,7 @@ def quantize_once(model: nn.Module) -> Iterator[None]:
 
     Inside, every forward pass uses the same quantized weights; their gradients add up there, and reach
     the parameters when the context ends. Call ``backward`` inside, the optimizer's ``step`` after it.
+    Within another such context this one changes nothing.
 
     Args:
         model: converted by ``quantize_``.
@@ -277,7 +278,8 @@ def quantize_once(model: nn.Module) -> Iterator[None]:
         >>> net[0].weight.grad.shape
         torch.Size([4, 8])
     """
-    quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer)]
+    # An outer context goes on with what it has.
+    quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer) and m.shared is None]
     for quantizer in quantizers:
         quantizer.shared = _Shared()
     try:

@@ -48,8 +48,8 @@ class QuantizationScheduler:
     Raises:
         TypeError: ``policy`` is no policy or ``optimizer`` no optimizer.
         ValueError: the model has no quantized layers or more frozen weights than the policy starts
-            with, ``epochs`` is less than 1, or the policy's settings do not fit. The model is as it
-            was.
+            with, ``epochs`` or ``steps_per_epoch`` is no whole number of at least 1, or the policy's
+            settings do not fit. The model is as it was.
 
     Example:
         >>> import learnsched as ls
@@ -81,8 +81,9 @@ class QuantizationScheduler:
             )
         if optimizer is not None:
             _check_optimizer(optimizer)
-        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-            raise ValueError(f"epochs must be a whole number of at least 1, got {epochs!r}")
+        epochs = _count_of("epochs", epochs)
+        if steps_per_epoch is not None:
+            steps_per_epoch = _count_of("steps_per_epoch", steps_per_epoch)
         noise = noise_shape(policy.noise)
         if policy.partition not in PARTITIONS:
             raise ValueError(
@@ -342,6 +343,17 @@ class QuantizationScheduler:
         for layer in self._layers:
             if layer.weight is not None:
                 layer.weight.weight_quantizer.restore_(layer.weight.weight)
+
+
+def _count_of(name: str, value: Any) -> int:
+    """A whole number of at least 1, as a plain one: NumPy's are welcome."""
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return count
 
 
 def _check_optimizer(optimizer: object) -> None:

@@ -640,3 +640,19 @@ def test_functional_calls_see_the_buffers():
     assert not torch.equal(called, model(x))
     model[0].weight_quantizer.forward_std.fill_(0.5)
     assert torch.equal(called, model(x))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6()], ids=repr)
+def test_signed_levels_quantize_what_a_relu_puts_out(act):
+    model = nn.Sequential(nn.Linear(8, 6), act)
+    x, levels = torch.randn(40, 8), ls.signed(8)
+    ls.calibrate_(ls.quantize_(model, activation=levels), [x])
+    scale, inside = model[1].scale, model[0](x)
+    assert torch.equal(model(x), levels.quantize(act(inside) / scale) * scale)
+    assert (model(x) - act(inside)).abs().max() < scale
+
+
+@pytest.mark.parametrize("levels", [ls.binary(), ls.ternary()], ids=lambda levels: levels.name)
+def test_signs_take_the_place_of_a_relu(levels):
+    model = ls.quantize_(nn.Sequential(nn.Linear(8, 6), nn.ReLU()), activation=levels)
+    assert bool((model(torch.randn(40, 8)) < 0).any())

@@ -128,3 +128,11 @@ def test_what_is_missing_is_named(tmp_path):
     callback = QuantizationCallback(ls.load_pretrained("default"), metric="loss")
     with pytest.raises(KeyError, match="needs the metric 'train_loss'"):
         fit(tmp_path, callback=callback)
+
+
+def test_a_callback_serves_one_module_after_another(tmp_path):
+    callback = QuantizationCallback(ls.load_pretrained("default"))
+    for _ in range(2):
+        model, scheduler = fit(tmp_path, callback=callback)
+        assert scheduler.epoch == EPOCHS
+        assert ls.integer_weights(model)

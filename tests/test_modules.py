@@ -354,3 +354,16 @@ def test_restoring_frozen_weights_mends_even_what_is_not_a_number():
     frozen = quantizer.membership > 0
     assert torch.equal(weight[frozen], before[frozen])
     assert weight[~frozen].isnan().all()
+
+
+def test_quantize_once_within_itself_keeps_every_gradient():
+    model, batches = two_layers(), weights(4, 8, 6, dtype=torch.float64)
+    truth = accumulate(model, batches, False)
+    model.zero_grad()
+    with ls.quantize_once(model):
+        for x in batches:
+            with ls.quantize_once(model):
+                model(x).square().mean().backward()
+    for parameter, gradient in zip(model.parameters(), truth, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert model[0].weight_quantizer.shared is None

@@ -7,6 +7,7 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -593,7 +594,12 @@ REFUSED = [
     ({"epochs": 0}, ValueError, "at least 1, got 0"),
     ({"epochs": 2.0}, ValueError, r"whole number of at least 1, got 2\.0"),
     ({"epochs": True}, ValueError, "got True"),
-    ({"steps_per_epoch": 0}, ValueError, "at least one step, got 0"),
+    (
+        {"steps_per_epoch": 0},
+        ValueError,
+        "steps_per_epoch must be a whole number of at least 1, got 0",
+    ),
+    ({"steps_per_epoch": 2.5}, ValueError, r"whole number of at least 1, got 2\.5"),
     ({"optimizer": "sgd"}, TypeError, r"must be a torch\.optim\.Optimizer, got 'sgd'"),
     ({"seed": 0.5}, TypeError, "float"),
 ]
@@ -732,3 +738,12 @@ def test_a_seed_of_any_size_will_do():
     scheduler = ls.QuantizationScheduler(model, policy, epochs=2, seed=2**62 + 2**61)
     scheduler.step()
     assert scheduler.epoch == 1
+
+
+def test_counts_may_be_numpys():
+    scheduler = ls.QuantizationScheduler(
+        network(), policies.StraightThrough(), epochs=np.int64(2), steps_per_epoch=np.int32(5)
+    )
+    state = scheduler.state_dict()
+    assert type(state["epochs"]) is int
+    assert type(state["steps_per_epoch"]) is int

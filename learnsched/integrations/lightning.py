@@ -28,14 +28,16 @@ class QuantizationCallback(Callback):
     def __init__(self, policy: Policy, metric: str = "train_loss", **options: Any) -> None:
         self.policy, self.metric, self.options = policy, metric, options
         self.scheduler: Any = None
+        self._module: LightningModule | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the scheduler, before a checkpoint is loaded."""
-        if stage == "fit" and self.scheduler is None:
+        """Make the scheduler of a module, before a checkpoint is loaded."""
+        if stage == "fit" and self._module is not pl_module:
             options = {"epochs": trainer.max_epochs, **self.options}
             if options["epochs"] in (None, -1):
                 raise ValueError("give the Trainer max_epochs, or the callback epochs")
             self.scheduler = QuantizationScheduler(pl_module, self.policy, **options)
+            self._module = pl_module
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights in their place after each step of the optimizers."""
