@@ -69,6 +69,11 @@ def _options() -> argparse.Namespace:
     options.out = options.out or Path("runs") / f"{options.preset}-{options.seed}"
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
+    try:
+        torch.zeros((), device=options.device).item()
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        reason = str(error).splitlines()[0]
+        parser.error(f"--device must be cpu or cuda, got {options.device!r}: {reason}")
     return options
 
 
@@ -84,6 +89,13 @@ def _train_and_report(options: argparse.Namespace) -> None:
     if options.resume and not started:
         raise FileNotFoundError(f"{options.out} holds no run to resume; leave --resume out")
     trainer = _trainer(preset, options)
+    first = preset.trainer.validate_every
+    if steps < first and distribution.rank() == 0:
+        print(
+            f"meta_train.py: nothing is selected before the first validation, at outer step {first}; "
+            f"after {steps} the network is saved as it was at the start",
+            file=sys.stderr,
+        )
     with _Progress(options.out, trainer.step, steps) as progress:
         trainer.run(steps, progress)
     trainer.load_best()
