@@ -393,7 +393,10 @@ def check_run(made, weight, activation, rule, policy, horizon, cut, given_optimi
         for ours, theirs in zip(model, hard, strict=True):
             expected = theirs(signal)
             if hasattr(ours, "levels"):
-                ahead = expected if isinstance(theirs, nn.PReLU | nn.GELU) else signal
+                # Few levels take a ReLU's place; more of them quantize what it puts out.
+                few = len(ours.levels.values) <= 3
+                replaced = isinstance(theirs, (nn.Hardtanh, nn.ReLU) if few else nn.Hardtanh)
+                ahead = signal if replaced else expected
                 expected = ours.levels.quantize(ahead / ours.scale) * ours.scale
             signal = ours(signal)
             assert torch.equal(signal, expected)
