@@ -46,8 +46,8 @@ def quantize_(
     Parameters stay the same objects with the same values and names, so an optimizer made before, and
     checkpoints of the float model, stay valid. Activations that follow a weight belong to its layer.
     Convolutions may be grouped, depthwise or transposed, in one or two dimensions. Modules that share
-    a weight are one layer. ``binary()`` and ``ternary()`` activations take the place of a ReLU, as in
-    binary networks; other signed level sets quantize what the ReLU puts out.
+    a weight are one layer. Two or three signed levels, as of ``binary()``, take the place of a ReLU;
+    larger signed level sets quantize what it puts out.
 
     Args:
         model: any module.
@@ -214,11 +214,11 @@ def _activation_quantizer(
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     if isinstance(module, nn.PReLU):
         return PReLUQuantizer(levels, scale, rule, module, like)
-    # Of two or three levels around 0 the staircase takes the ReLU's place, as in binary networks;
-    # more of them would let negative values through that the float network never had.
-    rectifies = isinstance(module, nn.ReLU | nn.ReLU6) and levels.values[0] < 0
-    clipped = isinstance(module, CLIPPING) and not (rectifies and len(levels.values) > 3)
-    before = None if clipped else module
+    # Two or three levels around 0 take a ReLU's place, as in binary networks; more of them would let
+    # negative values through that the float network never had.
+    many_signed = levels.values[0] < 0 and len(levels.values) > 3
+    contained = (nn.Hardtanh,) if many_signed else CLIPPING
+    before = None if type(module) in contained else module
     return ActivationQuantizer(levels, scale, rule, before, like)
 
 
