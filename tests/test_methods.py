@@ -10,7 +10,6 @@ from learnsched import Fixed, ternary, unsigned
 from learnsched.benchmarks import spaces
 from learnsched.benchmarks.held_out import train
 from learnsched.benchmarks.methods import (
-    SIGNED_ACTIVATIONS,
     TWN_LEVELS,
     Method,
     float_network,
@@ -162,7 +161,7 @@ def test_backward_noise_of_what_is_known_to_be_strong_lies_in_the_ranges(bits, s
             assert setting.weight_backward_std == pytest.approx(std)
 
 
-@pytest.mark.parametrize("bits", SIGNED_ACTIVATIONS)
+@pytest.mark.parametrize("bits", spaces.SIGNED_ACTIVATIONS)
 def test_every_method_may_give_signed_activations_narrow_backward_noise(bits):
     for m in (*hand_coded(bits), parametric(bits)):
         if m.name.startswith(("ANA 2022", "RQ")):

@@ -43,6 +43,22 @@ def test_parq_ends_on_its_levels(bits, most):
     assert accuracy > 0.2
 
 
+class Lowest:
+    """A trial that suggests the lowest value of every range."""
+
+    def suggest_float(self, name, low, high, *, log=False):
+        return low
+
+
+@pytest.mark.parametrize(("bits", "lowest"), [("ternary/2-bit", 0.2), ("ternary/ternary", 0.04)])
+def test_parq_may_narrow_the_gradient_of_activations_as_every_method(bits, lowest):
+    pytest.importorskip("torchao")
+    pytest.importorskip("brevitas")
+    peers = pytest.importorskip("learnsched.benchmarks.peers")
+    [parq] = [entry for entry in peers.entries(bits) if entry.name == "PARQ (torchao)"]
+    assert parq.suggest(Lowest()).activation_backward_std == pytest.approx(lowest)
+
+
 @pytest.mark.parametrize("scaling", ["constant", "largest"])
 @pytest.mark.parametrize(
     ("bits", "most"),

@@ -40,7 +40,6 @@ from learnsched.schedule import Policy, RunInfo, plan
 
 TERNARY = ("ternary/2-bit", "ternary/ternary", "ternary/real")
 BINARY = ("binary/binary", "binary/2-bit", "binary/real")
-SIGNED_ACTIVATIONS = ("ternary/ternary", "binary/binary")
 
 # TWN's thresholds are ±0.7 times the mean magnitude Δ/0.7 (equation 6), its levels ± the mean of what
 # lies beyond; here by the ratio that the two have for normal weights.
@@ -160,14 +159,10 @@ def hand_coded(bits: str = "ternary/2-bit") -> list[Method]:
 
 
 def _within(method: Method, bits: str) -> Method:
-    """The method with the parameters, and the ranges of them, that suit the activations."""
+    """The method with the space that suits the activations."""
     if method.suggest is None:
         return method
-    if bits in SIGNED_ACTIVATIONS:
-        return replace(method, suggest=spaces.with_narrow_activations(method.suggest))
-    if BITS[bits][1] is None:
-        return replace(method, suggest=spaces.with_real_activations(method.suggest))
-    return method
+    return replace(method, suggest=spaces.within(method.suggest, bits))
 
 
 def _others() -> list[Method]:

@@ -203,7 +203,7 @@ def entries(bits: str) -> list[Entry]:
         ModuleNotFoundError: a peer is not installed in this environment.
     """
     found = []
-    parq = spaces.with_real_activations(suggest_parq) if BITS[bits][1] is None else suggest_parq
+    parq = spaces.within(suggest_parq, bits)
     for name, package, prepare, suggest in (
         ("PARQ (torchao)", "torchao", prepare_parq, parq),
         ("Brevitas", "brevitas", prepare_brevitas, functools.partial(suggest_brevitas, bits=bits)),

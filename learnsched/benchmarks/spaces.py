@@ -2,7 +2,7 @@
 
 Every range holds the published setting, and what is known to be strong: backward noise of 0.3 to 3
 level steps, and a network that is hard from 0.3 of the run to its end. Activations of two or three
-levels around 0 want a narrower one: :func:`with_narrow_activations`.
+levels around 0 want a narrower one: :func:`within`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
+from learnsched.meta.tasks import BITS
 from learnsched.policies import (
     AdditiveNoiseAnnealing,
     BaseCurve,
@@ -50,6 +51,8 @@ class Trial(Protocol):
 Suggest = Callable[[Trial], Policy]
 _Policy = TypeVar("_Policy")
 
+SIGNED_ACTIVATIONS = ("ternary/ternary", "binary/binary")
+
 # By how much the ranges of the activations' backward noise reach further down.
 _NARROWER = 5.0
 
@@ -67,15 +70,6 @@ class _NarrowActivations:
         return self.trial.suggest_categorical(name, choices)
 
 
-def with_narrow_activations(suggest: Suggest) -> Suggest:
-    """The same space with backward noise of activations from a fifth of the width on.
-
-    With levels around 0 thresholds lie where activations are densest, and every one of them is a
-    step away from the next: a gradient as wide as a step is mostly wrong.
-    """
-    return lambda trial: suggest(_NarrowActivations(trial))
-
-
 @dataclass(frozen=True)
 class _RealActivations:
     trial: Trial
@@ -89,9 +83,23 @@ class _RealActivations:
         return self.trial.suggest_categorical(name, choices)
 
 
-def with_real_activations(suggest: Callable[[Trial], _Policy]) -> Callable[[Trial], _Policy]:
-    """The same space without what concerns activations, which has no effect where they are real."""
-    return lambda trial: suggest(_RealActivations(trial))
+def within(suggest: Callable[[Trial], _Policy], bits: str) -> Callable[[Trial], _Policy]:
+    """The space with the parameters, and the ranges of them, that suit the activations.
+
+    With levels around 0 thresholds lie where activations are densest, and every one of them is a
+    step away from the next: a gradient as wide as a step is mostly wrong, so that its width is
+    searched from a fifth of the usual range's lower end on. Where activations are real, what
+    concerns them has no effect and is not searched.
+
+    Args:
+        suggest: from a trial to a policy, or to a peer's parameters.
+        bits: a key of :data:`learnsched.meta.tasks.BITS`.
+    """
+    if bits in SIGNED_ACTIVATIONS:
+        return lambda trial: suggest(_NarrowActivations(trial))
+    if BITS[bits][1] is None:
+        return lambda trial: suggest(_RealActivations(trial))
+    return suggest
 
 
 def straight_through(trial: Trial) -> StraightThrough:
