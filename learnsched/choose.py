@@ -53,8 +53,10 @@ def choose(
     skip: Sequence[str],
     overrides: Mapping[str, LayerConfig | None],
     example_input: Tensor | tuple[Any, ...] | None,
-) -> tuple[list[tuple[str, nn.Module]], Chosen]:
+) -> tuple[list[tuple[str, nn.Module]], int, Chosen]:
     """The modules of interest in their order, and what is chosen for those to quantize.
+
+    The number is of those that the example input reaches, which come first.
 
     Arguments and errors are those of :func:`learnsched.quantize_`; the model is left as it is.
     """
@@ -62,7 +64,7 @@ def choose(
     order, executed = _execution_order(model, example_input)
     chosen = _configure(order, executed, base, skip, overrides)
     _check_found(order, chosen, base, overrides)
-    return order, chosen
+    return order, executed, chosen
 
 
 def _check_request(

@@ -13,7 +13,7 @@ from learnsched.tables import aligned
 
 @dataclass(frozen=True)
 class Report:
-    """What ``quantize_`` did with each module that it knows; ``repr`` prints it as a table.
+    """What ``quantize_`` did with each module that computes; ``repr`` prints it as a table.
 
     Example:
         >>> import learnsched as ls
@@ -28,7 +28,8 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """What is quantized in a model, and what is not.
+    """What is quantized in a model, and what is not: every module with a matrix or kernel of its own,
+    and every activation function that is a module.
 
     Example:
         >>> from learnsched import quantize_, ternary
@@ -50,6 +51,12 @@ def report(model: nn.Module) -> Report:
         elif isinstance(module, ActivationQuantizer):
             inside.update(module.modules())
             rows.append((name, "activation", module.levels.name, f"{module.scale.item():.4g}"))
-        elif isinstance(module, KNOWN):
+        elif isinstance(module, KNOWN) or _computes(module):
             rows.append((name, type(module).__name__, "real", ""))
     return Report(tuple(rows))
+
+
+def _computes(module: nn.Module) -> bool:
+    """Whether a module that ``quantize_`` does not know is one that a reader would look for."""
+    activation = type(module).__module__ == nn.Tanh.__module__
+    return activation or any(p.dim() >= 2 for p in module.parameters(recurse=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,8 +83,8 @@ def quantize_(
         ['0', '3']
     """
     base = LayerConfig(weight, activation, weight_scale, activation_scale)
-    order, chosen = choose(model, base, skip, dict(overrides or {}), example_input)
-    _convert(model, order, chosen)
+    order, executed, chosen = choose(model, base, skip, dict(overrides or {}), example_input)
+    _convert(model, order, executed, chosen)
     return model
 
 
@@ -104,7 +105,9 @@ def _group(order: list[tuple[str, nn.Module]], chosen: Chosen) -> list[_Group]:
     return [group for group in groups if group.members]
 
 
-def _convert(model: nn.Module, order: list[tuple[str, nn.Module]], chosen: Chosen) -> None:
+def _convert(
+    model: nn.Module, order: list[tuple[str, nn.Module]], executed: int, chosen: Chosen
+) -> None:
     modules = dict(order)
     of_weight: dict[nn.Parameter, WeightQuantizer] = {}
     quantizers: dict[str, WeightQuantizer | ActivationQuantizer] = {}
@@ -117,7 +120,7 @@ def _convert(model: nn.Module, order: list[tuple[str, nn.Module]], chosen: Chose
             quantizers[name] = of_weight[weight]
         else:
             quantizers[name] = _activation_quantizer(model, module, *config)
-    _warn(model, order, chosen)
+    _warn(model, order, executed, chosen)
     # All that can fail comes before this line: from here on the model changes.
     placed: set[nn.Module] = set()
     for index, group in enumerate(_group(order, chosen)):
@@ -141,7 +144,9 @@ def _convert(model: nn.Module, order: list[tuple[str, nn.Module]], chosen: Chose
             module.use_nested_tensor = False
 
 
-def _warn(model: nn.Module, order: list[tuple[str, nn.Module]], chosen: Chosen) -> None:
+def _warn(
+    model: nn.Module, order: list[tuple[str, nn.Module]], executed: int, chosen: Chosen
+) -> None:
     normalized = {
         name
         for (_, before), (name, _) in zip(order, order[1:], strict=False)
@@ -156,6 +161,26 @@ def _warn(model: nn.Module, order: list[tuple[str, nn.Module]], chosen: Chosen) 
         warnings.warn(
             f"no batch norm precedes {uncalibrated}: their scale is a guess until "
             "learnsched.calibrate_(model, batches) has seen data",
+            stacklevel=4,
+        )
+    idle = [name for name, _ in order[executed:] if name in chosen]
+    if idle:
+        warnings.warn(
+            f"the example input did not reach {idle}: if the model computes with their weights itself "
+            "(F.linear), it trains in full precision there; call the modules instead",
+            stacklevel=4,
+        )
+    hooked = [
+        name
+        for name, module in order
+        if name in chosen
+        and type(module) in ACTIVATIONS
+        and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    ]
+    if hooked:
+        warnings.warn(
+            f"{hooked} have hooks, which stay with the modules that are replaced; register them after "
+            "quantize_",
             stacklevel=4,
         )
     foreign = [
@@ -218,8 +243,10 @@ def _activation_quantizer(
     # negative values through that the float network never had.
     many_signed = levels.values[0] < 0 and len(levels.values) > 3
     contained = (nn.Hardtanh,) if many_signed else CLIPPING
-    before = None if type(module) in contained else module
-    return ActivationQuantizer(levels, scale, rule, before, like)
+    ceiling = module.max_val if isinstance(module, nn.Hardtanh) else math.inf  # ReLU6 is one
+    if type(module) not in contained or ceiling <= 0:
+        return ActivationQuantizer(levels, scale, rule, module, like)
+    return ActivationQuantizer(levels, scale, rule, None, like, ceiling)
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -164,7 +165,7 @@ def finalize_(model: nn.Module, loader: Iterable[Any] | None = None) -> nn.Modul
 
     Raises:
         RuntimeError: a weight is not on its level set, to the bit (it is not finite, for one), or a
-            learned scale is not positive.
+            learned scale is not positive and finite.
         TypeError: a batch is neither a tensor nor a tuple that starts with one.
         ValueError: the model has no quantized layers, or the loader or a batch is empty.
 
@@ -182,11 +183,19 @@ def finalize_(model: nn.Module, loader: Iterable[Any] | None = None) -> nn.Modul
                 f"the weight of {layer.info.name} is not finite, so it has no level; "
                 "training has diverged: lower the learning rate"
             )
-        for activation in layer.activations:
-            if not bool(activation.scale > 0):
+        if layer.weight is not None:
+            found = layer.weight.weight_quantizer.scale(layer.weight.weight)
+            if not bool(((found > 0) & found.isfinite()).all()):
                 raise RuntimeError(
-                    f"the scale of the activation after {layer.info.name} has become "
-                    f"{float(activation.scale):g}, which must be positive; learn scales at a lower rate"
+                    f"a scale of the weight of {layer.info.name} is not positive and finite; learn "
+                    "scales at a lower rate"
+                )
+        for activation in layer.activations:
+            scale = float(activation.scale)
+            if not 0 < scale < math.inf:
+                raise RuntimeError(
+                    f"the scale of the activation after {layer.info.name} has become {scale:g}, which "
+                    "must be positive and finite; learn scales at a lower rate"
                 )
     if any(isinstance(module, AveragedModel) for module in model.modules()):
         _release_averages(layers)
@@ -274,10 +283,13 @@ class _Fit:
                 f"an activation after {module.layer_name} is not finite, so no scale fits it; look "
                 "for NaN in the data and the weights"
             )
+        # What is clipped away does not count as quantization error.
         if module.levels.values[0] >= 0:
-            x = x.clamp(min=0)  # what is clipped away does not count as quantization error
+            x = x.clamp(min=0)
+        x = x.clamp(-module.ceiling, module.ceiling)
         if bool(x.any()):
-            self.fitted.append(module.rule(x, module.levels).mean())
+            scale = module.rule(x, module.levels).mean()
+            self.fitted.append(scale.clamp(max=module.largest_scale))
             module.scale.copy_(torch.stack(self.fitted).mean())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,13 @@ class History:
             "layers": list(self.layers),
             "fields": list(FIELDS),
             "settings": [[[getattr(s, f) for f in FIELDS] for s in row] for row in self.settings],
-            "metrics": self.metrics,
+            # JSON has no NaN, nor infinity
+            "metrics": [
+                {name: value if math.isfinite(value) else str(value) for name, value in row.items()}
+                for row in self.metrics
+            ],
         }
-        write_text(path, json.dumps(content) + "\n")
+        write_text(path, json.dumps(content, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> History:

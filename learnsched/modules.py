@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,46 +12,57 @@ from torch.nn import functional as F
 from learnsched.quantizers import WeightQuantizer
 
 
-class QuantizedLinear(nn.Linear):
-    """A linear layer that computes with its quantized weight."""
+class _OwnsQuantizer(nn.Module):
+    """Frees what INQ has frozen when the weights of a float checkpoint take its place."""
 
     weight_quantizer: WeightQuantizer
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        quantizer = self.weight_quantizer
+        of_quantizer = (name.startswith(f"{prefix}weight_quantizer.") for name in state_dict)
+        if f"{prefix}weight" in state_dict and not any(of_quantizer):
+            if bool(quantizer.membership.any()):
+                warnings.warn(
+                    "a float checkpoint was loaded into a model with frozen weights: they are free "
+                    "now and take its values; train on, or call learnsched.finalize_(model)",
+                    stacklevel=2,
+                )
+            quantizer.release_()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class QuantizedLinear(_OwnsQuantizer, nn.Linear):
+    """A linear layer that computes with its quantized weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight_quantizer(self.weight), self.bias)
 
 
-class QuantizedConv1d(nn.Conv1d):
+class QuantizedConv1d(_OwnsQuantizer, nn.Conv1d):
     """A 1-d convolution that computes with its quantized weight."""
 
-    weight_quantizer: WeightQuantizer
-
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.weight_quantizer(self.weight), self.bias)
 
 
-class QuantizedConv2d(nn.Conv2d):
+class QuantizedConv2d(_OwnsQuantizer, nn.Conv2d):
     """A 2-d convolution that computes with its quantized weight."""
 
-    weight_quantizer: WeightQuantizer
-
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.weight_quantizer(self.weight), self.bias)
 
 
-class QuantizedConvTranspose1d(nn.ConvTranspose1d):
+class QuantizedConvTranspose1d(_OwnsQuantizer, nn.ConvTranspose1d):
     """A 1-d transposed convolution that computes with its quantized weight."""
-
-    weight_quantizer: WeightQuantizer
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         return _conv_transpose(self, F.conv_transpose1d, input, output_size)
 
 
-class QuantizedConvTranspose2d(nn.ConvTranspose2d):
+class QuantizedConvTranspose2d(_OwnsQuantizer, nn.ConvTranspose2d):
     """A 2-d transposed convolution that computes with its quantized weight."""
-
-    weight_quantizer: WeightQuantizer
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         return _conv_transpose(self, F.conv_transpose2d, input, output_size)

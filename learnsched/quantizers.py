@@ -6,6 +6,7 @@ Noise levels, memberships and held values are buffers, so that ``state_dict``, `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -302,6 +303,8 @@ class ActivationQuantizer(_Quantizer):
         before: applied ahead of the staircase; None where the staircase does all (a ReLU's clipping
             is part of a staircase without negative levels).
         like: a tensor of the dtype and device to use.
+        ceiling: positive; what the highest level may not exceed at first and after calibration, where
+            the staircase does the clipping of a ReLU6 or Hardtanh.
 
     Shape:
         any shape in, the same shape out.
@@ -316,11 +319,20 @@ class ActivationQuantizer(_Quantizer):
         rule: ScaleRule,
         before: nn.Module | None,
         like: Tensor,
+        ceiling: float = math.inf,
     ) -> None:
         super().__init__(levels, like)
         self.rule = rule
         self.before = before
+        self.ceiling = ceiling
+        scale = min(scale, self.largest_scale)
         self.register_buffer("scale", torch.full((), scale, dtype=like.dtype, device=like.device))
+
+    @property
+    def largest_scale(self) -> float:
+        """The scale at which the highest level is the ceiling."""
+        highest = self.levels.values[-1]
+        return self.ceiling / highest if highest > 0 else math.inf
 
     @property
     def learns_scale(self) -> bool:

@@ -102,8 +102,8 @@ class QuantizationScheduler:
         self.epoch = 0
         self.history = History([info.name for info in infos])
         self._seed = operator.index(seed)
-        # A tensor, since a number in a hook would have torch.compile compile anew for each value.
-        self._counted = torch.zeros((), dtype=torch.int64)
+        # Steps of the first epoch, by each who counts them.
+        self._counts: list[Tensor] = []
         self._state = policy.begin(self._run)
         settings, state = self._ask(self._run, 0, [])
         # All that can fail comes before this line: from here on the model changes.
@@ -115,13 +115,15 @@ class QuantizationScheduler:
         if optimizer is not None:
             self.watch(optimizer)
         elif steps_per_epoch is None:
-            self._counter = model.register_forward_pre_hook(self._count)
+            count = functools.partial(self._after_forward, self._new_count())
+            self._counter = model.register_forward_pre_hook(count)
         self._apply(settings, state)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Put frozen weights back after each step of an optimizer, and count its steps.
 
-        The same as ``optimizer`` of the constructor, for one that is made later.
+        The same as ``optimizer`` of the constructor, for one that is made later. Of several optimizers
+        the one that steps most often is counted.
 
         Raises:
             TypeError: it is no optimizer.
@@ -129,8 +131,11 @@ class QuantizationScheduler:
         _check_optimizer(optimizer)
         if self._counter is not None:
             self._counter.remove()
-            self._counted.zero_()
-        optimizer.register_step_post_hook(self._after_optimizer)
+            self._counter = None
+            self._counts.clear()
+        optimizer.register_step_post_hook(
+            functools.partial(self._after_optimizer, self._new_count())
+        )
 
     @property
     def epochs(self) -> int:
@@ -198,6 +203,7 @@ class QuantizationScheduler:
             "layers": list(self.history.layers),
             "fine_tuning": self._run.fine_tuning,
             "steps_per_epoch": self._run.steps_per_epoch,
+            "counted": self._counted(),
             "seed": self._seed,
             "policy": _description(self.policy),
             "policy_state": self._state,
@@ -212,7 +218,8 @@ class QuantizationScheduler:
         """Go on where :meth:`state_dict` was taken; load the model's state_dict too.
 
         Raises:
-            ValueError: the state is of another version, horizon, policy or model.
+            ValueError: the state is of another version, horizon, policy or model, or a part of it is
+                missing. Nothing has changed then.
         """
         expected = {
             "version": _STATE_VERSION,
@@ -227,14 +234,23 @@ class QuantizationScheduler:
                     f"this state has {name} {state_dict.get(name)!r}, the scheduler {value!r}; "
                     "make the scheduler with the same model, policy and epochs as before"
                 )
-        self.epoch = state_dict["epoch"]
-        self._seed = state_dict["seed"]
-        if state_dict["steps_per_epoch"] is not None:
-            self._run = replace(self._run, steps_per_epoch=state_dict["steps_per_epoch"])
-        self._state = state_dict["policy_state"]
-        rows = state_dict["settings"].tolist()
-        self.history.settings = [tuple(Setting(*values) for values in row) for row in rows]
-        self.history.metrics = [dict(m) for m in state_dict["metrics"]]
+        try:
+            rows = state_dict["settings"].tolist()
+            settings = [tuple(Setting(*values) for values in row) for row in rows]
+            metrics = [dict(m) for m in state_dict["metrics"]]
+            epoch, seed, steps, state = (
+                state_dict[key] for key in ("epoch", "seed", "steps_per_epoch", "policy_state")
+            )
+            counted = int(state_dict.get("counted", 0))
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"this is no whole state of a scheduler: {error!r}") from error
+        # All that can fail comes before this line.
+        self.epoch, self._seed, self._state = epoch, seed, state
+        self.history.settings, self.history.metrics = settings, metrics
+        if steps is not None:
+            self._run = replace(self._run, steps_per_epoch=steps)
+        for count in self._counts:
+            count.fill_(counted)
         self._set_noise(self.get_last_setting())
 
     def _ask(
@@ -325,21 +341,30 @@ class QuantizationScheduler:
     def _over_ranks(self, numbers: dict[str, float]) -> tuple[dict[str, float], int]:
         """Mean of the metrics, and most of the counted steps, over the ranks of the model."""
         if self._process_group is None:
-            return numbers, int(self._counted)
+            return numbers, self._counted()
         ranks = torch.distributed.get_world_size(self._process_group)
         parts: list[Any] = [None] * ranks
         torch.distributed.all_gather_object(
-            parts, (numbers, int(self._counted)), group=self._process_group
+            parts, (numbers, self._counted()), group=self._process_group
         )
         common = [name for name in numbers if all(name in part for part, _ in parts)]
         means = {name: sum(part[name] for part, _ in parts) / ranks for name in common}
         return means, max(counted for _, counted in parts)
 
-    def _count(self, model: nn.Module, inputs: Any) -> None:
-        self._counted.add_(int(model.training))
+    def _new_count(self) -> Tensor:
+        # A tensor, since a number in a hook would have torch.compile compile anew for each value.
+        count = torch.zeros((), dtype=torch.int64)
+        self._counts.append(count)
+        return count
 
-    def _after_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._counted.add_(int(self.epoch == 0))
+    def _counted(self) -> int:
+        return max(map(int, self._counts), default=0)
+
+    def _after_forward(self, count: Tensor, model: nn.Module, inputs: Any) -> None:
+        count.add_(int(model.training and self.epoch == 0))
+
+    def _after_optimizer(self, count: Tensor, optimizer: Any, args: Any, kwargs: Any) -> None:
+        count.add_(int(self.epoch == 0))
         for layer in self._layers:
             if layer.weight is not None:
                 layer.weight.weight_quantizer.restore_(layer.weight.weight)
@@ -375,7 +400,8 @@ class _LazyTelemetry(Telemetry):
 
 
 def _ratio(value: float, reference: float) -> Tensor:
-    return torch.tensor(value / reference if reference else 1.0)
+    # Losses below 0 give a ratio below 0, of which policies can warn.
+    return torch.tensor(value / abs(reference) if reference else 1.0)
 
 
 def _description(policy: Policy) -> str:

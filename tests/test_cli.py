@@ -2,6 +2,7 @@
 
 import configparser
 import json
+import math
 import os
 import pty
 import re
@@ -291,6 +292,18 @@ def test_a_history_comes_back(history, tmp_path):
     assert twin.layers == history.layers
     assert torch.equal(twin.schedule.table, history.schedule.table)
     assert repr(twin.metrics) == repr(history.metrics)
+
+
+def test_a_history_with_losses_that_are_not_finite_is_strict_json_and_comes_back(history, tmp_path):
+    path = tmp_path / "h.json"
+    history.metrics = [{"a": math.nan, "b": -math.inf}, {"a": 1.5, "b": math.inf}]
+    history.save(path)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    json.loads(path.read_text(), parse_constant=refuse)
+    assert repr(History.load(path).metrics) == repr(history.metrics)
 
 
 SPOILED = {

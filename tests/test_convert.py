@@ -105,6 +105,30 @@ def test_a_float_checkpoint_loads_strictly(make):
     assert quantized_layers(model)[0].activations[0].scale == scale
 
 
+@pytest.mark.parametrize("finalized", [True, False])
+def test_a_float_checkpoint_frees_what_was_frozen(finalized):
+    model = ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2))
+    scheduler = ls.QuantizationScheduler(model, ls.policies.IncrementalQuantization((0.5, 1)), 4)
+    if finalized:
+        ls.finalize_(model)
+    checkpoint, x = mlp(seed=1).state_dict(), torch.randn(5, 8)
+    with pytest.warns(UserWarning, match="float checkpoint was loaded into a model with frozen"):
+        model.load_state_dict(checkpoint)
+    assert torch.equal(model[0].weight, checkpoint["0.weight"])
+    fresh = ls.quantize_(mlp(seed=1), ls.ternary(), ls.unsigned(2))
+    for one, other in zip(quantized_layers(model), quantized_layers(fresh), strict=True):
+        for mine, theirs in zip(one.quantizers, other.quantizers, strict=True):
+            theirs.noise = mine.noise
+            for name in ("forward_std", "backward_std"):
+                getattr(mine, name).fill_(0.5)
+                getattr(theirs, name).fill_(0.5)
+    assert torch.equal(model.eval()(x), fresh.eval()(x))
+    if not finalized:  # and the schedule goes on
+        for _ in range(4):
+            scheduler.step()
+        assert all(len(w.unique()) <= 3 for w in ls.finalize_(model)[0].weight)
+
+
 def test_what_is_missing_or_unknown_in_a_checkpoint_is_still_found():
     model = ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2))
     state = model.state_dict()
@@ -306,6 +330,17 @@ def test_the_last_layer_is_one_that_is_executed():
 
     model = ls.quantize_(WithSpare(), ls.ternary(), skip=("last",), example_input=torch.zeros(1, 8))
     assert names(model) == ["stem", "middle", "spare"]
+
+
+def test_a_layer_that_the_example_does_not_reach_is_warned_of():
+    class Functional(Reversed):
+        def forward(self, x):
+            x = F.linear(self.relu(self.stem(x)), self.middle.weight, self.middle.bias)
+            return self.head(self.relu(x))
+
+    with pytest.warns(UserWarning, match=r"did not reach \['middle'\].*F\.linear") as caught:
+        ls.quantize_(Functional(), ls.ternary(), example_input=torch.zeros(1, 8))
+    assert caught[0].filename == __file__
 
 
 def test_several_inputs_are_given_as_a_tuple():
@@ -522,6 +557,24 @@ def test_report_is_a_table_of_what_is_quantized_and_what_is_not():
 def test_report_names_the_activation_and_not_what_it_wraps():
     model = ls.quantize_(nn.Sequential(nn.Linear(3, 3), nn.GELU()), activation=ls.unsigned(2))
     assert [row[:2] for row in ls.report(model).rows] == [("0", "Linear"), ("1", "activation")]
+
+
+def test_report_shows_what_quantize_does_not_know():
+    model = nn.Sequential(
+        nn.Conv3d(1, 2, 3), nn.Tanh(), nn.Hardswish(), nn.Embedding(4, 3), nn.LSTM(3, 3),
+        nn.BatchNorm1d(3), nn.Dropout(), nn.Linear(3, 3),
+    )  # fmt: skip
+    rows = ls.report(ls.quantize_(model, ls.ternary(), overrides={"4": None})).rows
+    kinds = ["Conv3d", "Tanh", "Hardswish", "Embedding", "LSTM"]
+    assert rows[:-1] == tuple((str(i), kind, "real", "") for i, kind in enumerate(kinds))
+    assert rows[-1][:3] == ("7", "Linear", "ternary")
+
+
+def test_hooks_on_activations_that_are_replaced_are_warned_of():
+    model = mlp()
+    model[2].register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=r"\['2'\] have hooks.*after quantize_"):
+        ls.quantize_(model, ls.ternary(), ls.unsigned(2))
 
 
 def test_hooks_on_weight_layers_survive():

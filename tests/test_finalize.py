@@ -1,6 +1,7 @@
 """Calibration of activations, re-estimated batch norm, and the finished hard network."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -351,3 +352,41 @@ def test_a_finished_network_keeps_its_outputs_through_its_state_dict():
     x = batches(1)[0]
     assert torch.equal(twin(x), model(x))
     assert torch.equal(ls.integer_weights(twin)["0"].codes, ls.integer_weights(model)["0"].codes)
+
+
+@pytest.mark.parametrize("levels", [ls.unsigned(2), ls.unsigned(8), ls.binary(), ls.ternary()])
+@pytest.mark.parametrize(
+    ("act", "ceiling"), [(nn.ReLU6(), 6.0), (nn.Hardtanh(0, 0.5), 0.5), (nn.Hardtanh(-1, 1), 1.0)]
+)
+def test_no_level_lies_above_what_the_activation_lets_through(act, ceiling, levels):
+    model = ls.quantize_(nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), act), activation=levels)
+    x = 100 * torch.randn(64, 2)
+    with torch.no_grad():
+        model[1].weight.fill_(50.0)
+        assert float(model.eval()(x).max()) <= ceiling * (1 + 1e-6)  # with the initial scale
+        calibrated = ls.calibrate_(model, [x])(x).max()
+    assert 0.8 * ceiling <= float(calibrated) <= ceiling * (1 + 1e-6)
+
+
+def test_an_activation_that_only_clips_below_has_no_ceiling():
+    model = ls.quantize_(nn.Sequential(nn.Linear(2, 4), nn.ReLU()), activation=ls.unsigned(2))
+    ls.calibrate_(model, [1000 * torch.rand(64, 2)])
+    assert float(model[1].scale) > 10
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 0.0, -0.5])
+def test_scales_that_no_network_can_have_are_named(value):
+    model = network()
+    with torch.no_grad():
+        ls.learn_scales_(model)[0].fill_(value)
+    with pytest.raises(RuntimeError, match=f"after 0 has become {value:g}.*positive and finite"):
+        ls.finalize_(model)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, -math.inf])
+def test_weight_scales_that_no_network_can_have_are_named(value):
+    model = network()
+    with torch.no_grad():
+        ls.learn_weight_scales_(model)[0][0] = value
+    with pytest.raises(RuntimeError, match="a scale of the weight of 0 is not positive and finite"):
+        ls.finalize_(model)

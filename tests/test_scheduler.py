@@ -452,6 +452,56 @@ def test_an_optimizer_may_come_later():
         scheduler.watch(3)
 
 
+def test_two_optimizers_that_step_side_by_side_count_once():
+    model, policy = network(), fractions(0.0)
+    weights = torch.optim.SGD([model[0].weight], lr=0.1)
+    others = torch.optim.SGD([model[0].bias], lr=0.1)
+    scheduler = ls.QuantizationScheduler(model, policy, 3, optimizer=weights)
+    scheduler.watch(others)
+    for _ in range(4):
+        model(torch.randn(4, 8)).square().mean().backward()
+        weights.step()
+        others.step()
+    scheduler.step()
+    assert policy.seen[-1][0].steps_per_epoch == 4
+
+
+def test_steps_counted_before_an_interruption_inside_the_first_epoch_count():
+    def steps(model, scheduler, count):
+        for _ in range(count):
+            model(torch.randn(4, 8))
+
+    model, policy = network(), fractions(0.0)
+    scheduler = ls.QuantizationScheduler(model, policy, 3)
+    steps(model, scheduler, 3)
+    resumed = ls.QuantizationScheduler(model, policy, 3)
+    resumed.load_state_dict(scheduler.state_dict())
+    steps(model, resumed, 2)
+    resumed.step()
+    assert policy.seen[-1][0].steps_per_epoch == 5
+
+
+@pytest.mark.parametrize("part", ["settings", "metrics", "epoch", "seed", "policy_state"])
+def test_a_state_with_a_part_missing_is_refused_and_changes_nothing(part):
+    model = network()
+    scheduler = ls.QuantizationScheduler(model, fractions(0.0, 0.5, 1.0), 3)
+    spoilt = scheduler.state_dict()
+    scheduler.step({"train_loss": 1.0})
+    before, state = state_of(model), scheduler.state_dict()
+    del spoilt[part]
+    with pytest.raises(ValueError, match=f"no whole state of a scheduler.*{part}"):
+        scheduler.load_state_dict(spoilt)
+    assert_same_state(model, before)
+    assert_equal(scheduler.state_dict(), state)
+
+
+def test_a_learned_schedule_warns_of_losses_below_zero():
+    scheduler = ls.QuantizationScheduler(network(), learned(), 4, steps_per_epoch=3)
+    with pytest.warns(UserWarning, match="Pass a positive loss"):
+        for loss in (-1.0, -2.0):
+            scheduler.step({"train_loss": loss})
+
+
 def test_given_steps_are_not_counted_again():
     model, policy = network(), fractions(0.0)
     scheduler = ls.QuantizationScheduler(model, policy, 3, steps_per_epoch=40)
