@@ -152,20 +152,25 @@ def test_a_claim_ends_with_its_process(tmp_path):
 
 
 def test_a_new_base_curve_makes_a_new_version_only_where_it_applies():
-    def versions(base, bits):  # of the start, then of the learned policy
+    def versions(base, bits, fine_tuning=False):  # of the start, then of the learned policy
         policy = LearnedPolicy(MetaNetwork(2, 2), base)
         policy.network.load_state_dict(network.state_dict())
-        return [e.version for e in entries(bits, policy) if e.role in (START, LEARNED)]
+        task = replace(CELL.task, bits=bits, fine_tuning=fine_tuning)
+        return [e.version for e in entries(task, policy) if e.role in (START, LEARNED)]
 
     network = MetaNetwork(2, 2)
     cases = (Case(3, 4, False, BaseCurve(power=1.0)), Case(3, 3, False, BaseCurve(power=2.0)))
     old = BaseCurves(cases)
     tuned = BaseCurves((*cases, Case(3, 3, True, BaseCurve(power=0.5))))
     real = BaseCurves((*cases, Case(3, 0, False, BaseCurve(power=0.5))))
-    for new, changed in ((tuned, "ternary/ternary"), (real, "ternary/real")):
+    for new, changed in (
+        (tuned, {("ternary/ternary", True)}),
+        (real, {("ternary/real", False), ("ternary/real", True)}),
+    ):
         for bits in ("ternary/2-bit", "ternary/ternary", "ternary/real"):
-            pairs = zip(versions(old, bits), versions(new, bits), strict=True)
-            assert [a != b for a, b in pairs] == [bits == changed] * 2, bits
+            for regime in (False, True):
+                pairs = zip(versions(old, bits, regime), versions(new, bits, regime), strict=True)
+                assert [a != b for a, b in pairs] == [(bits, regime) in changed] * 2, bits
     start, learned = versions(old, "ternary/2-bit")
     with torch.no_grad():
         network.out.bias.add_(1)
@@ -174,7 +179,7 @@ def test_a_new_base_curve_makes_a_new_version_only_where_it_applies():
 
 
 def test_another_version_of_a_method_is_measured_again(tmp_path):
-    [entry] = matching(entries(CELL.task.bits, None), ["float"])
+    [entry] = matching(entries(CELL.task, None), ["float"])
     made = []
     for version in ("a", "a", "b"):
         job = [(CELL, replace(entry, version=version))]
@@ -184,7 +189,7 @@ def test_another_version_of_a_method_is_measured_again(tmp_path):
 
 def test_test_data_do_not_decide(tmp_path):
     """The same choice is made whatever the test labels are."""
-    [entry] = matching(entries(CELL.task.bits, None), ["straight-through"])
+    [entry] = matching(entries(CELL.task, None), ["straight-through"])
     data = CELL.data()
     other = accuracy.DataSet(
         data.name,
@@ -200,7 +205,7 @@ def test_test_data_do_not_decide(tmp_path):
 
 
 def test_words_choose_roles_names_and_parts_of_names():
-    found = entries("ternary/2-bit", load_pretrained("default"))
+    found = entries(replace(CELL.task, bits="ternary/2-bit"), load_pretrained("default"))
     assert [e.name for e in matching(found, ["INQ"])] == ["INQ"]
     assert len(matching(found, ["inq,"])) > 2
     assert {e.role for e in matching(found, ["hand-coded"])} == {"hand-coded"}

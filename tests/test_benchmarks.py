@@ -36,6 +36,7 @@ def run(name, *arguments):
         "outer_steps",
         "room",
         "stability",
+        "first_layer",
     ],
 )
 def test_a_quick_run_writes_its_rows(name, tmp_path):

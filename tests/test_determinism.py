@@ -94,6 +94,7 @@ SLOW = {
     "ablation": benchmark("ablation"),
     "room": benchmark("room"),
     "transfer": benchmark("transfer"),
+    "first_layer": benchmark("first_layer"),
 }
 # What they print holds seconds; unroll and speed measure nothing else.
 TIMED = ("gradient", "export", "curve_search", "accuracy")

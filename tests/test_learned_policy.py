@@ -87,6 +87,21 @@ def test_a_fresh_network_is_the_base_curve(
     assert not found["activation_forward_mean"].any()
 
 
+@pytest.mark.parametrize(("fan_in", "frozen"), [(5, True), (7, True), (8, False)])
+@pytest.mark.parametrize("of", ["curve", "fresh network"])
+def test_a_first_layer_of_few_inputs_can_be_frozen_at_once(fan_in, frozen, of):
+    layers = tuple(LayerInfo(str(i), n, 3, 4) for i, n in enumerate((fan_in, 3, 3)))
+    run = RunInfo(layers, 9, 10, fine_tuning=True)
+    free, base = (BaseCurve(freeze_from=0.5, frozen_fan_in=n) for n in (0.0, 7.0))
+    usual = plan(free, run).table
+    found = plan(base if of == "curve" else LearnedPolicy(MetaNetwork(), base), run)
+    expected = torch.ones(9) if frozen else usual[:, 0, FRACTION].float()
+    assert found["fraction"][:, 0].tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    assert found["fraction"][:, 1:].flatten().tolist() == pytest.approx(
+        usual[:, 1:, FRACTION].flatten().tolist(), abs=1e-6
+    )
+
+
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(
     seed=st.integers(0, 10_000),
@@ -329,6 +344,9 @@ def test_the_configuration_goes_through_json(open_loop):
         {"weight_backward_std": math.nan},
         {"freeze_from": 1.0},
         {"freeze_from": -0.5},
+        {"frozen_fan_in": -1.0},
+        {"frozen_fan_in": math.inf},
+        {"frozen_fan_in": math.nan},
     ],
 )
 def test_impossible_base_curves_are_refused(numbers):

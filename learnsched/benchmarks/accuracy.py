@@ -79,25 +79,26 @@ class Entry:
     shorter: tuple[float, ...] = ()
 
 
-def entries(bits: str, policy: LearnedPolicy | None, name: str = "learned") -> list[Entry]:
-    """All methods that apply to cells of these bits.
+def entries(task: Task, policy: LearnedPolicy | None, name: str = "learned") -> list[Entry]:
+    """All methods that apply to a task.
 
     Args:
-        bits: a key of :data:`learnsched.meta.tasks.BITS`.
+        task: of a cell; its bits and regime count.
         policy: the learned policy; None leaves it and its start out.
         name: of the learned policy.
     """
+    bits = task.bits
     found = [_entry(method, HAND_CODED) for method in field.hand_coded(bits)]
     found.append(_entry(field.parametric(bits), PARAMETRIC))
     found.append(_entry(field.upper_bound(), RELAXED))
     found.append(Entry("float", FLOAT, functools.partial(plain.train, plain.adam)))
     if policy is not None:
-        curves = _curves(policy.base, bits)
+        curve = _curve(policy.base, task)
         # The network of the start has random weights that change nothing: its curve tells all.
-        start = hashlib.sha256(repr(curves).encode()).hexdigest()[:16]
+        start = hashlib.sha256(repr(curve).encode()).hexdigest()[:16]
         learned = replace(field.learned(policy), name=name)
         found.append(_entry(field.start_of(policy), START, version=start))
-        found.append(_entry(learned, LEARNED, version=_digest(policy, curves), shorter=SHORTER))
+        found.append(_entry(learned, LEARNED, version=_digest(policy, curve), shorter=SHORTER))
     return found
 
 
@@ -108,17 +109,17 @@ def _entry(
     return Entry(method.name, role, train, method.suggest, method.source, version, shorter)
 
 
-def _curves(base: BaseCurves, bits: str) -> list[BaseCurve]:
-    """The curves that apply to these bits, from scratch and in fine-tuning."""
-    weight, activation = BITS[bits]
+def _curve(base: BaseCurves, task: Task) -> BaseCurve:
+    """The curve that applies to a task."""
+    weight, activation = BITS[task.bits]
     levels = 0 if activation is None else len(activation.values)
     layers = (LayerInfo("layer", 1, len(weight.values), levels),)
-    return [base.nearest(RunInfo(layers, 1, fine_tuning=tuned)) for tuned in (False, True)]
+    return base.nearest(RunInfo(layers, 1, fine_tuning=task.fine_tuning))
 
 
-def _digest(policy: LearnedPolicy, curves: list[BaseCurve]) -> str:
-    """A hash of a learned policy: base curves, whether it sees telemetry, and weights."""
-    digest = hashlib.sha256(repr((curves, policy.open_loop)).encode())
+def _digest(policy: LearnedPolicy, curve: BaseCurve) -> str:
+    """A hash of a learned policy: base curve, whether it sees telemetry, and weights."""
+    digest = hashlib.sha256(repr((curve, policy.open_loop)).encode())
     for name, value in sorted(policy.network.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().contiguous().numpy().tobytes())
@@ -344,19 +345,19 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return result
 
 
-def execute(options: argparse.Namespace, choose: Callable[[str], list[Entry]]) -> None:
+def execute(options: argparse.Namespace, choose: Callable[[Task], list[Entry]]) -> None:
     """Run what the options of :func:`parser` ask for.
 
     Args:
         options: parsed.
-        choose: from bits to the methods that apply.
+        choose: from the task of a cell to the methods that apply.
     """
     torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
     grid = GRIDS["quick" if options.quick else options.grid]
     jobs = [
         (cell, entry)
         for cell in grid.chosen(options.cells)
-        for entry in matching(choose(cell.task.bits), options.methods)
+        for entry in matching(choose(cell.task), options.methods)
     ]
     if not jobs:
         raise SystemExit(f"no method's role or name matches {' '.join(options.methods)}")
@@ -391,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     policy = None if options.artefact == "none" else load_pretrained(options.artefact)
     plain_name = options.artefact == "default"
     name = "learned" if plain_name else f"learned ({Path(options.artefact).stem})"
-    execute(options, lambda bits: entries(bits, policy, name))
+    execute(options, lambda task: entries(task, policy, name))
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def entries(bits: str) -> list[Entry]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    execute(parser(__doc__).parse_args(arguments), entries)
+    execute(parser(__doc__).parse_args(arguments), lambda task: entries(task.bits))
 
 
 if __name__ == "__main__":

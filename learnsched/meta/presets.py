@@ -116,13 +116,27 @@ _WEIGHTS = BaseCurve(
     hard_tilt=-0.8,
     weight_backward_tilt=-0.4,
 )
+
+
+def _tuned(curve: BaseCurve) -> BaseCurve:
+    """The curve for fine-tuning: filters of few inputs stay as they were trained.
+
+    Of first layers with a fan-in of 5 that is clearly better, of 9 neither, of 40 worse
+    (`python -m learnsched.benchmarks.first_layer`).
+    """
+    return replace(curve, frozen_fan_in=7.0)
+
+
 _BASE = BaseCurves(
     (
         Case(3, 4, False, _TWO_BIT),
+        Case(3, 4, True, _tuned(_TWO_BIT)),
         Case(3, 3, False, _TERNARY),
-        Case(3, 3, True, _TERNARY_TUNED),
+        Case(3, 3, True, _tuned(_TERNARY_TUNED)),
         Case(2, 2, False, _BINARY),
+        Case(2, 2, True, _tuned(_BINARY)),
         Case(3, 0, False, _WEIGHTS),
+        Case(3, 0, True, _tuned(_WEIGHTS)),
     )
 )
 

@@ -38,6 +38,8 @@ class BaseCurve:
         weight_backward_tilt: logarithm of the ratio of the last layer's weight backward std to the
             first's.
         activation_backward_tilt: the same for activations.
+        frozen_fan_in: largest fan-in, at least 0, of a first layer whose weights are all frozen from the
+            first epoch on: in fine-tuning, filters of few inputs lose more in training than they gain.
 
     Raises:
         ValueError: a number is out of range.
@@ -63,6 +65,7 @@ class BaseCurve:
     hard_tilt: float = 0.0
     weight_backward_tilt: float = 0.0
     activation_backward_tilt: float = 0.0
+    frozen_fan_in: float = 0.0
 
     noise = "normal"
     partition = "settled"
@@ -85,16 +88,20 @@ class BaseCurve:
             and all(0 < number <= _LARGEST for number in positive)
             and 0 <= self.freeze_from < 1
             and -1 <= self.hard_tilt <= 1
+            and 0 <= self.frozen_fan_in < math.inf
             and all(abs(tilt) <= math.log(_LARGEST) for tilt in tilts)
         ):
             raise ValueError(f"a number is out of its range, see BaseCurve, in {self}")
 
-    def at(self, progress: float, depth: float = 0.5) -> tuple[float, float, float, float, float]:
+    def at(
+        self, progress: float, depth: float = 0.5, fan_in: float = math.inf
+    ) -> tuple[float, float, float, float, float]:
         """Weight forward and backward std, activation forward and backward std, fraction.
 
         Args:
             progress: of the run, in [0, 1].
             depth: 0 for the first layer, 1 for the last.
+            fan_in: weights that add up to one output of the layer.
         """
         tilt = depth - 0.5
 
@@ -105,6 +112,8 @@ class BaseCurve:
         def backward(start: float, end: float, slope: float) -> float:
             return float(start * (end / start) ** progress * math.exp(slope * tilt))
 
+        frozen = depth == 0 and fan_in <= self.frozen_fan_in
+        fraction = min(1.0, max(0.0, (progress - self.freeze_from) / (1 - self.freeze_from)))
         return (
             forward(self.weight_forward_std, self.weight_hard_from),
             backward(self.weight_backward_std, self.weight_backward_end, self.weight_backward_tilt),
@@ -114,7 +123,7 @@ class BaseCurve:
                 self.activation_backward_end,
                 self.activation_backward_tilt,
             ),
-            min(1.0, max(0.0, (progress - self.freeze_from) / (1 - self.freeze_from))),
+            1.0 if frozen else fraction,
         )
 
     def begin(self, run: RunInfo) -> None:
@@ -123,9 +132,14 @@ class BaseCurve:
     def settings(
         self, run: RunInfo, epoch: int, telemetry: Telemetry, state: None
     ) -> tuple[Sequence[Setting], None]:
-        """The settings of the formula at the epoch's progress, by depth."""
+        """The settings of the formula at the epoch's progress, by depth and fan-in."""
+        return [Setting(*row) for row in self.rows(run, epoch)], None
+
+    def rows(self, run: RunInfo, epoch: int) -> list[tuple[float, float, float, float, float]]:
+        """:meth:`at` of every layer."""
         progress = run.progress(epoch)
-        return [Setting(*self.at(progress, depth)) for depth in depths(len(run.layers))], None
+        places = zip(depths(len(run.layers)), run.layers, strict=True)
+        return [self.at(progress, depth, layer.fan_in) for depth, layer in places]
 
 
 def depths(count: int) -> list[float]:

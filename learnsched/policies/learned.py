@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnsched.policies.base_curve import BaseCurve, depths
+from learnsched.policies.base_curve import BaseCurve
 from learnsched.policies.base_curves import BaseCurves
 from learnsched.policies.domain import Domain
 from learnsched.policies.features import FEEDBACK, STATIC, feedback_features, static_features
@@ -153,8 +153,7 @@ class LearnedPolicy:
         )
         raw, hidden = self.network(features, state["hidden"])
         offset = torch.tanh(raw) if self.domain.has_seen_levels(run) else torch.zeros_like(raw)
-        curve = self.base.nearest(run)
-        rows = [curve.at(progress, depth) for depth in depths(len(run.layers))]
+        rows = self.base.nearest(run).rows(run, epoch)
         base = torch.tensor(rows, dtype=like.dtype, device=like.device).unbind(-1)
         fraction = torch.maximum(state["fraction"], leaky_clamp(base[4] + offset[..., 4]))
         columns = (
