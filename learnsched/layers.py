@@ -30,7 +30,8 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
     """The quantized layers of a model, from the input.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: the model has none, they were quantized in different calls, or a weight has been
+            parametrized since.
 
     Example:
         >>> import learnsched as ls
@@ -43,6 +44,11 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
     names: dict[int, str] = {}
     for module in model.modules():
         if isinstance(module, QUANTIZED_LAYERS):
+            if "weight" not in module._parameters:
+                raise ValueError(
+                    f"the weight of {module.weight_quantizer.layer_name} is no parameter any more, as "
+                    "after weight_norm or pruning; remove that, or quantize the float model without it"
+                )
             twin = weights.setdefault(module.weight_quantizer.layer_index, module)
             if twin.weight_quantizer is not module.weight_quantizer:
                 raise ValueError(

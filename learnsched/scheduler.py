@@ -23,6 +23,8 @@ from learnsched.noise import noise_shape
 from learnsched.schedule import FIELDS, Policy, RunInfo, Setting, Telemetry, terminal
 
 _STATE_VERSION = 1
+# A std that no dtype of a network rounds to 0.
+_VISIBLE = 1e-4
 
 
 class QuantizationScheduler:
@@ -154,7 +156,7 @@ class QuantizationScheduler:
             metrics: numbers by name, such as ``{"train_loss": loss}``, the mean over the epoch.
 
         Raises:
-            RuntimeError: all epochs have been stepped through.
+            RuntimeError: all epochs have been stepped through, or ``finalize_`` was called before.
             KeyError: a metric that the policy needs is missing.
             TypeError: a metric is not a number.
             ValueError: the policy's settings do not fit. Nothing has changed then, nor with the others.
@@ -163,6 +165,11 @@ class QuantizationScheduler:
             raise RuntimeError(
                 f"step() was called {self.epoch + 1} times for a horizon of {self.epochs} epochs; "
                 "make a new scheduler with more epochs"
+            )
+        if self._noise_is_gone():
+            raise RuntimeError(
+                f"finalize_ was called after {self.epoch} of {self.epochs} epochs and has ended the noise; "
+                "call it after the last step()"
             )
         numbers = as_numbers(metrics)
         missing = [name for name in self.policy.metrics if name not in numbers]
@@ -303,6 +310,18 @@ class QuantizationScheduler:
                 activation.backward_std.fill_(s.activation_backward_std)
                 activation.forward_mean.fill_(s.activation_forward_mean)
                 activation.backward_mean.fill_(s.activation_forward_mean)
+
+    def _noise_is_gone(self) -> bool:
+        """Whether a std that the last settings made positive is 0."""
+        for layer, s in zip(self._layers, self.history.settings[-1], strict=True):
+            of_weight = (
+                [(layer.weight.weight_quantizer, s.weight_forward_std)] if layer.weight else []
+            )
+            of_activations = [(a, s.activation_forward_std) for a in layer.activations]
+            for quantizer, std in (*of_weight, *of_activations):
+                if std > _VISIBLE and not bool(quantizer.forward_std.any()):
+                    return True
+        return False
 
     def _freeze(self, settings: Sequence[Setting]) -> None:
         for index, (layer, setting) in enumerate(zip(self._layers, settings, strict=True)):

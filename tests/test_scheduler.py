@@ -502,6 +502,33 @@ def test_a_learned_schedule_warns_of_losses_below_zero():
             scheduler.step({"train_loss": loss})
 
 
+@pytest.mark.parametrize("weight", [None, ls.ternary()])
+def test_a_step_after_finalize_is_refused_and_changes_nothing(weight):
+    layers = nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU()
+    model = ls.quantize_(nn.Sequential(*layers), weight, ls.unsigned(2))
+    scheduler = ls.QuantizationScheduler(model, policies.AdditiveNoiseAnnealing(), 4)
+    scheduler.step()
+    ls.finalize_(model)
+    before, state = state_of(model), scheduler.state_dict()
+    with pytest.raises(RuntimeError, match="finalize_ was called after 1 of 4 epochs"):
+        scheduler.step()
+    assert_same_state(model, before)
+    assert_equal(scheduler.state_dict(), state)
+
+
+def test_a_weight_that_is_parametrized_later_is_named():
+    model = network()
+    scheduler = ls.QuantizationScheduler(model, learned(), 4, steps_per_epoch=3)
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    for call in (
+        lambda: ls.finalize_(model),
+        lambda: ls.QuantizationScheduler(model, learned(), 4, steps_per_epoch=3),
+    ):
+        with pytest.raises(ValueError, match=r"weight of 0 is no parameter any more.*weight_norm"):
+            call()
+    assert scheduler.epoch == 0
+
+
 def test_given_steps_are_not_counted_again():
     model, policy = network(), fractions(0.0)
     scheduler = ls.QuantizationScheduler(model, policy, 3, steps_per_epoch=40)
