@@ -168,8 +168,8 @@ class QuantizationScheduler:
             )
         if self._noise_is_gone():
             raise RuntimeError(
-                f"finalize_ was called after {self.epoch} of {self.epochs} epochs and has ended the noise; "
-                "call it after the last step()"
+                f"finalize_ was called after {self.epoch} of {self.epochs} epochs, which ended the "
+                "noise; call it after the last step()"
             )
         numbers = as_numbers(metrics)
         missing = [name for name in self.policy.metrics if name not in numbers]
