@@ -145,6 +145,14 @@ def test_importance_is_that_of_cells_with_all_parameters(records):
     assert report.knobs(by_cell(records)) == whole
 
 
+def test_a_parameter_whose_range_differs_between_cells_is_explained_too(records):
+    rows = [r for r in records if r["method"] == "STE"]
+    space = rows[0]["space"]["std"]
+    attributes = {**space["attributes"], "low": space["attributes"]["low"] / 5}
+    rows[0]["space"] = {**rows[0]["space"], "std": {**space, "attributes": attributes}}
+    assert next(iter(importances(rows))) == "std"
+
+
 def test_importance_goes_to_the_parameter_that_decides(records):
     shares = importances([r for r in records if r["method"] == "STE"])
     assert next(iter(shares)) == "std"

@@ -193,11 +193,21 @@ def search_curve(
     return {m + 1: interval(np.asarray([row[m] for row in margins])) for m in range(shortest)}
 
 
+def _union(one: Any, other: Any) -> Any:
+    """The range that holds two, if they are intervals; the first one else."""
+    from optuna.distributions import FloatDistribution
+
+    if not (isinstance(one, FloatDistribution) and isinstance(other, FloatDistribution)):
+        return one
+    return FloatDistribution(min(one.low, other.low), max(one.high, other.high), log=one.log)
+
+
 def importances(records: Sequence[Record], seed: int = 0) -> dict[str, float]:
     """Functional ANOVA of a method's searches: the share of each parameter in the variance.
 
     Trials of all cells are taken together, each cell's validation accuracies shifted and scaled to
-    mean 0 and deviation 1 first, so that cells do not explain the variance.
+    mean 0 and deviation 1 first, so that cells do not explain the variance. Where ranges differ between
+    cells, theirs is the one that holds them all.
 
     Args:
         records: of one method.
@@ -211,8 +221,15 @@ def importances(records: Sequence[Record], seed: int = 0) -> dict[str, float]:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize")
-    for record in records:
-        space = {name: json_to_distribution(json.dumps(d)) for name, d in record["space"].items()}
+    spaces = [
+        {name: json_to_distribution(json.dumps(d)) for name, d in record["space"].items()}
+        for record in records
+    ]
+    # Optuna leaves out what has another range in some of the trials.
+    wide: dict[str, Any] = {}
+    for name, found_range in (item for space in spaces for item in space.items()):
+        wide[name] = _union(wide.get(name, found_range), found_range)
+    for record, space in zip(records, spaces, strict=True):
         values = np.asarray([trial["validation"] for trial in record["trials"]])
         if values.size < 2 or values.std() == 0:
             continue
@@ -220,7 +237,7 @@ def importances(records: Sequence[Record], seed: int = 0) -> dict[str, float]:
             record["trials"], (values - values.mean()) / values.std(), strict=True
         ):
             params = {name: trial[name] for name in space if name in trial}
-            ranges = {name: space[name] for name in params}
+            ranges = {name: wide[name] for name in params}
             study.add_trial(
                 optuna.trial.create_trial(params=params, distributions=ranges, value=float(value))
             )
