@@ -61,6 +61,7 @@ BOXES: dict[str, Box] = {
     "ternary/2-bit": _BOX,
     "ternary/real": _WEIGHTS_ALONE,
     "ternary/ternary": _BOX,
+    "binary/2-bit": _BOX,
     "binary/binary": {
         **_BOX,
         "activation_backward_std": (0.05, 1.0, True),
