@@ -68,7 +68,9 @@ class _Quantizer(nn.Module):
         if step != 1:
             noise = tuple(level * step for level in noise)  # type: ignore[assignment]
         if self.temperature is None:
-            return quantize_unchecked(x, self.levels, *noise, self.noise, self.mode, scale=scale)
+            # As dropout does, samples end where training does.
+            mode = "mode" if self.mode == "random" and not self.training else self.mode
+            return quantize_unchecked(x, self.levels, *noise, self.noise, mode, scale=scale)
         inside = x if scale is None else x / scale
         drawn = concrete_quantize(inside, self.levels, *noise, self.noise, self.temperature)
         return drawn if scale is None else drawn * scale

@@ -45,6 +45,18 @@ def activation(levels=None, scale=0.5, before=None):
     return ActivationQuantizer(levels, scale, LeastSquares("tensor"), before, torch.zeros(()))
 
 
+def test_samples_are_drawn_in_training_alone():
+    quantizer, x = activation(), weights(2000)
+    quantizer.mode = "random"
+    quantizer.forward_std.fill_(0.5)
+    assert not torch.equal(quantizer(x), quantizer(x))
+    quantizer.eval()
+    likely = annealed_quantize(
+        x / 0.5, ls.unsigned(2), forward_std=0.5, backward_std=1.0, mode="mode"
+    )
+    assert torch.equal(quantizer(x), likely * 0.5)
+
+
 @pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
 @pytest.mark.parametrize("shape", [(6, 8), (4, 3, 5), (4, 2, 3, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

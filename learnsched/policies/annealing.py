@@ -36,7 +36,8 @@ class AdditiveNoiseAnnealing:
             forward std if None.
         activation_backward_std: the same for activations; ``backward_std`` if None.
         noise: shape of the noise.
-        mode: the forward value while there is noise, see :func:`learnsched.annealed_quantize`.
+        mode: the forward value while there is noise, see :func:`learnsched.annealed_quantize`; samples
+            are drawn in training alone, in evaluation the most probable level is taken.
         annealed: whose std decays: that of the ``forward`` noise, of ``both``, or of ``neither``,
             when only the terminal condition hardens the network.
 
