@@ -73,13 +73,18 @@ def measure(task: Task, runs: int, seed: int) -> dict[str, Any]:
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Markdown: accuracy in % with a free first layer, and points gained by freezing it."""
-    lines = ["| task | fan-in | free | frozen − free |", "| --- | --- | --- | --- |"]
+    """Markdown: points gained by freezing the first layer, tasks × bits."""
+    columns = list(dict.fromkeys(record["bits"] for record in records))
+    rows: dict[tuple[str, int], dict[str, str]] = {}
     for record in records:
-        free, frozen = (np.asarray(record[key]) for key in ("free", "frozen"))
-        gain = interval(frozen - free).text("+")
+        name = record["task"].replace(f", {record['bits']}", "")
+        gain = interval(np.asarray(record["frozen"]) - np.asarray(record["free"]))
+        rows.setdefault((name, record["fan_in"]), {})[record["bits"]] = gain.text("+")
+    rule = "|" + " --- |" * (2 + len(columns))
+    lines = ["| task | fan-in | " + " | ".join(columns) + " |", rule]
+    for (name, fan_in), gains in rows.items():
         lines.append(
-            f"| {record['task']} | {record['fan_in']} | {100 * free.mean():.1f} | {gain} |"
+            f"| {name} | {fan_in} | " + " | ".join(gains.get(c, "") for c in columns) + " |"
         )
     return "\n".join(lines)
 
