@@ -178,12 +178,12 @@ def finalize_(model: nn.Module, loader: Iterable[Any] | None = None) -> nn.Modul
     layers = quantized_layers(model)
     inputs = None if loader is None else _inputs(loader, model)
     for layer in layers:
-        if layer.weight is not None and not bool(layer.weight.weight.isfinite().all()):
-            raise RuntimeError(
-                f"the weight of {layer.info.name} is not finite, so it has no level; "
-                "training has diverged: lower the learning rate"
-            )
         if layer.weight is not None:
+            if not bool(layer.weight.weight.isfinite().all()):
+                raise RuntimeError(
+                    f"the weight of {layer.info.name} is not finite, so it has no level; "
+                    "training has diverged: lower the learning rate"
+                )
             found = layer.weight.weight_quantizer.scale(layer.weight.weight)
             if not bool(((found > 0) & found.isfinite()).all()):
                 raise RuntimeError(

@@ -20,6 +20,7 @@ from learnsched.history import History, as_numbers
 from learnsched.incremental import PARTITIONS
 from learnsched.layers import quantized_layers
 from learnsched.noise import noise_shape
+from learnsched.quantizers import WeightQuantizer
 from learnsched.schedule import FIELDS, Policy, RunInfo, Setting, Telemetry, terminal
 
 _STATE_VERSION = 1
@@ -314,11 +315,9 @@ class QuantizationScheduler:
     def _noise_is_gone(self) -> bool:
         """Whether a std that the last settings made positive is 0."""
         for layer, s in zip(self._layers, self.history.settings[-1], strict=True):
-            of_weight = (
-                [(layer.weight.weight_quantizer, s.weight_forward_std)] if layer.weight else []
-            )
-            of_activations = [(a, s.activation_forward_std) for a in layer.activations]
-            for quantizer, std in (*of_weight, *of_activations):
+            for quantizer in layer.quantizers:
+                of_weight = isinstance(quantizer, WeightQuantizer)
+                std = s.weight_forward_std if of_weight else s.activation_forward_std
                 if std > _VISIBLE and not bool(quantizer.forward_std.any()):
                     return True
         return False

@@ -255,19 +255,29 @@ def verify(
         seed: of the runs.
     """
     data = _data()
-    method = Method("curve", BaseCurve.noise, BaseCurve.partition)
-    repeated = [curve for curve in compared.values() for _ in rates]
     mine = {}
     for index in range(distribution.rank(), len(rows), distribution.world_size()):
         task = replace(rows[index], seed=31_337 + seed)
-        known = data[task.data]
-        accuracy = train(
-            method, task, known, list(rates) * len(compared), repeated, seeds, known.validation
-        )
-        mean = accuracy.mean(1).view(len(compared), len(rates)).amax(1)
-        accuracies = dict(zip(compared, mean.tolist(), strict=True))
+        found = at_best_rate(task, data[task.data], list(compared.values()), rates, seeds)
+        accuracies = dict(zip(compared, found.mean(1).tolist(), strict=True))
         mine[index] = {"task": task.name, "accuracy": accuracies}
     return distribution.gather(mine, len(rows))
+
+
+def at_best_rate(
+    task: Task,
+    data: DataSet,
+    compared: Sequence[BaseCurve | BaseCurves],
+    rates: Sequence[float],
+    seeds: int,
+) -> Tensor:
+    """Validation accuracies of each curve at the rate of best mean, shape ``(curves, seeds)``."""
+    accuracy = train(
+        Method("curve", BaseCurve.noise, BaseCurve.partition), task, data, list(rates) * len(compared),
+        [curve for curve in compared for _ in rates], seeds, data.validation,
+    ).view(len(compared), len(rates), seeds)  # fmt: skip
+    best = accuracy.mean(2).argmax(1)
+    return accuracy[torch.arange(len(compared)), best]
 
 
 def _data() -> dict[str, DataSet]:

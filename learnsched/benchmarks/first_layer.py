@@ -19,15 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from learnsched.benchmarks.curve_search import at_best_rate
 from learnsched.benchmarks.environment import stored_records, write_results
-from learnsched.benchmarks.held_out import train
-from learnsched.benchmarks.methods import Method
 from learnsched.data import load
 from learnsched.intervals import interval
 from learnsched.meta import distribution
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.tasks import Task
-from learnsched.policies import BaseCurve
 
 BITS = ("ternary/2-bit", "ternary/ternary", "binary/binary", "ternary/real")
 _RATES = (0.012, 0.022, 0.04)
@@ -57,11 +55,7 @@ def measure(task: Task, runs: int, seed: int) -> dict[str, Any]:
     run = replace(task, learning_rates=_RATES[:1]).build(data).run
     curve = PRESETS["standard"].base.nearest(run)
     compared = [replace(curve, frozen_fan_in=fan_in) for fan_in in (0.0, _ANY)]
-    accuracy = train(
-        Method("curve", BaseCurve.noise, BaseCurve.partition), task, data, _RATES * len(compared),
-        [c for c in compared for _ in _RATES], runs, data.validation,
-    ).view(len(compared), len(_RATES), runs)  # fmt: skip
-    free, frozen = (rows[int(rows.mean(1).argmax())].tolist() for rows in accuracy)
+    free, frozen = at_best_rate(task, data, compared, _RATES, runs).tolist()
     return {
         "task": task.name,
         "bits": task.bits,
