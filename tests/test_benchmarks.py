@@ -104,7 +104,7 @@ def test_the_logs_of_meta_training_become_a_row_and_lines_for_each_run(tmp_path)
 def test_a_larger_reference_replaces_a_smaller_one(tmp_path, monkeypatch):
     made = []
 
-    def measure(data, cell, *, seeds, pairs, seed):
+    def measure(data, cell, *, seeds, pairs, seed, device):
         made.append((cell.steps, pairs))
         reference = {"pairs": pairs, "seconds": 0.0, "agreement": [0.5], "norms": [1.0]}
         return {

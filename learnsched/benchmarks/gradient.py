@@ -3,6 +3,7 @@
     python -m learnsched.benchmarks.gradient [--quick] [--seed N] [--json PATH] [--plot PATH]
                                              [--noise NAME ...] [--optimizer NAME ...]
                                              [--steps N ...] [--width N ...] [--artefact NAME]
+                                             [--device NAME]
 
 All estimate the gradient of the hard network's validation loss with respect to a schedule of a few
 coordinates: the values of each output at the beginning and at the end of the run, all layers alike.
@@ -120,7 +121,9 @@ def cells(
         yield from (Cell(**{**asdict(cell), "width": width}) for width in widths[1:])
 
 
-def measure(data: DataSet, cell: Cell, *, seeds: int, pairs: int, seed: int) -> dict[str, Any]:
+def measure(
+    data: DataSet, cell: Cell, *, seeds: int, pairs: int, seed: int, device: str = "cpu"
+) -> dict[str, Any]:
     """Agreement of the estimators with the reference on one kind of run.
 
     Args:
@@ -129,9 +132,11 @@ def measure(data: DataSet, cell: Cell, *, seeds: int, pairs: int, seed: int) -> 
         seeds: networks, each with a gradient of its own.
         pairs: antithetic pairs of the reference, for each network.
         seed: of all random numbers.
+        device: where inner runs train.
     """
-    inner = cell.task(seeds, seed).build(data, noise=cell.noise)
+    inner = cell.task(seeds, seed).build(data, noise=cell.noise, device=device)
     policy = cell.learned_policy()
+    policy.network.to(device)
 
     def rollout() -> Rollout:
         return policy_rollout(policy, inner.run, seeds)
@@ -165,6 +170,7 @@ def measure(data: DataSet, cell: Cell, *, seeds: int, pairs: int, seed: int) -> 
     return {
         **asdict(cell),
         "commit": describe()["commit"],
+        "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "cpu",
         "learning_rate": RATES[cell.optimizer],
         "reference": {
             "pairs": pairs,
@@ -304,6 +310,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="where inner runs train")
     parser.add_argument("--json", type=Path, help="write the rows here, after each one")
     parser.add_argument("--plot", type=Path, help="draw the rows here")
     options = parser.parse_args()
@@ -325,8 +332,9 @@ def main() -> None:
         if cell in done and done[cell]["reference"]["pairs"] >= options.pairs:
             continue
         done[cell] = measure(
-            data, cell, seeds=options.seeds, pairs=options.pairs, seed=options.seed
-        )
+            data, cell, seeds=options.seeds, pairs=options.pairs, seed=options.seed,
+            device=options.device,
+        )  # fmt: skip
         print(table([done[cell]], head=False), flush=True)
         write_results(options.json, {**settings, "rows": list(done.values())})
     rows = list(done.values())

@@ -8,9 +8,11 @@
 Inner runs take 300 to 800 optimizer steps on networks of four layers, 16 to 32 channels wide. All
 variants have the same tasks, outer optimizer and average of the meta-parameters. ``stabilised`` damps
 the second order, leaves chaotic runs to evolution strategies and clips the gradient of every member;
-``clipped`` only clips, and ``plain`` backpropagates and clips nothing. A run that was interrupted goes
-on. The bound to beat is that of the strongest hand-coded methods, tuned on the validation tasks, then
-run on the same seeds as the learned schedule is validated on.
+``clipped`` only clips, and ``plain`` backpropagates and clips nothing. ``evolution`` does not
+backpropagate through runs at all: it follows the error itself with 32 pairs a member, which is for a
+GPU (``--device cuda``). A run that was interrupted goes on. The bound to beat is that of the strongest
+hand-coded methods, tuned on the validation tasks, then run on the same seeds as the learned schedule
+is validated on.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from learnsched.benchmarks.search import Budget
 from learnsched.data import DataSet
 from learnsched.figure_style import paper_style, save_figure
 from learnsched.meta.estimators import Estimator
+from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.tasks import Mix, Task
 from learnsched.meta.trainer import MetaTrainer, TrainerConfig
@@ -60,6 +63,12 @@ VARIANTS = {
     "stabilised": Variant(PRESETS["standard"].estimator, clip=1.0),
     "clipped": Variant(Unrolled(), clip=1.0),
     "plain": Variant(Unrolled(), clip=math.inf),
+    "evolution": Variant(
+        EvolutionStrategies(
+            pairs=32, std=0.12, relative_std=0.4, knots=3, by_layer=False, objective="error"
+        ),
+        clip=1.0,
+    ),
 }
 
 _MIX = Mix(
@@ -106,13 +115,19 @@ _QUICK = replace(
 
 
 def trained(
-    variant: Variant, config: TrainerConfig, folder: Path, data: Mapping[str, DataSet]
+    variant: Variant,
+    config: TrainerConfig,
+    folder: Path,
+    data: Mapping[str, DataSet],
+    device: str = "cpu",
 ) -> MetaTrainer:
     """The trainer of a variant, at the last checkpoint of its folder or at its start."""
     torch.manual_seed(config.seed)
     preset = PRESETS["standard"]
     policy = LearnedPolicy(MetaNetwork(), preset.base, replace(preset.domain, steps=(300, 800)))
-    return MetaTrainer(policy, replace(config, clip=variant.clip), folder, data, variant.estimator)
+    policy.network.to(device)
+    config = replace(config, clip=variant.clip)
+    return MetaTrainer(policy, config, folder, data, variant.estimator, device=device)
 
 
 def hand_coded(config: TrainerConfig, data: Mapping[str, DataSet], seed: int) -> dict[str, Any]:
@@ -171,7 +186,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 # Of each variant: dashes and shade.
-_LINES = {"stabilised": ("-", "0.0"), "clipped": ("--", "0.35"), "plain": (":", "0.55")}
+_LINES = {
+    "stabilised": ("-", "0.0"),
+    "clipped": ("--", "0.35"),
+    "plain": (":", "0.55"),
+    "evolution": ("-", "0.65"),
+}
 
 
 def plot(rows: Sequence[Mapping[str, Any]], bound: Mapping[str, Any] | None) -> Figure:
@@ -222,6 +242,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="all variants, 2 outer steps in seconds"
     )
+    parser.add_argument("--device", default="cpu", help="where inner runs train")
     parser.add_argument("--json", type=Path, help="write the logs here")
     parser.add_argument("--plot", type=Path, help="draw what the folder holds")
     options = parser.parse_args()
@@ -246,7 +267,7 @@ def _run(
     data = config.load_data()
     for name in chosen:
         run = folder / f"{name}-{config.seed}"
-        trained(VARIANTS[name], config, run, data).run(steps, _show)
+        trained(VARIANTS[name], config, run, data, options.device).run(steps, _show)
         write_results(run / "environment.json", {})
     path = folder / "hand_coded.json"
     if options.hand_coded:
