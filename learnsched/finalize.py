@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -17,6 +17,9 @@ from torch.optim.swa_utils import AveragedModel
 from learnsched.layers import Layer, quantized_layers
 from learnsched.modules import BATCH_NORMS, QuantizedLayer
 from learnsched.quantizers import NOISE_BUFFERS, ActivationQuantizer
+
+# Runs a model on a batch.
+Forward = Callable[[nn.Module, Any], object]
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,9 @@ class IntegerWeights:
 
 
 @torch.no_grad()
-def calibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+def calibrate_(
+    model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None
+) -> nn.Module:
     """Fit the scale of every quantized activation to data, in the order of execution.
 
     Each activation is fitted to what the layers before it, already calibrated, put out: one pass,
@@ -65,12 +70,14 @@ def calibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     Args:
         model: converted by ``quantize_``.
         batches: inputs, or tuples that start with the input, as a data loader gives.
+        forward: ``forward(model, batch)`` runs the model on a batch of any other kind, on the device
+            of the model: ``lambda model, batch: model(**batch)`` where batches are dictionaries.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        TypeError: a batch is neither a tensor nor a tuple that starts with one.
+        TypeError: without ``forward``, a batch is neither a tensor nor a tuple that starts with one.
         ValueError: there are no batches, one is empty, an activation is not finite, or the model has
             no quantized layers. The scales are as they were.
 
@@ -81,15 +88,16 @@ def calibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         >>> net = calibrate_(net, [torch.randn(64, 8)])
     """
     activations = [a for layer in quantized_layers(model) for a in layer.activations]
-    inputs = _inputs(batches, model)
+    run = forward or _on_first
+    batches = _checked(batches, model, run)
     scales = [(a.scale, a.scale.clone()) for a in activations]
     statistics = [(b, b.clone()) for module in _batch_norms(model) for b in module.buffers()]
     hooks = {a: _Fit() for a in activations}
     handles = [a.register_forward_pre_hook(hook) for a, hook in hooks.items()]
     try:
         with _batch_statistics(model):
-            for x in inputs:
-                model(x)
+            for batch in batches:
+                run(model, batch)
     except BaseException:
         _put_back(scales)
         raise
@@ -108,18 +116,21 @@ def calibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
 
 
 @torch.no_grad()
-def reestimate_batch_norm_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+def reestimate_batch_norm_(
+    model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None
+) -> nn.Module:
     """Replace the running statistics of batch norms by their plain mean over the batches.
 
     Args:
         model: any module; its training flags are kept.
         batches: inputs, or tuples that start with the input.
+        forward: runs the model on a batch of any other kind, see :func:`calibrate_`.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        TypeError: a batch is neither a tensor nor a tuple that starts with one.
+        TypeError: without ``forward``, a batch is neither a tensor nor a tuple that starts with one.
         ValueError: there are no batches, or one is empty. The statistics are as they were.
 
     Example:
@@ -127,10 +138,11 @@ def reestimate_batch_norm_(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
         >>> net.running_mean.item()
         2.0
     """
-    return _reestimate(model, _inputs(batches, model))
+    run = forward or _on_first
+    return _reestimate(model, _checked(batches, model, run), run)
 
 
-def _reestimate(model: nn.Module, inputs: Iterator[Tensor]) -> nn.Module:
+def _reestimate(model: nn.Module, batches: Iterator[Any], run: Forward) -> nn.Module:
     norms = _batch_norms(model)
     momenta = [module.momentum for module in norms]
     statistics = [(b, b.clone()) for module in norms for b in module.buffers()]
@@ -139,8 +151,8 @@ def _reestimate(model: nn.Module, inputs: Iterator[Tensor]) -> nn.Module:
             module.reset_running_stats()
             module.momentum = None  # a cumulative mean
         with _batch_statistics(model):
-            for x in inputs:
-                model(x)
+            for batch in batches:
+                run(model, batch)
     except BaseException:
         _put_back(statistics)
         raise
@@ -151,7 +163,9 @@ def _reestimate(model: nn.Module, inputs: Iterator[Tensor]) -> nn.Module:
 
 
 @torch.no_grad()
-def finalize_(model: nn.Module, loader: Iterable[Any] | None = None) -> nn.Module:
+def finalize_(
+    model: nn.Module, loader: Iterable[Any] | None = None, *, forward: Forward | None = None
+) -> nn.Module:
     """Harden the network: noise 0, every weight on its level set, batch norm re-estimated.
 
     Args:
@@ -159,6 +173,7 @@ def finalize_(model: nn.Module, loader: Iterable[Any] | None = None) -> nn.Modul
             of weights (``torch.optim.swa_utils.AveragedModel``) lie between levels: they are
             projected anew, with a warning.
         loader: training batches to re-estimate batch norm statistics from; None keeps them.
+        forward: runs the model on a batch of any other kind, see :func:`calibrate_`.
 
     Returns:
         ``model`` itself. Its parameters hold the quantized weights.
@@ -166,7 +181,7 @@ def finalize_(model: nn.Module, loader: Iterable[Any] | None = None) -> nn.Modul
     Raises:
         RuntimeError: a weight is not on its level set, to the bit (it is not finite, for one), or a
             learned scale is not positive and finite.
-        TypeError: a batch is neither a tensor nor a tuple that starts with one.
+        TypeError: without ``forward``, a batch is neither a tensor nor a tuple that starts with one.
         ValueError: the model has no quantized layers, or the loader or a batch is empty.
 
     Example:
@@ -176,7 +191,8 @@ def finalize_(model: nn.Module, loader: Iterable[Any] | None = None) -> nn.Modul
         True
     """
     layers = quantized_layers(model)
-    inputs = None if loader is None else _inputs(loader, model)
+    run = forward or _on_first
+    batches = None if loader is None else _checked(loader, model, run)
     for layer in layers:
         if layer.weight is not None:
             if not bool(layer.weight.weight.isfinite().all()):
@@ -210,7 +226,7 @@ def finalize_(model: nn.Module, loader: Iterable[Any] | None = None) -> nn.Modul
     for layer in layers:
         if layer.weight is not None:
             _check_on_levels(layer.info.name, layer.weight)
-    return model if inputs is None else _reestimate(model, inputs)
+    return model if batches is None else _reestimate(model, batches, run)
 
 
 @torch.no_grad()
@@ -318,26 +334,34 @@ def _batch_statistics(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _inputs(batches: Iterable[Any], model: nn.Module) -> Iterator[Tensor]:
-    """The inputs of the batches; that there is a first one is checked at once."""
+def _checked(batches: Iterable[Any], model: nn.Module, run: Forward) -> Iterator[Any]:
+    """The batches; that there is a first one, and an input in it, is checked at once."""
     if isinstance(batches, Tensor):
         raise TypeError("pass a list of batches, [x], or a data loader; got one tensor")
     iterator = iter(batches)
     try:
-        first = _input(next(iterator), model)
+        first = next(iterator)
     except StopIteration:
         raise ValueError(
             "there are no batches; pass a data loader or a list of inputs that is not empty, nor an "
             "iterator that was used up before"
         ) from None
-    return chain([first], (_input(batch, model) for batch in iterator))
+    if run is _on_first:
+        _input(first, model)
+    return chain([first], iterator)
+
+
+def _on_first(model: nn.Module, batch: Any) -> object:
+    return model(_input(batch, model))
 
 
 def _input(batch: Any, model: nn.Module) -> Tensor:
     x = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(x, Tensor):
         raise TypeError(
-            f"a batch must be a tensor, or a tuple that starts with one, got {type(x).__name__}"
+            "a batch must be a tensor, or a tuple that starts with one, got "
+            f"{type(x).__name__}; for other batches pass forward, such as "
+            "lambda model, batch: model(**batch)"
         )
     if x.numel() == 0:
         raise ValueError(f"a batch is empty: its shape is {tuple(x.shape)}; leave it out")

@@ -390,3 +390,36 @@ def test_weight_scales_that_no_network_can_have_are_named(value):
         ls.learn_weight_scales_(model)[0][0] = value
     with pytest.raises(RuntimeError, match="a scale of the weight of 0 is not positive and finite"):
         ls.finalize_(model)
+
+
+class TwoInputs(nn.Module):
+    """A network whose batches are dictionaries."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, *, x, shift):
+        return self.net(x + shift)
+
+
+def test_batches_of_any_kind_are_run_by_forward():
+    one, two = network(), TwoInputs(network())
+    dictionaries = [{"x": x, "shift": torch.ones(1)} for x in batches()]
+    shifted = [x + 1 for x in batches()]
+
+    def run(model, batch):
+        return model(**batch)
+
+    for fit in (ls.calibrate_, ls.finalize_, ls.reestimate_batch_norm_):
+        fit(one, shifted)
+        fit(two, dictionaries, forward=run)
+        assert_same_state(two.net, state_of(one))
+        before = state_of(two)
+        with pytest.raises(TypeError, match=r"got dict; for other batches pass forward"):
+            fit(two, dictionaries)
+        with pytest.raises(ValueError, match="there are no batches"):
+            fit(two, [], forward=run)
+        with pytest.raises(RuntimeError):
+            fit(two, [*dictionaries, {"x": torch.ones(2, 3), "shift": 0}], forward=run)
+        assert_same_state(two, before)
