@@ -13,24 +13,33 @@ from learnsched.quantizers import WeightQuantizer
 
 
 class _OwnsQuantizer(nn.Module):
-    """Frees what INQ has frozen when the weights of a float checkpoint take its place."""
+    """Frees what INQ has frozen when other weights take its place."""
 
     weight_quantizer: WeightQuantizer
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # As fusing with a batch norm does.
+        replaced = name == "weight" and self._parameters.get(name, value) is not value
+        super().__setattr__(name, value)
+        if replaced and "weight_quantizer" in self._modules:
+            self._release("a new parameter took the place of frozen weights")
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        quantizer = self.weight_quantizer
         of_quantizer = (name.startswith(f"{prefix}weight_quantizer.") for name in state_dict)
         if f"{prefix}weight" in state_dict and not any(of_quantizer):
-            if bool(quantizer.membership.any()):
-                warnings.warn(
-                    "a float checkpoint was loaded into a model with frozen weights: they are free "
-                    "now and take its values; train on, or call learnsched.finalize_(model)",
-                    stacklevel=2,
-                )
-            quantizer.release_()
+            self._release("a float checkpoint was loaded into a model with frozen weights")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _release(self, reason: str) -> None:
+        if bool(self.weight_quantizer.membership.any()):
+            warnings.warn(
+                f"{reason}: they are free now and take its values; train on, or call "
+                "learnsched.finalize_(model)",
+                stacklevel=3,
+            )
+        self.weight_quantizer.release_()
 
 
 class QuantizedLinear(_OwnsQuantizer, nn.Linear):

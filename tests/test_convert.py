@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import learnsched as ls
 from learnsched.layers import quantized_layers
@@ -103,6 +104,27 @@ def test_a_float_checkpoint_loads_strictly(make):
     model.load_state_dict(checkpoint, strict=True)
     assert all(torch.equal(p, checkpoint[n]) for n, p in model.named_parameters())
     assert quantized_layers(model)[0].activations[0].scale == scale
+
+
+def test_a_fused_batch_norm_counts_although_the_weights_were_frozen():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    ls.finalize_(ls.quantize_(model, ls.ternary(), ls.unsigned(2))).eval()
+    with torch.no_grad():
+        model[1].running_var.mul_(4.0)
+        model[1].weight.mul_(torch.tensor([-1.0, 1.0, 2.0, 3.0]))
+    conv, norm = model[0], model[1]
+    conv.weight = conv.weight  # the same one, as when weights are tied again
+    with pytest.warns(UserWarning, match="a new parameter took the place of frozen weights"):
+        fused = fuse_conv_bn_eval(conv, norm)
+    assert bool((conv.weight_quantizer.membership == 1).all())
+    x = torch.randn(3, 2, 6, 6)
+    # Another scale a channel is all that fusing brings to ternary weights.
+    expected = norm(nn.functional.conv2d(x, conv.weight.sign(), conv.bias))
+    codes = nn.functional.conv2d(x, fused.weight_quantizer(fused.weight).sign())
+    shown = [torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] for a, b in
+             zip(expected.movedim(1, 0), codes.movedim(1, 0), strict=True)]  # fmt: skip
+    torch.testing.assert_close(torch.stack(shown), torch.ones(4))
 
 
 @pytest.mark.parametrize("finalized", [True, False])
