@@ -37,6 +37,7 @@ def run(name, *arguments):
         "room",
         "stability",
         "first_layer",
+        "follow_loss",
     ],
 )
 def test_a_quick_run_writes_its_rows(name, tmp_path):

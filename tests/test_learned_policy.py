@@ -3,13 +3,14 @@
 import json
 import math
 import warnings
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from learnsched.meta.rollout import following_rollout
 from learnsched.policies import BaseCurve, BaseCurves, Case, Domain, LearnedPolicy, MetaNetwork
 from learnsched.policies.learned import leaky_clamp
 from learnsched.schedule import FIELDS, LayerInfo, RunInfo, Telemetry, plan
@@ -100,6 +101,44 @@ def test_a_first_layer_of_few_inputs_can_be_frozen_at_once(fan_in, frozen, of):
     assert found["fraction"][:, 1:].flatten().tolist() == pytest.approx(
         usual[:, 1:, FRACTION].flatten().tolist(), abs=1e-6
     )
+
+
+FOLLOWING = BaseCurve(loss_power=0.5, weight_hard_from=1.0, activation_hard_from=1.0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "follows"),
+    [
+        (FOLLOWING, True),
+        (BaseCurves.everywhere(FOLLOWING), True),
+        (LearnedPolicy(MetaNetwork(), FOLLOWING), True),
+        (LearnedPolicy(MetaNetwork(), FOLLOWING, open_loop=True), False),
+        (replace(FOLLOWING, loss_power=0.0), False),
+    ],
+    ids=["curve", "curves", "network", "open loop", "power 0"],
+)
+def test_forward_noise_follows_the_loss(policy, follows):
+    run = run_of(3, 7)
+    assert policy.metrics == (("train_loss",) if follows else ())
+    state = policy.begin(run)
+    losses, gains = (1.0, 0.81, 0.25, 2.0, math.nan, 0.0), (1.0, 0.9, 0.5, 1.0, 1.0, 0.0)
+    for epoch, (loss, gain) in enumerate(zip(losses, gains, strict=True)):
+        telemetry = Telemetry(torch.tensor(loss), torch.tensor(1.0), torch.full((3,), 0.5))
+        with warnings.catch_warnings(action="ignore"):
+            found, state = policy.settings(run, epoch, telemetry, state)
+        expected = torch.tensor(plan(FOLLOWING, run).table[epoch].tolist())
+        expected[:, STDS] *= gain if follows else 1.0
+        torch.testing.assert_close(torch.tensor([astuple(row) for row in found]), expected)
+
+
+def test_members_follow_their_own_loss():
+    table = torch.rand(2, 3, 4, len(FIELDS), generator=torch.Generator().manual_seed(0))
+    rollout = following_rollout(table, torch.tensor([0.5, 2.0, 0.0]))
+    loss = torch.tensor([0.25, 0.5, 0.1])
+    found = rollout(1, Telemetry(loss, torch.ones(3), torch.ones(3, 4)))
+    expected = table[1].clone()
+    expected[..., STDS] *= torch.tensor([0.5, 0.25, 1.0]).view(3, 1, 1)
+    torch.testing.assert_close(found, expected)
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -347,6 +386,9 @@ def test_the_configuration_goes_through_json(open_loop):
         {"frozen_fan_in": -1.0},
         {"frozen_fan_in": math.inf},
         {"frozen_fan_in": math.nan},
+        {"loss_power": -0.5},
+        {"loss_power": 5.0},
+        {"loss_power": math.nan},
     ],
 )
 def test_impossible_base_curves_are_refused(numbers):

@@ -24,7 +24,7 @@ from learnsched.learned_quantizers import (
 from learnsched.levels import LevelSet, power_of_two, ternary, unsigned
 from learnsched.meta.estimators import Rollout
 from learnsched.meta.inner import InnerLoop
-from learnsched.meta.rollout import policy_rollout, table_rollout
+from learnsched.meta.rollout import following_rollout, policy_rollout, table_rollout
 from learnsched.meta.tasks import BITS
 from learnsched.policies import (
     BaseCurve,
@@ -119,7 +119,11 @@ class Method:
         for policy in policies:
             if policy not in plans:
                 plans[policy] = plan(policy, inner.run, hardened=self.hardened).table.float()
-        return table_rollout(torch.stack([plans[policy] for policy in policies], dim=1))
+        table = torch.stack([plans[policy] for policy in policies], dim=1)
+        powers = [p.loss_power if isinstance(p, BaseCurve) else 0.0 for p in policies]
+        return (
+            following_rollout(table, torch.tensor(powers)) if any(powers) else table_rollout(table)
+        )
 
 
 def rivals() -> list[Method]:
@@ -330,5 +334,7 @@ def learned(policy: LearnedPolicy) -> Method:
 
 def start_of(policy: LearnedPolicy) -> Method:
     """The hand-coded curve that a learned policy starts from: the same with a fresh network."""
-    fresh = LearnedPolicy(MetaNetwork(), policy.base, policy.domain, open_loop=True)
+    fresh = LearnedPolicy(
+        MetaNetwork(), policy.base, policy.domain, open_loop=not policy.base.metrics
+    )
     return replace(learned(fresh), name="learned, before meta-training")

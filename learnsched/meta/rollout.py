@@ -10,10 +10,12 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from learnsched.meta.estimators import Inner, Rollout
 from learnsched.meta.inner import InnerState
+from learnsched.policies.base_curve import loss_gain
 from learnsched.policies.learned import LearnedPolicy
 from learnsched.schedule import FIELDS, RunInfo, Telemetry
 
 _FRACTION = FIELDS.index("fraction")
+_FORWARD = [name.endswith("forward_std") for name in FIELDS]
 
 
 def run_forward(
@@ -132,3 +134,19 @@ def policy_rollout(policy: LearnedPolicy, run: RunInfo, members: int) -> PolicyR
 def table_rollout(table: Tensor) -> Rollout:
     """Given settings of shape ``(horizon, members, layers, len(FIELDS))``, whatever is measured."""
     return lambda epoch, telemetry: table[epoch]
+
+
+def following_rollout(table: Tensor, power: Tensor) -> Rollout:
+    """Given settings whose forward std follows each member's loss, see :class:`BaseCurve`.
+
+    Args:
+        table: shape ``(horizon, members, layers, len(FIELDS))``.
+        power: shape ``(members,)``.
+    """
+    forward = torch.tensor(_FORWARD, device=table.device)
+
+    def rollout(epoch: int, telemetry: Telemetry) -> Tensor:
+        gain = loss_gain(telemetry.loss, power).view(-1, 1, 1)
+        return torch.where(forward, table[epoch] * gain, table[epoch])
+
+    return rollout

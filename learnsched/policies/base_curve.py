@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
 # Of what is positive: far beyond any use, near enough that nothing overflows.
@@ -19,7 +21,8 @@ class BaseCurve:
     With progress u in [0, 1] and relative depth d in [0, 1] from the first layer to the last, forward
     std is ``std * max(0, 1 - u / end)^power`` with ``end`` tilted by depth, backward std moves
     geometrically over the run and is tilted by depth, and the fraction rises linearly from
-    ``freeze_from``.
+    ``freeze_from``. Forward std is multiplied by a power of the training loss, relative to that of the
+    first epoch: where a network learns fast, noise gives way.
 
     Attributes:
         weight_forward_std: initial std of the weights' forward noise, in level steps, in [0, 1].
@@ -40,6 +43,8 @@ class BaseCurve:
         activation_backward_tilt: the same for activations.
         frozen_fan_in: largest fan-in, at least 0, of a first layer whose weights are all frozen from the
             first epoch on: in fine-tuning, filters of few inputs lose more in training than they gain.
+        loss_power: exponent, in [0, 4], with which forward std follows the loss; with 0 no telemetry is
+            needed.
 
     Raises:
         ValueError: a number is out of range.
@@ -66,10 +71,10 @@ class BaseCurve:
     weight_backward_tilt: float = 0.0
     activation_backward_tilt: float = 0.0
     frozen_fan_in: float = 0.0
+    loss_power: float = 0.0
 
     noise = "normal"
     partition = "settled"
-    metrics = ()
 
     def __post_init__(self) -> None:
         stds = (self.weight_forward_std, self.activation_forward_std)
@@ -89,14 +94,22 @@ class BaseCurve:
             and 0 <= self.freeze_from < 1
             and -1 <= self.hard_tilt <= 1
             and 0 <= self.frozen_fan_in < math.inf
+            and 0 <= self.loss_power <= 4
             and all(abs(tilt) <= math.log(_LARGEST) for tilt in tilts)
         ):
             raise ValueError(f"a number is out of its range, see BaseCurve, in {self}")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The training loss, if it is followed."""
+        return ("train_loss",) if self.loss_power else ()
 
     def at(
         self, progress: float, depth: float = 0.5, fan_in: float = math.inf
     ) -> tuple[float, float, float, float, float]:
         """Weight forward and backward std, activation forward and backward std, fraction.
+
+        Forward std before it follows the loss.
 
         Args:
             progress: of the run, in [0, 1].
@@ -133,13 +146,36 @@ class BaseCurve:
         self, run: RunInfo, epoch: int, telemetry: Telemetry, state: None
     ) -> tuple[Sequence[Setting], None]:
         """The settings of the formula at the epoch's progress, by depth and fan-in."""
-        return [Setting(*row) for row in self.rows(run, epoch)], None
+        gain = float(loss_gain(telemetry.loss, self.loss_power))
+        return [
+            Setting(
+                gain * weight, weight_backward, gain * activation, activation_backward, fraction
+            )
+            for weight, weight_backward, activation, activation_backward, fraction in self.rows(
+                run, epoch
+            )
+        ], None
 
     def rows(self, run: RunInfo, epoch: int) -> list[tuple[float, float, float, float, float]]:
-        """:meth:`at` of every layer."""
+        """:meth:`at` of every layer, forward std before it follows the loss."""
         progress = run.progress(epoch)
         places = zip(depths(len(run.layers)), run.layers, strict=True)
         return [self.at(progress, depth, layer.fan_in) for depth, layer in places]
+
+
+def loss_gain(loss: Tensor, power: float | Tensor) -> Tensor:
+    """Factor on forward std, in [0, 1].
+
+    Args:
+        loss: relative to that of the first epoch, any shape. Above 1, or not finite, it counts as 1.
+        power: at least 0, broadcasts to the loss.
+
+    Example:
+        >>> import torch
+        >>> loss_gain(torch.tensor([0.25, 4.0, float("nan")]), 0.5).tolist()
+        [0.5, 1.0, 1.0]
+    """
+    return loss.nan_to_num(nan=1.0).clamp(0, 1) ** power
 
 
 def depths(count: int) -> list[float]:

@@ -71,7 +71,6 @@ class BaseCurves:
 
     noise = BaseCurve.noise
     partition = BaseCurve.partition
-    metrics = ()
 
     def __post_init__(self) -> None:
         if not self.cases:
@@ -94,6 +93,11 @@ class BaseCurves:
     def config(self) -> list[dict[str, Any]]:
         """The cases as JSON data."""
         return [asdict(case) for case in self.cases]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The training loss, if a curve follows it."""
+        return ("train_loss",) if any(case.curve.metrics for case in self.cases) else ()
 
     def nearest(self, run: RunInfo) -> BaseCurve:
         """The curve for a run."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnsched.policies.base_curve import BaseCurve
+from learnsched.policies.base_curve import BaseCurve, loss_gain
 from learnsched.policies.base_curves import BaseCurves
 from learnsched.policies.domain import Domain
 from learnsched.policies.features import FEEDBACK, STATIC, feedback_features, static_features
@@ -35,7 +35,7 @@ class LearnedPolicy:
         network: the meta-network.
         base: the curve that its outputs are offsets from; one for each kind of run, or for all.
         domain: what meta-training has seen.
-        open_loop: show the network no telemetry.
+        open_loop: show network and base no telemetry.
 
     Example:
         >>> from learnsched.schedule import LayerInfo, plan
@@ -153,13 +153,16 @@ class LearnedPolicy:
         )
         raw, hidden = self.network(features, state["hidden"])
         offset = torch.tanh(raw) if self.domain.has_seen_levels(run) else torch.zeros_like(raw)
-        rows = self.base.nearest(run).rows(run, epoch)
-        base = torch.tensor(rows, dtype=like.dtype, device=like.device).unbind(-1)
+        curve = self.base.nearest(run)
+        base = torch.tensor(curve.rows(run, epoch), dtype=like.dtype, device=like.device).unbind(-1)
+        gain: Tensor | float = 1.0
+        if not self.open_loop:
+            gain = loss_gain(telemetry.loss, curve.loss_power).to(like).unsqueeze(-1)
         fraction = torch.maximum(state["fraction"], leaky_clamp(base[4] + offset[..., 4]))
         columns = (
-            leaky_clamp(base[0] + offset[..., 0]),
+            leaky_clamp(base[0] * gain + offset[..., 0]),
             base[1] * torch.exp(_LOG_RANGE * offset[..., 1]),
-            leaky_clamp(base[2] + offset[..., 2]),
+            leaky_clamp(base[2] * gain + offset[..., 2]),
             base[3] * torch.exp(_LOG_RANGE * offset[..., 3]),
             fraction,
         )
