@@ -95,7 +95,7 @@ def entries(task: Task, policy: LearnedPolicy | None, name: str = "learned") -> 
     if policy is not None:
         curve = _curve(policy.base, task)
         # The network of the start has random weights that change nothing: its curve tells all.
-        start = hashlib.sha256(repr(curve).encode()).hexdigest()[:16]
+        start = hashlib.sha256(repr(_numbers(curve)).encode()).hexdigest()[:16]
         learned = replace(field.learned(policy), name=name)
         found.append(_entry(field.start_of(policy), START, version=start))
         found.append(_entry(learned, LEARNED, version=_digest(policy, curve), shorter=SHORTER))
@@ -119,11 +119,16 @@ def _curve(base: BaseCurves, task: Task) -> BaseCurve:
 
 def _digest(policy: LearnedPolicy, curve: BaseCurve) -> str:
     """A hash of a learned policy: base curve, whether it sees telemetry, and weights."""
-    digest = hashlib.sha256(repr((curve, policy.open_loop)).encode())
+    digest = hashlib.sha256(repr((_numbers(curve), policy.open_loop)).encode())
     for name, value in sorted(policy.network.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _numbers(curve: BaseCurve) -> list[tuple[str, float]]:
+    """Those that are not 0: one that comes later, and is 0, leaves records as they are."""
+    return sorted((name, number) for name, number in asdict(curve).items() if number)
 
 
 def slug(text: str) -> str:
