@@ -55,6 +55,7 @@ class Preset:
 
 # Where meta-training starts, for each pair of level sets and regime: what `python -m
 # learnsched.benchmarks.curve_search` found, rounded, and towards the middle where tasks disagree.
+# That forward noise follows the loss came later (`python -m learnsched.benchmarks.follow_loss`).
 _TWO_BIT = BaseCurve(
     weight_forward_std=0.45,
     activation_forward_std=0.4,
@@ -66,6 +67,7 @@ _TWO_BIT = BaseCurve(
     activation_backward_std=0.65,
     activation_backward_end=0.52,
     freeze_from=0.55,
+    loss_power=1.0,
 )
 _TERNARY = BaseCurve(
     weight_forward_std=0.6,
