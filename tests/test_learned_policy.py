@@ -114,8 +114,9 @@ FOLLOWING = BaseCurve(loss_power=0.5, weight_hard_from=1.0, activation_hard_from
         (LearnedPolicy(MetaNetwork(), FOLLOWING), True),
         (LearnedPolicy(MetaNetwork(), FOLLOWING, open_loop=True), False),
         (replace(FOLLOWING, loss_power=0.0), False),
+        (replace(FOLLOWING, loss_from=140.0), True),
     ],
-    ids=["curve", "curves", "network", "open loop", "power 0"],
+    ids=["curve", "curves", "network", "open loop", "power 0", "long enough"],
 )
 def test_forward_noise_follows_the_loss(policy, follows):
     run = run_of(3, 7)
@@ -129,6 +130,18 @@ def test_forward_noise_follows_the_loss(policy, follows):
         expected = torch.tensor(plan(FOLLOWING, run).table[epoch].tolist())
         expected[:, STDS] *= gain if follows else 1.0
         torch.testing.assert_close(torch.tensor([astuple(row) for row in found]), expected)
+
+
+@pytest.mark.parametrize("network", [True, False])
+@pytest.mark.parametrize("steps", [20, None])
+def test_short_runs_and_those_of_unknown_length_do_not_follow_the_loss(steps, network):
+    curve, run = replace(FOLLOWING, loss_from=141.0), run_of(3, 7, steps)
+    policy = LearnedPolicy(MetaNetwork(), curve) if network else curve
+    low = Telemetry(torch.tensor(0.1), torch.tensor(1.0), torch.full((3,), 0.5))
+    found, _ = policy.settings(run, 3, low, policy.begin(run))
+    torch.testing.assert_close(
+        torch.tensor([astuple(row) for row in found]), plan(curve, run).table[3].float()
+    )
 
 
 def test_members_follow_their_own_loss():
@@ -389,6 +402,8 @@ def test_the_configuration_goes_through_json(open_loop):
         {"loss_power": -0.5},
         {"loss_power": 5.0},
         {"loss_power": math.nan},
+        {"loss_from": -1.0},
+        {"loss_from": math.nan},
     ],
 )
 def test_impossible_base_curves_are_refused(numbers):

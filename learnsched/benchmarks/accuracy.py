@@ -110,11 +110,13 @@ def _entry(
 
 
 def _curve(base: BaseCurves, task: Task) -> BaseCurve:
-    """The curve that applies to a task."""
+    """The curve as it applies to a task."""
     weight, activation = BITS[task.bits]
     levels = 0 if activation is None else len(activation.values)
     layers = (LayerInfo("layer", 1, len(weight.values), levels),)
-    return base.nearest(RunInfo(layers, 1, fine_tuning=task.fine_tuning))
+    run = RunInfo(layers, task.horizon, task.steps, fine_tuning=task.fine_tuning)
+    curve = base.nearest(run)
+    return replace(curve, loss_power=curve.power_in(run), loss_from=0.0)
 
 
 def _digest(policy: LearnedPolicy, curve: BaseCurve) -> str:

@@ -54,7 +54,7 @@ def measure(task: Task, runs: int, seed: int) -> dict[str, Any]:
     data, task = load(task.data), replace(task, seed=task.seed + seed)
     run = replace(task, learning_rates=_RATES[:1]).build(data).run
     curve = PRESETS["standard"].base.nearest(run)
-    compared = [replace(curve, loss_power=power) for power in POWERS]
+    compared = [replace(curve, loss_power=power, loss_from=0.0) for power in POWERS]
     accuracies = at_best_rate(task, data, compared, _RATES, runs).tolist()
     return {
         "task": task.name,

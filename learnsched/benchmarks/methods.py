@@ -120,7 +120,7 @@ class Method:
             if policy not in plans:
                 plans[policy] = plan(policy, inner.run, hardened=self.hardened).table.float()
         table = torch.stack([plans[policy] for policy in policies], dim=1)
-        powers = [p.loss_power if isinstance(p, BaseCurve) else 0.0 for p in policies]
+        powers = [p.power_in(inner.run) if isinstance(p, BaseCurve) else 0.0 for p in policies]
         return (
             following_rollout(table, torch.tensor(powers)) if any(powers) else table_rollout(table)
         )

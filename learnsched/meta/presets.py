@@ -55,7 +55,8 @@ class Preset:
 
 # Where meta-training starts, for each pair of level sets and regime: what `python -m
 # learnsched.benchmarks.curve_search` found, rounded, and towards the middle where tasks disagree.
-# That forward noise follows the loss came later (`python -m learnsched.benchmarks.follow_loss`).
+# That forward noise follows the loss came later: it gains on runs of 768 steps and more, not on those
+# of 384 and fewer (`python -m learnsched.benchmarks.follow_loss`).
 _TWO_BIT = BaseCurve(
     weight_forward_std=0.45,
     activation_forward_std=0.4,
@@ -68,6 +69,7 @@ _TWO_BIT = BaseCurve(
     activation_backward_end=0.52,
     freeze_from=0.55,
     loss_power=1.0,
+    loss_from=540.0,
 )
 _TERNARY = BaseCurve(
     weight_forward_std=0.6,

@@ -22,7 +22,7 @@ class BaseCurve:
     std is ``std * max(0, 1 - u / end)^power`` with ``end`` tilted by depth, backward std moves
     geometrically over the run and is tilted by depth, and the fraction rises linearly from
     ``freeze_from``. Forward std is multiplied by a power of the training loss, relative to that of the
-    first epoch: where a network learns fast, noise gives way.
+    first epoch: in runs of ``loss_from`` steps or more, noise gives way where a network learns fast.
 
     Attributes:
         weight_forward_std: initial std of the weights' forward noise, in level steps, in [0, 1].
@@ -45,6 +45,8 @@ class BaseCurve:
             first epoch on: in fine-tuning, filters of few inputs lose more in training than they gain.
         loss_power: exponent, in [0, 4], with which forward std follows the loss; with 0 no telemetry is
             needed.
+        loss_from: optimizer steps, at least 0, of the shortest run that follows the loss. A run whose
+            steps are not known counts as having none.
 
     Raises:
         ValueError: a number is out of range.
@@ -72,6 +74,7 @@ class BaseCurve:
     activation_backward_tilt: float = 0.0
     frozen_fan_in: float = 0.0
     loss_power: float = 0.0
+    loss_from: float = 0.0
 
     noise = "normal"
     partition = "settled"
@@ -95,6 +98,7 @@ class BaseCurve:
             and -1 <= self.hard_tilt <= 1
             and 0 <= self.frozen_fan_in < math.inf
             and 0 <= self.loss_power <= 4
+            and 0 <= self.loss_from < math.inf
             and all(abs(tilt) <= math.log(_LARGEST) for tilt in tilts)
         ):
             raise ValueError(f"a number is out of its range, see BaseCurve, in {self}")
@@ -146,7 +150,7 @@ class BaseCurve:
         self, run: RunInfo, epoch: int, telemetry: Telemetry, state: None
     ) -> tuple[Sequence[Setting], None]:
         """The settings of the formula at the epoch's progress, by depth and fan-in."""
-        gain = float(loss_gain(telemetry.loss, self.loss_power))
+        gain = float(loss_gain(telemetry.loss, self.power_in(run)))
         return [
             Setting(
                 gain * weight, weight_backward, gain * activation, activation_backward, fraction
@@ -155,6 +159,11 @@ class BaseCurve:
                 run, epoch
             )
         ], None
+
+    def power_in(self, run: RunInfo) -> float:
+        """The exponent of the loss in a run: ``loss_power``, or 0 if the run is too short."""
+        steps = run.horizon * (run.steps_per_epoch or 0)
+        return self.loss_power if steps >= self.loss_from else 0.0
 
     def rows(self, run: RunInfo, epoch: int) -> list[tuple[float, float, float, float, float]]:
         """:meth:`at` of every layer, forward std before it follows the loss."""

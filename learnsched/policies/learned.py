@@ -157,7 +157,7 @@ class LearnedPolicy:
         base = torch.tensor(curve.rows(run, epoch), dtype=like.dtype, device=like.device).unbind(-1)
         gain: Tensor | float = 1.0
         if not self.open_loop:
-            gain = loss_gain(telemetry.loss, curve.loss_power).to(like).unsqueeze(-1)
+            gain = loss_gain(telemetry.loss, curve.power_in(run)).to(like).unsqueeze(-1)
         fraction = torch.maximum(state["fraction"], leaky_clamp(base[4] + offset[..., 4]))
         columns = (
             leaky_clamp(base[0] * gain + offset[..., 0]),
