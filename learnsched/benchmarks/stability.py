@@ -225,6 +225,7 @@ def plot(rows: Sequence[Mapping[str, Any]], bound: Mapping[str, Any] | None) -> 
         panel.legend(fontsize=7, frameon=False)
     error.set_ylabel("validation error / %")
     norm.set_yscale("log")
+    norm.yaxis.set_major_formatter("{x:g}")
     norm.set_ylabel("largest norm of a member's gradient")
     return figure
 
