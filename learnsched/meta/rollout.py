@@ -146,7 +146,7 @@ def following_rollout(table: Tensor, power: Tensor) -> Rollout:
     forward = torch.tensor(_FORWARD, device=table.device)
 
     def rollout(epoch: int, telemetry: Telemetry) -> Tensor:
-        gain = loss_gain(telemetry.loss, power).view(-1, 1, 1)
+        gain = loss_gain(telemetry.loss, power.to(telemetry.loss)).view(-1, 1, 1)
         return torch.where(forward, table[epoch] * gain, table[epoch])
 
     return rollout

@@ -176,7 +176,7 @@ def loss_gain(loss: Tensor, power: float | Tensor) -> Tensor:
     """Factor on forward std, in [0, 1].
 
     Args:
-        loss: relative to that of the first epoch, any shape. Above 1, or not finite, it counts as 1.
+        loss: relative to that of the first epoch, any shape. Above 1, or NaN, it counts as 1.
         power: at least 0, broadcasts to the loss.
 
     Example:
