@@ -150,7 +150,8 @@ class BaseCurve:
         self, run: RunInfo, epoch: int, telemetry: Telemetry, state: None
     ) -> tuple[Sequence[Setting], None]:
         """The settings of the formula at the epoch's progress, by depth and fan-in."""
-        gain = float(loss_gain(telemetry.loss, self.power_in(run)))
+        power = self.power_in(run)
+        gain = float(loss_gain(telemetry.loss, power)) if power else 1.0
         return [
             Setting(
                 gain * weight, weight_backward, gain * activation, activation_backward, fraction
