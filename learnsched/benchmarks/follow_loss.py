@@ -10,59 +10,28 @@ accuracy, each at its best of three learning rates.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from learnsched.benchmarks.curve_search import at_best_rate
-from learnsched.benchmarks.environment import stored_records, write_results
-from learnsched.data import load
+from learnsched.benchmarks.curve_variants import Study
 from learnsched.intervals import interval
-from learnsched.meta import distribution
-from learnsched.meta.presets import PRESETS
-from learnsched.meta.tasks import Task
+from learnsched.policies import BaseCurve
+from learnsched.schedule import RunInfo
 
-BITS = ("ternary/2-bit", "ternary/ternary", "binary/binary", "ternary/real")
 POWERS = (0.0, 0.5, 1.0)
-_RATES = (0.01, 0.02, 0.035)
-_RUNS = 16
 
 
-def tasks(bits: str) -> tuple[Task, ...]:
-    """Easy and hard data, short and long runs, of no seed of meta-training."""
-    rows = (
-        ("mnist1d", "mlp", 32, 4, 12, 20),
-        ("digits", "cnn2d", 8, 5, 24, 32),
-        ("noisy_digits", "cnn2d", 8, 5, 24, 32),
-        ("mnist1d", "cnn1d", 16, 4, 12, 32),
-        ("mnist1d", "cnn1d", 16, 4, 40, 32),
-    )
-    return tuple(
-        Task(family, data, width, depth, horizon, steps, 32, bits, (), fine_tuning, 810_000)
-        for fine_tuning in (False, True)
-        for data, family, width, depth, horizon, steps in rows
-    )
+def variants(curve: BaseCurve) -> list[BaseCurve]:
+    """One for each exponent, in runs of any length."""
+    return [replace(curve, loss_power=power, loss_from=0.0) for power in POWERS]
 
 
-def measure(task: Task, runs: int, seed: int) -> dict[str, Any]:
-    """The accuracies of one task, a list over seeds for each exponent."""
-    data, task = load(task.data), replace(task, seed=task.seed + seed)
-    run = replace(task, learning_rates=_RATES[:1]).build(data).run
-    curve = PRESETS["standard"].base.nearest(run)
-    compared = [replace(curve, loss_power=power, loss_from=0.0) for power in POWERS]
-    accuracies = at_best_rate(task, data, compared, _RATES, runs).tolist()
-    return {
-        "task": task.name,
-        "bits": task.bits,
-        "fine_tuning": task.fine_tuning,
-        "powers": list(POWERS),
-        "accuracies": accuracies,
-    }
+def record(run: RunInfo, accuracies: list[list[float]]) -> dict[str, Any]:
+    """The exponents and their accuracies."""
+    return {"powers": list(POWERS), "accuracies": accuracies}
 
 
 def gains(record: dict[str, Any]) -> np.ndarray:
@@ -89,32 +58,23 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--bits", nargs="*", choices=BITS, default=list(BITS))
-    parser.add_argument("--quick", action="store_true", help="one task, two seeds")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--json", type=Path, help="write records here; tasks that are there are kept"
-    )
-    options = parser.parse_args(arguments)
-    distribution.start()
-    torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
-    records = stored_records(options.json)
-    done = {record["task"] for record in records}
-    todo = [task for bits in options.bits for task in tasks(bits) if task.name not in done]
-    todo, runs = (todo[:1], 2) if options.quick else (todo, _RUNS)
-    for made in distribution.shared(todo, lambda task: measure(task, runs, options.seed)):
-        records += made
-        if distribution.rank() == 0:
-            write_results(options.json, {"seed": options.seed, "records": records})
-    if distribution.rank() == 0:
-        print(table(records))
-    distribution.stop()
-
+# Easy and hard data, short and long runs, of no seed of meta-training.
+STUDY = Study(
+    rows=(
+        ("mnist1d", "mlp", 32, 4, 12, 20),
+        ("digits", "cnn2d", 8, 5, 24, 32),
+        ("noisy_digits", "cnn2d", 8, 5, 24, 32),
+        ("mnist1d", "cnn1d", 16, 4, 12, 32),
+        ("mnist1d", "cnn1d", 16, 4, 40, 32),
+    ),
+    regimes=(False, True),
+    seed=810_000,
+    rates=(0.01, 0.02, 0.035),
+    runs=16,
+    variants=variants,
+    record=record,
+    table=table,
+)
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)

@@ -1,0 +1,103 @@
+"""What a change to the base curve is worth: the same runs under several variants of it, paired.
+
+Each task of a study is trained with the base curve of the default schedule for its level sets and
+regime, changed in one number at a time, down to the same seeds. A variant has the best of the study's
+learning rates by mean validation accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learnsched.benchmarks.curve_search import at_best_rate
+from learnsched.benchmarks.environment import stored_records, write_results
+from learnsched.data import load
+from learnsched.meta import distribution
+from learnsched.meta.presets import PRESETS
+from learnsched.meta.tasks import Task
+from learnsched.policies import BaseCurve
+from learnsched.schedule import RunInfo
+
+BITS = ("ternary/2-bit", "ternary/ternary", "binary/binary", "ternary/real")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Tasks, variants and how the result is kept.
+
+    Attributes:
+        rows: data set, family, width, depth, epochs and steps an epoch of each network.
+        regimes: whether to fine-tune, in the order of the tasks.
+        seed: of the tasks.
+        rates: learning rates.
+        runs: seeds of each variant.
+        variants: from a base curve to what is compared.
+        record: from the run and the accuracies, a list over seeds for each variant, to what is stored.
+        table: of all records, in Markdown.
+        quick: which task a quick run takes.
+    """
+
+    rows: tuple[tuple[str, str, int, int, int, int], ...]
+    regimes: tuple[bool, ...]
+    seed: int
+    rates: tuple[float, ...]
+    runs: int
+    variants: Callable[[BaseCurve], Sequence[BaseCurve]]
+    record: Callable[[RunInfo, list[list[float]]], dict[str, Any]]
+    table: Callable[[Sequence[dict[str, Any]]], str]
+    quick: int = 0
+
+    def tasks(self, bits: str) -> list[Task]:
+        """Every network in every regime."""
+        return [
+            Task(family, data, width, depth, horizon, steps, 32, bits, (), fine_tuning, self.seed)
+            for fine_tuning in self.regimes
+            for data, family, width, depth, horizon, steps in self.rows
+        ]
+
+    def measure(self, task: Task, runs: int, seed: int) -> dict[str, Any]:
+        """The record of one task."""
+        data, task = load(task.data), replace(task, seed=task.seed + seed)
+        run = replace(task, learning_rates=self.rates[:1]).build(data).run
+        compared = self.variants(PRESETS["standard"].base.nearest(run))
+        accuracies = at_best_rate(task, data, compared, self.rates, runs).tolist()
+        return {
+            "task": task.name,
+            "bits": task.bits,
+            "fine_tuning": task.fine_tuning,
+            **self.record(run, accuracies),
+        }
+
+    def main(self, description: str | None, arguments: Sequence[str] | None = None) -> None:
+        """The command line."""
+        parser = argparse.ArgumentParser(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        parser.add_argument("--bits", nargs="*", choices=BITS, default=list(BITS))
+        parser.add_argument("--quick", action="store_true", help="one task, two seeds")
+        parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument(
+            "--json", type=Path, help="write records here; tasks that are there are kept"
+        )
+        options = parser.parse_args(arguments)
+        distribution.start()
+        torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
+        records = stored_records(options.json)
+        done = {record["task"] for record in records}
+        tasks = [task for bits in options.bits for task in self.tasks(bits)]
+        todo, runs = [task for task in tasks if task.name not in done], self.runs
+        if options.quick:
+            todo, runs = todo[self.quick : self.quick + 1], 2
+        for made in distribution.shared(todo, lambda task: self.measure(task, runs, options.seed)):
+            records += made
+            if distribution.rank() == 0:
+                write_results(options.json, {"seed": options.seed, "records": records})
+        if distribution.rank() == 0:
+            print(self.table(records))
+        distribution.stop()
