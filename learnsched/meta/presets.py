@@ -255,6 +255,33 @@ PRESETS["long"] = replace(
     estimator=Hybrid(Unrolled(damping=0.5), replace(_EVOLUTION, pairs=6)),
 )
 
+# One network for all level sets of activations.
+_ALL_BITS = (
+    ("ternary/2-bit", 0.4),
+    ("ternary/ternary", 0.2),
+    ("binary/binary", 0.2),
+    ("ternary/real", 0.2),
+)
+PRESETS["all-bits"] = replace(
+    PRESETS["standard"],
+    trainer=replace(
+        PRESETS["standard"].trainer,
+        mix=replace(_STANDARD_MIX, bits=_ALL_BITS),
+        validation=_validation(
+            24,
+            *(
+                (bits, *network)
+                for bits, _ in _ALL_BITS
+                for network in (
+                    ("mnist1d", "cnn1d", 8, 4, 8, 20, False),
+                    ("mnist1d", "cnn1d", 10, 4, 8, 20, True),
+                    ("noisy_digits", "cnn2d", 8, 4, 8, 20, False),
+                )
+            ),
+        ),
+    ),
+)
+
 # For a GPU, where hundreds of copies of a run cost hardly more than one: only what is asked for in the
 # end counts, the error of the hard network, and each layer has knots of its own.
 PRESETS["population"] = replace(
