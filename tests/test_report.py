@@ -11,6 +11,7 @@ from learnsched.benchmarks import report
 from learnsched.benchmarks.accuracy import read
 from learnsched.benchmarks.statistics import (
     against_best,
+    at_equal_rates,
     best,
     best_validated,
     by_cell,
@@ -167,6 +168,29 @@ def test_seeds_must_pair(cells):
         compare({"one": (rows["learned"], short)})
     with pytest.raises(ValueError, match="at least one cell"):
         compare({})
+
+
+def test_rates_that_both_have_tried_pair(cells):
+    learned, start = (dict(cells["one"]["learned"]) for _ in range(2))
+    learned["trials"] = [
+        {"learning_rate": r, "validation": v} for r, v in ((0.1, 0.5), (0.3, 0.9), (0.2, 0.6))
+    ]
+    start |= {"method": "start", "role": "start", "test": [0.77, 0.77]}
+    start["trials"] = [
+        {"learning_rate": r, "validation": v} for r, v in ((0.2, 0.5), (0.4, 0.9), (0.1, 0.7))
+    ]
+    assert at_equal_rates(learned, start) == pytest.approx([-0.2, 0.1])
+    two = dict.fromkeys(("learned", "start"), start)  # the network is not applied
+    table = report.network_table(
+        {"one": {"learned": learned, "start": start}, "two": two}, "learned"
+    )
+    assert table.splitlines()[2:] == [
+        "| one | 2 | -5.0 [-20.0, +10.0] | +2.0 [+1.0, +3.0] |",
+        "| mean |  | -5.0 [-5.0, -5.0] | +2.0 [+2.0, +2.0] |",
+    ]
+    start["trials"] = [{"learning_rate": 0.7, "validation": 0.5}]
+    with pytest.raises(ValueError, match="no learning rate in common in one; compare methods"):
+        at_equal_rates(learned, start)
 
 
 def test_the_report_of_a_file(records, tmp_path):

@@ -31,6 +31,7 @@ from learnsched.benchmarks.statistics import (
     Comparison,
     Record,
     against_best,
+    at_equal_rates,
     best,
     best_validated,
     by_cell,
@@ -241,6 +242,28 @@ def search_table(cells: Cells, name: str, trials: int) -> str:
     return markdown(rows)
 
 
+def network_table(cells: Cells, name: str) -> str:
+    """What a learned method's network is worth: against its start at equal rates, and on test data.
+
+    Cells in which the network is not applied are left out.
+    """
+    table = [["cell", "rates", "validation, equal rates / points", "test / points"]]
+    means = []
+    for cell, rows in cells.items():
+        start = best(rows, START)
+        if name not in rows or start is None or rows[name]["trials"] == start["trials"]:
+            continue
+        validation, test = at_equal_rates(rows[name], start), difference(rows[name], start)
+        means.append((validation.mean(), test.mean()))
+        found = [interval(values).text("+") for values in (validation, test)]
+        table.append([cell, str(len(validation)), *found])
+    if means:
+        table.append(
+            ["mean", "", *(interval(column).text("+") for column in zip(*means, strict=True))]
+        )
+    return markdown(table)
+
+
 def _trials(records: Sequence[Record]) -> int:
     """Runs of one method's search."""
     budget = records[0]["budget"]
@@ -364,6 +387,12 @@ def page(records: Sequence[Record], shares: Mapping[str, Mapping[str, float]]) -
             }
             if pairs:
                 parts.append(verdict(compare(pairs), name, text))
+        if any(name in rows and best(rows, START) for rows in cells.values()):
+            parts += [
+                "What the network adds to its closed form, where it is applied: validation accuracy at "
+                "the learning rates that both have tried, and test accuracy at those chosen:",
+                network_table(cells, name),
+            ]
         parts += [
             "Searching among hand-coded methods, drawn at random and judged on validation data:",
             search_table(cells, name, _trials(records)),

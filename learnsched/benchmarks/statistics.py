@@ -63,6 +63,25 @@ def difference(first: Record, second: Record) -> Array:
     return result
 
 
+def at_equal_rates(first: Record, second: Record) -> Array:
+    """Validation accuracies of the first minus those of the second where both tried a learning rate.
+
+    Methods of which nothing else is searched have the same first round of trials, of the same seeds:
+    more pairs than the seeds of the final comparison are, and no luck with the chosen rate.
+
+    Raises:
+        ValueError: they have no learning rate in common.
+    """
+    found = [{t["learning_rate"]: t["validation"] for t in r["trials"]} for r in (first, second)]
+    common = [rate for rate in found[0] if rate in found[1]]
+    if not common:
+        raise ValueError(
+            f"{first['method']} and {second['method']} have no learning rate in common in "
+            f"{first['cell']}; compare methods of which nothing else is searched, of one seed"
+        )
+    return np.asarray([found[0][rate] - found[1][rate] for rate in common])
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One method against another over the cells that have both.
