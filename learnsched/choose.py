@@ -7,16 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from learnsched.execution import RECURRENT, Execution, execution
 from learnsched.levels import LevelSet
-from learnsched.modules import ACTIVATIONS, BATCH_NORMS, QUANTIZED_TYPES
+from learnsched.modules import BATCH_NORMS, QUANTIZED_TYPES
 from learnsched.quantizers import ActivationQuantizer, WeightQuantizer
 from learnsched.scales import ScaleRule
-
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 # Level set and scale rule of each module to quantize, by name.
 Chosen = dict[str, tuple[LevelSet, ScaleRule | None]]
@@ -53,18 +51,16 @@ def choose(
     skip: Sequence[str],
     overrides: Mapping[str, LayerConfig | None],
     example_input: Tensor | tuple[Any, ...] | None,
-) -> tuple[list[tuple[str, nn.Module]], int, Chosen]:
-    """The modules of interest in their order, and what is chosen for those to quantize.
-
-    The number is of those that the example input reaches, which come first.
+) -> tuple[Execution, Chosen]:
+    """What the example input shows of the model, and what is chosen of it to quantize.
 
     Arguments and errors are those of :func:`learnsched.quantize_`; the model is left as it is.
     """
     _check_request(model, base, skip, overrides)
-    order, executed = _execution_order(model, example_input)
-    chosen = _configure(order, executed, base, skip, overrides)
-    _check_found(order, chosen, base, overrides)
-    return order, executed, chosen
+    found = execution(model, example_input)
+    chosen = _configure(found, base, skip, overrides)
+    _check_found(found.order, chosen, base, overrides)
+    return found, chosen
 
 
 def _check_request(
@@ -85,6 +81,11 @@ def _check_request(
                     "level sets are made by ternary(), unsigned(2) and the like, "
                     f"got {type(levels).__name__}"
                 )
+        if config.weight is not None and not config.weight.is_idempotent:
+            raise ValueError(
+                f"the levels {config.weight.values} of weights must lie inside their own cells, off the "
+                f"thresholds {config.weight.thresholds}: frozen weights would fall to other levels"
+            )
         for rule in (config.weight_scale, config.activation_scale):
             if rule is not None and (isinstance(rule, type) or not isinstance(rule, ScaleRule)):
                 raise TypeError(
@@ -100,50 +101,15 @@ def _check_request(
         raise ValueError("the model has lazy modules; run a batch through it first")
 
 
-def _execution_order(
-    model: nn.Module, example_input: Tensor | tuple[Any, ...] | None
-) -> tuple[list[tuple[str, nn.Module]], int]:
-    """Named leaf modules of interest, by first execution, and how many of them were executed."""
-    wanted = {
-        module: name
-        for name, module in model.named_modules()
-        # Only a parent can put something in the place of an activation.
-        if type(module) in QUANTIZED_TYPES
-        or (name and type(module) in ACTIVATIONS)
-        or isinstance(module, (*BATCH_NORMS, *_RECURRENT))
-    }
-    if example_input is None:
-        return [(name, module) for module, name in wanted.items()], len(wanted)
-    executed: dict[nn.Module, str] = {}
-
-    def record(module: nn.Module, _: Any) -> None:
-        executed.setdefault(module, wanted[module])
-
-    handles = [module.register_forward_pre_hook(record) for module in wanted]
-    training = [module for module in model.modules() if module.training]
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(*inputs)
-    finally:
-        for module in training:
-            module.training = True
-        for handle in handles:
-            handle.remove()
-    every = {**executed, **wanted}
-    return [(name, module) for module, name in every.items()], len(executed)
-
-
 def _configure(
-    order: list[tuple[str, nn.Module]],
-    executed: int,
+    found: Execution,
     base: LayerConfig,
     skip: Sequence[str],
     overrides: Mapping[str, LayerConfig | None],
 ) -> Chosen:
     """Level set and scale rule of every module that gets quantized."""
-    weights = [name for name, module in order[:executed] if type(module) in QUANTIZED_TYPES]
+    order = found.order
+    weights = [name for name, module in order[: found.executed] if type(module) in QUANTIZED_TYPES]
     real = {weights[0 if end == "first" else -1] for end in skip if weights}
     unmatched = set(overrides)
     configs: Chosen = {}
@@ -165,7 +131,7 @@ def _configure(
             following = config or base
         if config is None:
             continue
-        if isinstance(module, _RECURRENT):
+        if isinstance(module, RECURRENT):
             if config.weight is None:
                 continue
             raise ValueError(

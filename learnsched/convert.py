@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from learnsched.choose import Chosen, LayerConfig, choose
+from learnsched.execution import Execution
 from learnsched.levels import LevelSet
 from learnsched.modules import (
     ACTIVATIONS,
@@ -71,8 +72,8 @@ def quantize_(
             not of real numbers of 16 bits or more.
         ValueError: nothing is asked for, a pattern matches nothing, no weight or no activation can
             be quantized though asked for, a weight is empty, computed, recurrent, or shared with a
-            module that is not quantized alike, or the model is quantized already. The model is as it
-            was.
+            module that is not quantized alike, a level of weights lies outside its own cell, or the
+            model is quantized already. The model is as it was.
 
     Example:
         >>> from learnsched import ternary, unsigned
@@ -83,8 +84,8 @@ def quantize_(
         ['0', '3']
     """
     base = LayerConfig(weight, activation, weight_scale, activation_scale)
-    order, executed, chosen = choose(model, base, skip, dict(overrides or {}), example_input)
-    _convert(model, order, executed, chosen)
+    found, chosen = choose(model, base, skip, dict(overrides or {}), example_input)
+    _convert(model, found, chosen)
     return model
 
 
@@ -105,10 +106,8 @@ def _group(order: list[tuple[str, nn.Module]], chosen: Chosen) -> list[_Group]:
     return [group for group in groups if group.members]
 
 
-def _convert(
-    model: nn.Module, order: list[tuple[str, nn.Module]], executed: int, chosen: Chosen
-) -> None:
-    modules = dict(order)
+def _convert(model: nn.Module, found: Execution, chosen: Chosen) -> None:
+    modules = dict(found.order)
     of_weight: dict[nn.Parameter, WeightQuantizer] = {}
     quantizers: dict[str, WeightQuantizer | ActivationQuantizer] = {}
     for name, config in chosen.items():
@@ -120,10 +119,10 @@ def _convert(
             quantizers[name] = of_weight[weight]
         else:
             quantizers[name] = _activation_quantizer(model, module, *config)
-    _warn(model, order, executed, chosen)
+    _warn(model, found, chosen)
     # All that can fail comes before this line: from here on the model changes.
     placed: set[nn.Module] = set()
-    for index, group in enumerate(_group(order, chosen)):
+    for index, group in enumerate(_group(found.order, chosen)):
         for name in group.members:
             module, quantizer = modules[name], quantizers[name]
             if quantizer not in placed:  # a shared weight belongs to the layer that uses it first
@@ -144,9 +143,8 @@ def _convert(
             module.use_nested_tensor = False
 
 
-def _warn(
-    model: nn.Module, order: list[tuple[str, nn.Module]], executed: int, chosen: Chosen
-) -> None:
+def _warn(model: nn.Module, found: Execution, chosen: Chosen) -> None:
+    order, executed = found.order, found.executed
     normalized = {
         name
         for (_, before), (name, _) in zip(order, order[1:], strict=False)
@@ -168,6 +166,19 @@ def _warn(
         warnings.warn(
             f"the example input did not reach {idle}: if the model computes with their weights itself "
             "(F.linear), it trains in full precision there; call the modules instead",
+            stacklevel=4,
+        )
+    borrowed = [name for name in found.borrowed if name in chosen]
+    if borrowed:
+        warnings.warn(
+            f"the model computes with the weights of {borrowed} outside of their modules too, in full "
+            "precision; call the modules instead",
+            stacklevel=4,
+        )
+    if found.functions and any(type(module) in ACTIVATIONS for n, module in order if n in chosen):
+        warnings.warn(
+            f"the model calls {', '.join(found.functions)} as functions, whose results stay real; use "
+            "modules (nn.ReLU) for what is to be quantized",
             stacklevel=4,
         )
     hooked = [

@@ -170,8 +170,8 @@ def finalize_(
 
     Args:
         model: converted by ``quantize_``, trained under a scheduler or by any other means. Averages
-            of weights (``torch.optim.swa_utils.AveragedModel``) lie between levels: they are
-            projected anew, with a warning.
+            of weights (``torch.optim.swa_utils.AveragedModel``, of buffers too or not) lie between
+            levels: they are projected anew, with a warning.
         loader: training batches to re-estimate batch norm statistics from; None keeps them.
         forward: runs the model on a batch of any other kind, see :func:`calibrate_`.
 
@@ -213,7 +213,9 @@ def finalize_(
                     f"the scale of the activation after {layer.info.name} has become {scale:g}, which "
                     "must be positive and finite; learn scales at a lower rate"
                 )
-    if any(isinstance(module, AveragedModel) for module in model.modules()):
+    if any(isinstance(module, AveragedModel) for module in model.modules()) or any(
+        layer.weight.weight_quantizer.is_averaged for layer in layers if layer.weight is not None
+    ):
         _release_averages(layers)
     for layer in layers:
         for quantizer in layer.quantizers:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 # Up to this many thresholds a chain of comparisons is faster than a binary search.
 _COMPARISONS = 16
+# Of x / scale * scale, with room to spare, relative to the largest level.
+_ROUNDING = 2.0**-18
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,19 @@ class LevelSet:
         object.__setattr__(self, "gaps", gaps)
         object.__setattr__(self, "step", min(gaps))
         object.__setattr__(self, "_sums_exactly", _sums_exactly(values))
+
+    @property
+    def is_idempotent(self) -> bool:
+        """Whether a quantized tensor stays as it is when quantized again, whatever its scale rounds to.
+
+        Example:
+            >>> LevelSet((0.0, 1.0)).is_idempotent, LevelSet((0.0, 1.0), (1.0,)).is_idempotent
+            (True, False)
+        """
+        margin = _ROUNDING * max(map(abs, self.values))
+        below = zip(self.values, self.thresholds, strict=False)
+        above = zip(self.thresholds, self.values[1:], strict=True)
+        return all(a + margin < b for pairs in (below, above) for a, b in pairs)
 
     @property
     def bits(self) -> int:

@@ -216,6 +216,12 @@ class WeightQuantizer(_Quantizer):
         """Put frozen entries of the parameter back where an optimizer has moved them."""
         torch.where(self.membership > 0, self.held, weight, out=weight.detach())
 
+    @property
+    def is_averaged(self) -> bool:
+        """Whether memberships are neither 0 nor 1, as after an average of models over their buffers."""
+        marks = (self.membership, self.scale_held)
+        return any(bool(((mark > 0) & (mark < 1)).any()) for mark in marks)
+
     @torch.no_grad()
     def release_(self) -> None:
         """Free every weight and scale, so that the next :meth:`freeze_` starts anew."""

@@ -19,11 +19,12 @@ from learnsched.annealed import MODES
 from learnsched.history import History, as_numbers
 from learnsched.incremental import PARTITIONS
 from learnsched.layers import quantized_layers
+from learnsched.levels import LevelSet
 from learnsched.noise import noise_shape
 from learnsched.quantizers import WeightQuantizer
 from learnsched.schedule import FIELDS, Policy, RunInfo, Setting, Telemetry, terminal
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 # A std that no dtype of a network rounds to 0.
 _VISIBLE = 1e-4
 
@@ -209,6 +210,7 @@ class QuantizationScheduler:
             "epoch": self.epoch,
             "epochs": self.epochs,
             "layers": list(self.history.layers),
+            "levels": self._levels(),
             "fine_tuning": self._run.fine_tuning,
             "steps_per_epoch": self._run.steps_per_epoch,
             "counted": self._counted(),
@@ -233,6 +235,7 @@ class QuantizationScheduler:
             "version": _STATE_VERSION,
             "epochs": self.epochs,
             "layers": list(self.history.layers),
+            "levels": self._levels(),
             "fine_tuning": self._run.fine_tuning,
             "policy": _description(self.policy),
         }
@@ -311,6 +314,10 @@ class QuantizationScheduler:
                 activation.backward_std.fill_(s.activation_backward_std)
                 activation.forward_mean.fill_(s.activation_forward_mean)
                 activation.backward_mean.fill_(s.activation_forward_mean)
+
+    def _levels(self) -> list[list[str]]:
+        """The level sets of each layer, in words: the model's own state does not tell them."""
+        return [[_spelled(q.levels) for q in layer.quantizers] for layer in self._layers]
 
     def _noise_is_gone(self) -> bool:
         """Whether a std that the last settings made positive is 0."""
@@ -415,6 +422,13 @@ class _LazyTelemetry(Telemetry):
         if name == "weight_error":
             return self.measure()
         raise AttributeError(name)
+
+
+def _spelled(levels: LevelSet) -> str:
+    if len(levels.values) <= 4:
+        return f"{levels.name} {levels.values} from {levels.thresholds}"
+    low, high = levels.values[0], levels.values[-1]
+    return f"{levels.name} {len(levels.values)} from {low:g} to {high:g}"
 
 
 def _ratio(value: float, reference: float) -> Tensor:

@@ -303,6 +303,23 @@ def test_averages_taken_after_everything_is_frozen_end_on_the_levels_too(buffers
     codes(average)
 
 
+def test_an_average_of_buffers_too_is_projected_anew_without_its_wrapper():
+    model = network()
+    optimizer = adam(model)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    scheduler = scheduled(model, optimizer)
+    for epoch in range(EPOCHS):
+        train(model, optimizer, scheduler, data=lambda _, e=epoch: batches(e), epochs=1)
+        average.update_parameters(model)
+    inner = average.module
+    old = [layer.weight.weight.clone() for layer in quantized_layers(inner)]
+    with pytest.warns(UserWarning, match="averages of quantized weights"):
+        ls.finalize_(inner, batches(99))
+    for layer, weight in zip(quantized_layers(inner), old, strict=True):
+        scale = layer.weight.weight_quantizer.rule(weight, ls.ternary())
+        assert torch.equal(layer.weight.weight, ls.ternary().quantize(weight / scale) * scale)
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_in_the_middle_of_training_goes_on_alike(duplicate):
     model = network()

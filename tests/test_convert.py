@@ -491,6 +491,9 @@ REFUSED = [
     (lambda: nn.Sequential(nn.LazyLinear(4)), {"weight": ls.ternary()}, ValueError, "lazy"),
     (lambda: nn.Sequential(Capped(4, 4)), {"weight": ls.ternary()}, ValueError,
      "no weight is left"),
+    (mlp, {"weight": ls.LevelSet((-1.0, 0.0, 1.0), (-1.2, 1.2))}, ValueError, "their own cells"),
+    (mlp, {"overrides": {"0": ls.LayerConfig(ls.LevelSet((0.0, 1.0), (1.0,)))}}, ValueError,
+     "frozen weights would fall to other levels"),
     (with_weight_norm, {"weight": ls.ternary()}, ValueError,
      "weight of 3 is computed from others.*overrides={'3': None}"),
 ]  # fmt: skip
@@ -629,6 +632,41 @@ def test_functional_activations_leave_a_weight_only_model_usable():
     with pytest.raises(ValueError, match=r"F\.relu"):
         ls.quantize_(Functional(), ls.ternary(), ls.unsigned(2))
     assert names(ls.quantize_(Functional(), ls.ternary())) == ["first", "last"]
+
+
+def test_an_activation_called_as_a_function_beside_modules_is_warned_of():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.relu, self.last = nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 4)
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return F.relu(self.last(self.relu(self.norm(self.first(x))))).relu()
+
+    x = torch.zeros(2, 8)
+    with pytest.warns(UserWarning, match=r"calls relu as functions, whose results stay real"):
+        ls.quantize_(Mixed(), ls.ternary(), ls.unsigned(2), example_input=x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ls.quantize_(Mixed(), ls.ternary(), example_input=x)  # activations were not asked for
+
+
+def test_a_weight_that_the_model_uses_itself_too_is_warned_of():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.code = nn.Linear(8, 4, bias=False)
+
+        def forward(self, x):
+            code = self.code(x.to(self.code.weight.dtype))  # its dtype alone is no use
+            return F.linear(code, self.code.weight.t()), self.code.weight.shape
+
+    with pytest.warns(
+        UserWarning, match=r"weights of \['code'\] outside of their modules"
+    ) as caught:
+        ls.quantize_(Tied(), ls.ternary(), example_input=torch.zeros(2, 8))
+    assert caught[0].filename == __file__
 
 
 def test_attention_stays_real_as_a_whole_and_is_reported():

@@ -10,7 +10,7 @@ from learnsched.data import load
 
 lightning = pytest.importorskip("lightning.pytorch")
 
-from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging  # noqa: E402
 
 from learnsched.integrations.lightning import QuantizationCallback  # noqa: E402
 
@@ -128,6 +128,11 @@ def test_what_is_missing_is_named(tmp_path):
     callback = QuantizationCallback(ls.load_pretrained("default"), metric="loss")
     with pytest.raises(KeyError, match="needs the metric 'train_loss'"):
         fit(tmp_path, callback=callback)
+
+
+def test_averages_that_the_schedule_cannot_serve_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="averages weights that the schedule has frozen"):
+        fit(tmp_path, StochasticWeightAveraging(swa_lrs=0.01))
 
 
 def test_a_callback_serves_one_module_after_another(tmp_path):

@@ -93,6 +93,22 @@ def test_given_thresholds_are_kept_and_used():
 
 
 @pytest.mark.parametrize("name", SETS)
+def test_named_sets_stay_what_they_are_under_any_scale(name):
+    levels = SETS[name]
+    assert levels.is_idempotent
+    scale = torch.logspace(-3, 3, 501).unsqueeze(1)
+    once = torch.tensor(levels.values) * scale
+    assert torch.equal(levels.quantize(once / scale) * scale, once)
+
+
+def test_levels_on_or_beyond_their_thresholds_do_not():
+    assert not LevelSet((-1.0, 0.0, 1.0), (-1.0, 1.0)).is_idempotent
+    assert not LevelSet((-1.0, 0.0, 1.0), (-1.2, 1.2)).is_idempotent
+    assert not LevelSet((0.0, 1.0, 2.0), (0.5, 2.5)).is_idempotent
+    assert LevelSet((-1.0, 0.0, 1.0), (-0.7, 0.9)).is_idempotent
+
+
+@pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_level_is_its_own_quantization(name, dtype):
     levels = SETS[name]

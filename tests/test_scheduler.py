@@ -629,6 +629,17 @@ def test_the_state_of_another_run_is_refused_and_changes_nothing(make, message):
     assert_equal(scheduler.state_dict(), before)
 
 
+@pytest.mark.parametrize("levels", [(ls.signed(3), ls.unsigned(2)), (ls.ternary(), ls.unsigned(3))])
+def test_the_state_of_other_level_sets_is_refused(levels):
+    def scheduler(*levels):
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+        return ls.QuantizationScheduler(ls.quantize_(model, *levels), policies.StraightThrough(), 3)
+
+    state = scheduler(ls.ternary(), ls.unsigned(2)).state_dict()
+    with pytest.raises(ValueError, match=r"this state has levels .*ternary"):
+        scheduler(*levels).load_state_dict(state)
+
+
 @pytest.mark.parametrize("state", [{}, {"version": 99}, {"version": None, "epochs": 3}])
 def test_something_else_than_a_state_is_refused(state):
     scheduler = ls.QuantizationScheduler(network(), policies.StraightThrough(), 3)

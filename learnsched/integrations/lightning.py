@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from learnsched.schedule import Policy
 from learnsched.scheduler import QuantizationScheduler
@@ -31,7 +32,17 @@ class QuantizationCallback(Callback):
         self._module: LightningModule | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the scheduler of a module, before a checkpoint is loaded."""
+        """Make the scheduler of a module, before a checkpoint is loaded.
+
+        Raises:
+            ValueError: the number of epochs is not known, or weights are averaged by
+                ``StochasticWeightAveraging``.
+        """
+        if any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks):
+            raise ValueError(
+                "StochasticWeightAveraging averages weights that the schedule has frozen on their "
+                "levels, and adds an epoch; take it out"
+            )
         if stage == "fit" and self._module is not pl_module:
             options = {"epochs": trainer.max_epochs, **self.options}
             if options["epochs"] in (None, -1):

@@ -1,0 +1,122 @@
+"""What an example input shows of a model: which modules it reaches, and what is computed past them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from learnsched.modules import ACTIVATIONS, BATCH_NORMS, QUANTIZED_TYPES
+
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+_ACTIVATION_FUNCTIONS = {
+    F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.hardtanh,
+    F.hardtanh_, F.leaky_relu, F.leaky_relu_, F.prelu, F.rrelu, F.elu, F.elu_, F.celu, F.selu,
+    F.gelu, F.silu, F.mish,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The modules of interest of a model.
+
+    Attributes:
+        order: names and modules, by first execution; those that are not reached come last.
+        executed: how many are reached; all if there was no example input.
+        functions: names of activation functions that the model calls itself, such as ``relu``.
+        borrowed: names of layers that are reached and whose weights the model computes with itself,
+            too.
+    """
+
+    order: list[tuple[str, nn.Module]]
+    executed: int
+    functions: tuple[str, ...] = ()
+    borrowed: tuple[str, ...] = ()
+
+
+def execution(model: nn.Module, example_input: Tensor | tuple[Any, ...] | None) -> Execution:
+    """Run the example input through the model, which stays as it is.
+
+    Args:
+        model: any module.
+        example_input: one input, or a tuple of inputs; None takes the order of registration.
+    """
+    wanted = {
+        module: name
+        for name, module in model.named_modules()
+        # Only a parent can put something in the place of an activation.
+        if type(module) in QUANTIZED_TYPES
+        or (name and type(module) in ACTIVATIONS)
+        or isinstance(module, (*BATCH_NORMS, *RECURRENT))
+    }
+    if example_input is None:
+        return Execution([(name, module) for module, name in wanted.items()], len(wanted))
+    weights = {
+        weight: name
+        for module, name in wanted.items()
+        if type(module) in QUANTIZED_TYPES
+        and isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+    }
+    seen = _Calls(weights)
+    executed: dict[nn.Module, str] = {}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        executed.setdefault(module, wanted[module])
+        seen.inside += 1
+
+    def leave(*_: Any) -> None:
+        seen.inside -= 1
+
+    handles = [module.register_forward_pre_hook(enter) for module in wanted]
+    handles += [module.register_forward_hook(leave) for module in wanted]
+    training = [module for module in model.modules() if module.training]
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    try:
+        model.eval()
+        with torch.no_grad(), seen:
+            model(*inputs)
+    finally:
+        for module in training:
+            module.training = True
+        for handle in handles:
+            handle.remove()
+    every = {**executed, **wanted}
+    return Execution(
+        [(name, module) for module, name in every.items()],
+        len(executed),
+        tuple(dict.fromkeys(seen.functions)),
+        tuple(name for name in seen.borrowed if name in executed.values()),
+    )
+
+
+class _Calls(TorchFunctionMode):
+    """Notes activation functions and uses of the weights outside of the modules of interest."""
+
+    def __init__(self, weights: Mapping[nn.Parameter, str]) -> None:
+        super().__init__()
+        self.inside = 0
+        self.functions: list[str] = []
+        self.borrowed: dict[str, None] = {}
+        self._weights = weights
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.inside:
+            if func in _ACTIVATION_FUNCTIONS:
+                self.functions.append(func.__name__)
+            if isinstance(result, Tensor):  # not a shape or a dtype
+                used = (a for a in (*args, *(kwargs or {}).values()) if isinstance(a, nn.Parameter))
+                self.borrowed |= {self._weights[w]: None for w in used if w in self._weights}
+        return result
