@@ -220,7 +220,8 @@ class Policy(Protocol):
 
     A policy may have a ``mode`` too, the forward value while there is noise, which is
     ``"expectation"`` otherwise; see :func:`learnsched.annealed_quantize`. With ``"random"``, samples
-    come from the global generator, as those of dropout do.
+    come from the global generator, as those of dropout do. It may also have a method
+    ``learning_rate_factor(run, progress)``, see :func:`learnsched.learning_rate.learning_rate_factor`.
 
     Example:
         >>> class Hard:

@@ -19,6 +19,7 @@ from learnsched.annealed import MODES
 from learnsched.history import History, as_numbers
 from learnsched.incremental import PARTITIONS
 from learnsched.layers import quantized_layers
+from learnsched.learning_rate import learning_rate_factor
 from learnsched.levels import LevelSet
 from learnsched.noise import noise_shape
 from learnsched.quantizers import WeightQuantizer
@@ -150,6 +151,26 @@ class QuantizationScheduler:
         """The settings in force, one a layer, from the input."""
         last = self.history.settings[-1]
         return last if self.epoch < self.epochs else tuple(replace(s, fraction=1.0) for s in last)
+
+    def learning_rate_factor(self, step: int) -> float:
+        """The factor on the learning rate that the policy is made for, by default a cosine.
+
+        For ``torch.optim.lr_scheduler.LambdaLR(optimizer, scheduler.learning_rate_factor)``, whose
+        ``step()`` follows each step of the optimizer.
+
+        Args:
+            step: optimizer steps taken so far.
+
+        Raises:
+            ValueError: the steps of an epoch are not known yet.
+        """
+        if self._run.steps_per_epoch is None:
+            raise ValueError(
+                "the learning rate changes with every optimizer step: give the scheduler "
+                "steps_per_epoch, the length of the data loader"
+            )
+        progress = min(1.0, step / (self.epochs * self._run.steps_per_epoch))
+        return learning_rate_factor(self.policy, self._run, progress)
 
     def step(self, metrics: Mapping[str, float | Tensor] | None = None) -> None:
         """End an epoch: take its metrics and apply the settings of the next.

@@ -14,8 +14,10 @@ from learnsched.benchmarks.methods import (
     Method,
     float_network,
     hand_coded,
+    learned,
     parametric,
     rivals,
+    start_of,
     upper_bound,
 )
 from learnsched.choose import LayerConfig
@@ -24,7 +26,10 @@ from learnsched.meta.rollout import run_forward, table_rollout
 from learnsched.meta.tasks import BITS, Task
 from learnsched.policies import (
     AdditiveNoiseAnnealing,
+    BaseCurve,
     IncrementalQuantization,
+    LearnedPolicy,
+    MetaNetwork,
     Relaxed,
     StraightThrough,
     annealing_grid,
@@ -239,7 +244,33 @@ def test_restarts_reach_the_learning_rate(data):
     given = inner._rate(7, [torch.zeros(2, 1)])[0].flatten()
     assert torch.equal(given, 0.01 * rates[7])
     assert torch.equal(inner.repeated(2).rates, rates.repeat(1, 2))
-    assert method("STE, moving").rates(policies, inner.run) is None
+
+
+def test_a_method_without_a_rate_of_its_own_has_the_cosine_to_the_bit(data):
+    inner = replace(TINY, horizon=4, steps=5).build(data)
+    usual = [inner._rate(step, [torch.zeros(2, 1)])[0] for step in range(20)]
+    inner.rates = method("STE, moving").rates([StraightThrough()] * 2, inner.run)
+    assert all(map(torch.equal, usual, [inner._rate(s, [torch.zeros(2, 1)])[0] for s in range(20)]))
+
+
+def test_a_curve_brings_its_warm_up_whoever_trains_with_it(data):
+    inner = replace(TINY, horizon=4, steps=5).build(data)
+    curve = BaseCurve(warm_until=0.2)
+    expected = [k / 4 for k in range(4)]
+    expected += [0.5 * (1 + math.cos(math.pi * (k - 4) / 16)) for k in range(4, 20)]
+    by_curve = Method("curve", "normal", "settled").rates([curve, BaseCurve()], inner.run)
+    assert by_curve[:, 0].tolist() == pytest.approx(expected)
+    assert by_curve[0, 1] == 1
+    policy = LearnedPolicy(MetaNetwork(), curve)
+    for rates in (
+        learned(policy).rates([], inner.run),
+        start_of(policy).rates([], inner.run),
+        method("STE, moving, warm-up").rates([StraightThrough()], inner.run),
+    ):
+        assert rates.flatten().tolist() == pytest.approx(expected)
+    inner.rates = rates
+    assert torch.equal(inner.repeated(3).rates, rates)
+    assert inner._rate(2, [torch.zeros(2, 1)])[0].flatten().tolist() == pytest.approx([0.005] * 2)
 
 
 def test_the_float_network_is_the_network_without_quantization(data):

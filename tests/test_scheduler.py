@@ -640,6 +640,29 @@ def test_the_state_of_other_level_sets_is_refused(levels):
         scheduler(*levels).load_state_dict(state)
 
 
+def test_the_learning_rate_follows_the_policy_in_an_ordinary_lambda_scheduler():
+    curve = policies.BaseCurve(warm_until=0.25)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
+    scheduler = ls.QuantizationScheduler(model, curve, 4, steps_per_epoch=2, optimizer=optimizer)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, scheduler.learning_rate_factor)
+    seen = []
+    for _ in range(9):  # one past the end stays there
+        seen.append(decay.get_last_lr()[0])
+        optimizer.step()
+        decay.step()
+    cosine = [1 + math.cos(math.pi * k / 6) for k in range(7)]
+    assert seen == pytest.approx([0.0, 1.0, *cosine], abs=1e-12)
+    plain = ls.QuantizationScheduler(network(), policies.StraightThrough(), 4, steps_per_epoch=2)
+    assert plain.learning_rate_factor(4) == pytest.approx(0.5)
+
+
+def test_a_learning_rate_needs_the_number_of_steps():
+    scheduler = ls.QuantizationScheduler(network(), policies.StraightThrough(), 4)
+    with pytest.raises(ValueError, match="give the scheduler steps_per_epoch"):
+        scheduler.learning_rate_factor(0)
+
+
 @pytest.mark.parametrize("state", [{}, {"version": 99}, {"version": None, "epochs": 3}])
 def test_something_else_than_a_state_is_refused(state):
     scheduler = ls.QuantizationScheduler(network(), policies.StraightThrough(), 3)

@@ -21,10 +21,16 @@ from learnsched.learned_quantizers import (
     learn_weight_scales_,
     sample_concrete_,
 )
+from learnsched.learning_rate import learning_rate_factor, warm_cosine
 from learnsched.levels import LevelSet, power_of_two, ternary, unsigned
 from learnsched.meta.estimators import Rollout
 from learnsched.meta.inner import InnerLoop
-from learnsched.meta.rollout import following_rollout, policy_rollout, table_rollout
+from learnsched.meta.rollout import (
+    following_rollout,
+    learning_rates,
+    policy_rollout,
+    table_rollout,
+)
 from learnsched.meta.tasks import BITS
 from learnsched.policies import (
     BaseCurve,
@@ -47,6 +53,10 @@ _DELTA = 0.7 * math.sqrt(2 / math.pi)
 TWN_LEVEL = math.exp(-_DELTA * _DELTA / 2) / (math.erfc(_DELTA / math.sqrt(2)) / 2) / 2
 TWN_LEVELS = LevelSet((-TWN_LEVEL, 0.0, TWN_LEVEL), (-0.7, 0.7), name="twn")
 
+# The methods that are best in most cells; each also with a learning rate that rises first.
+_WARMED = ("ANA, triangular", "ANA, normal", "ANA, uniform", "STE, moving", "STE, uniform")
+WARM_UNTIL = 0.2
+
 _STE = "Bengio et al. 2013 (arXiv:1308.3432)"
 _ANA = "Spallanzani et al. 2022 (arXiv:2203.11323), section 4"
 _INQ = "Zhou et al. 2017 (arXiv:1702.03044)"
@@ -68,7 +78,7 @@ class Method:
         levels: from the level sets of a cell to the level sets and scale rules of the method; None
             keeps the cell's, with their customary rules.
         rate: from a policy and the progress of optimizer steps, in [0, 1), to the factor on the
-            learning rate; None is the cosine.
+            learning rate; None is the policy's own, or the cosine.
         prepare: called with each quantized network, to make parameters of what is learned by gradient.
         bits: keys of :data:`learnsched.meta.tasks.BITS` that the method applies to.
         source: paper and equation.
@@ -92,21 +102,22 @@ class Method:
         config = LayerConfig(*BITS[bits])
         return config if self.levels is None else self.levels(config)
 
-    def rates(self, policies: Sequence[Policy], run: RunInfo) -> torch.Tensor | None:
-        """Factors on the members' learning rates, step by step; None is the cosine.
+    def rates(self, policies: Sequence[Policy], run: RunInfo) -> torch.Tensor:
+        """Factors on the members' learning rates, step by step.
 
         Args:
-            policies: one a member.
+            policies: one a member; none where the policy is learned.
             run: whose horizon and steps an epoch are known.
 
         Returns:
-            shape ``(horizon * steps, members)``.
+            shape ``(horizon * steps, members)``, or one column for all.
         """
-        if self.rate is None:
-            return None
+        if self.learned is not None:
+            return learning_rates(self.learned, run)
+        rate = self.rate or (lambda policy, progress: learning_rate_factor(policy, run, progress))
         total = run.horizon * (run.steps_per_epoch or 1)
         columns = {
-            policy: [self.rate(policy, step / total) for step in range(total)]
+            policy: [rate(policy, step / total) for step in range(total)]
             for policy in set(policies)
         }
         return torch.tensor([columns[policy] for policy in policies]).T.contiguous()
@@ -139,6 +150,15 @@ def rivals() -> list[Method]:
     ]
 
 
+def warmed(method: Method) -> Method:
+    """The method under the learning rate of the default schedule: does it gain from that alone?"""
+    return replace(
+        method,
+        name=f"{method.name}, warm-up",
+        rate=lambda policy, progress: warm_cosine(progress, WARM_UNTIL),
+    )
+
+
 def hand_coded(bits: str = "ternary/2-bit") -> list[Method]:
     """Every method of the field that applies to these bits.
 
@@ -159,7 +179,9 @@ def hand_coded(bits: str = "ternary/2-bit") -> list[Method]:
     """
     if bits not in BITS:
         raise ValueError(f"unknown bits {bits!r}; choose one of {', '.join(BITS)}")
-    return [_within(m, bits) for m in (*rivals(), *_others()) if bits in m.bits]
+    cosine = (*rivals(), *_others())
+    methods = (*cosine, *(warmed(m) for m in cosine if m.name in _WARMED))
+    return [_within(method, bits) for method in methods if bits in method.bits]
 
 
 def _within(method: Method, bits: str) -> Method:

@@ -73,14 +73,14 @@ class InnerLoop:
     Args:
         population: networks to train, at their initial weights.
         batches: the data of each member.
-        learning_rate: maximum of a cosine schedule over the run, shape ``(members,)``.
+        learning_rate: its maximum over the run, shape ``(members,)``.
         fine_tuning: whether the networks were trained as float networks before.
         partition: the order in which INQ takes weights.
         membership_width: width of the soft INQ membership; 0 freezes whole weights.
         optimizer: what trains the networks; Adam if None.
         seed: of what an estimator draws.
-        rates: factor on the learning rate in place of the cosine, shape ``(horizon * steps,
-            members)``.
+        rates: factor on the learning rate in place of a cosine, shape ``(horizon * steps, members)``,
+            or one column for all.
     """
 
     def __init__(
@@ -113,6 +113,9 @@ class InnerLoop:
 
     def repeated(self, count: int) -> InnerLoop:
         """``count`` copies of the members, of the same weights, data and learning rates."""
+        rates = self.rates
+        if rates is not None and rates.shape[1] > 1:
+            rates = rates.repeat(1, count)
         return InnerLoop(
             self.population.repeated(count),
             self.batches.repeated(count),
@@ -122,7 +125,7 @@ class InnerLoop:
             membership_width=self.membership_width,
             optimizer=self.optimizer,
             seed=self.seed,
-            rates=None if self.rates is None else self.rates.repeat(1, count),
+            rates=rates,
         )
 
     def initial(self) -> InnerState:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from learnsched.learning_rate import learning_rate_factor
 from learnsched.meta.estimators import Inner, Rollout
 from learnsched.meta.inner import InnerState
 from learnsched.policies.base_curve import loss_gain
 from learnsched.policies.learned import LearnedPolicy
-from learnsched.schedule import FIELDS, RunInfo, Telemetry
+from learnsched.schedule import FIELDS, Policy, RunInfo, Telemetry
 
 _FRACTION = FIELDS.index("fraction")
 _FORWARD = [name.endswith("forward_std") for name in FIELDS]
@@ -150,3 +151,25 @@ def following_rollout(table: Tensor, power: Tensor) -> Rollout:
         return torch.where(forward, table[epoch] * gain, table[epoch])
 
     return rollout
+
+
+def learning_rates(policy: Policy, run: RunInfo) -> Tensor:
+    """The policy's factors on the learning rate, step by step.
+
+    Args:
+        policy: any.
+        run: whose steps an epoch are known.
+
+    Returns:
+        shape ``(horizon * steps, 1)``, for :attr:`InnerLoop.rates`.
+
+    Example:
+        >>> from learnsched.policies import BaseCurve
+        >>> from learnsched.schedule import LayerInfo
+        >>> run = RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=2, steps_per_epoch=2)
+        >>> learning_rates(BaseCurve(warm_until=0.5), run).flatten().tolist()
+        [0.0, 0.5, 1.0, 0.5]
+    """
+    total = run.horizon * (run.steps_per_epoch or 1)
+    factors = [learning_rate_factor(policy, run, step / total) for step in range(total)]
+    return torch.tensor(factors).unsqueeze(1)

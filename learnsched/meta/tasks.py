@@ -60,7 +60,7 @@ class Task:
         steps: optimizer steps an epoch.
         batch: examples a step.
         bits: a key of :data:`BITS`.
-        learning_rates: maximum of the cosine schedule, one a member.
+        learning_rates: maximum over the run, one a member.
         fine_tuning: start from a float network trained for as many steps, one for each seed.
         seed: of initial weights, order of the data, and held-out batches.
         runs: how many seeds the members have; member i has the seed of member ``i % runs``. All

@@ -23,7 +23,12 @@ from learnsched.data import DataSet, load
 from learnsched.files import write, write_text
 from learnsched.meta import distribution
 from learnsched.meta.estimators import Estimator
-from learnsched.meta.rollout import policy_rollout, run_forward, terminal_settings
+from learnsched.meta.rollout import (
+    learning_rates,
+    policy_rollout,
+    run_forward,
+    terminal_settings,
+)
 from learnsched.meta.tasks import Mix, Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies.learned import LearnedPolicy
@@ -191,6 +196,7 @@ class MetaTrainer:
     def _task_gradient(self, task: Task) -> dict[str, Tensor]:
         """The clipped gradient of a task, summed over members and flat over parameters."""
         inner = task.build(self.data[task.data], device=self.device)
+        inner.rates = learning_rates(self.policy, inner.run).to(self.device)
         rollout = policy_rollout(self.policy, inner.run, len(task.learning_rates))
         estimate = self.estimator(inner, rollout)
         norms = estimate.norms
@@ -242,6 +248,7 @@ class MetaTrainer:
     def _task_error(self, task: Task) -> dict[str, Tensor]:
         data = self.data[task.data]
         inner = task.build(data, membership_width=0.0, device=self.device)
+        inner.rates = learning_rates(self.policy, inner.run).to(self.device)
         rollout = policy_rollout(self.policy, inner.run, len(task.learning_rates))
         x, y = (part.to(self.device) for part in (data.validation.x, data.validation.y))
         with torch.no_grad():

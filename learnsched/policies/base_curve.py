@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from learnsched.learning_rate import warm_cosine
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
 # Of what is positive: far beyond any use, near enough that nothing overflows.
@@ -43,6 +44,8 @@ class BaseCurve:
         activation_backward_tilt: the same for activations.
         frozen_fan_in: largest fan-in, at least 0, of a first layer whose weights are all frozen from the
             first epoch on: in fine-tuning, filters of few inputs lose more in training than they gain.
+        warm_until: share of the optimizer steps, in [0, 1), in which the learning rate rises to its
+            maximum; then it falls as a cosine.
         loss_power: exponent, in [0, 4], with which forward std follows the loss; with 0 no telemetry is
             needed.
         loss_from: optimizer steps, at least 0, of the shortest run that follows the loss. A run whose
@@ -73,6 +76,7 @@ class BaseCurve:
     weight_backward_tilt: float = 0.0
     activation_backward_tilt: float = 0.0
     frozen_fan_in: float = 0.0
+    warm_until: float = 0.0
     loss_power: float = 0.0
     loss_from: float = 0.0
 
@@ -95,6 +99,7 @@ class BaseCurve:
             and all(0 < end <= 1 for end in ends)
             and all(0 < number <= _LARGEST for number in positive)
             and 0 <= self.freeze_from < 1
+            and 0 <= self.warm_until < 1
             and -1 <= self.hard_tilt <= 1
             and 0 <= self.frozen_fan_in < math.inf
             and 0 <= self.loss_power <= 4
@@ -160,6 +165,10 @@ class BaseCurve:
                 run, epoch
             )
         ], None
+
+    def learning_rate_factor(self, run: RunInfo, progress: float) -> float:
+        """Factor on the maximum of the learning rate, by the progress of optimizer steps."""
+        return warm_cosine(progress, self.warm_until)
 
     def power_in(self, run: RunInfo) -> float:
         """The exponent of the loss in a run: ``loss_power``, or 0 if the run is too short."""

@@ -126,6 +126,10 @@ class BaseCurves:
         """Those of the nearest case's curve."""
         return self.nearest(run).settings(run, epoch, telemetry, state)
 
+    def learning_rate_factor(self, run: RunInfo, progress: float) -> float:
+        """That of the nearest case's curve."""
+        return self.nearest(run).learning_rate_factor(run, progress)
+
 
 def _mean_log(levels: Sequence[int]) -> float | None:
     """Mean logarithm to base 2 of the numbers that are not 0."""

@@ -132,6 +132,10 @@ class LearnedPolicy:
             table, state = self.tensors(run, epoch, telemetry, state)
         return [Setting(*row) for row in table.double().tolist()], state
 
+    def learning_rate_factor(self, run: RunInfo, progress: float) -> float:
+        """That of the base curve; the network has no say in it."""
+        return self.base.learning_rate_factor(run, progress)
+
     def tensors(
         self, run: RunInfo, epoch: int, telemetry: Telemetry, state: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
