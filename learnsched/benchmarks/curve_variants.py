@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from learnsched.benchmarks.curve_search import at_best_rate
 from learnsched.benchmarks.environment import stored_records, write_results
 from learnsched.data import load
+from learnsched.intervals import interval
 from learnsched.meta import distribution
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.tasks import Task
@@ -101,3 +103,52 @@ class Study:
         if distribution.rank() == 0:
             print(self.table(records))
         distribution.stop()
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One number of the curve at several values; the others are compared with the first.
+
+    Attributes:
+        key: under which records keep the values.
+        word: what they are called in tables.
+        values: in order.
+        variant: from the curve and a value to what is compared.
+    """
+
+    key: str
+    word: str
+    values: tuple[float, ...]
+    variant: Callable[[BaseCurve, float], BaseCurve]
+
+    def variants(self, curve: BaseCurve) -> list[BaseCurve]:
+        """One for each value."""
+        return [self.variant(curve, value) for value in self.values]
+
+    def record(self, run: RunInfo, accuracies: list[list[float]]) -> dict[str, Any]:
+        """The values and their accuracies."""
+        return {self.key: list(self.values), "accuracies": accuracies}
+
+    def table(self, records: Sequence[dict[str, Any]]) -> str:
+        """Markdown: points gained on the first value; then their means by regime and bits."""
+        words = [f"{self.word} {value:g}" for value in self.values[1:]]
+        lines = ["| task | without | " + " | ".join(words) + " |"]
+        lines.append("|" + " --- |" * (1 + len(self.values)))
+        groups: dict[str, list[np.ndarray]] = {}
+        for record in records:
+            found = gains(record)
+            cells = " | ".join(interval(gain).text("+") for gain in found)
+            without = 100 * np.mean(record["accuracies"][0])
+            lines.append(f"| {record['task']} | {without:.1f} | {cells} |")
+            regime = "fine-tuned" if record["fine_tuning"] else "from scratch"
+            groups.setdefault(f"{record['bits']}, {regime}, mean", []).append(found.mean(1))
+        for name, means in groups.items():
+            cells = " | ".join(f"{100 * gain:+.1f}" for gain in np.mean(means, axis=0))
+            lines.append(f"| {name} | | {cells} |")
+        return "\n".join(lines)
+
+
+def gains(record: dict[str, Any]) -> np.ndarray:
+    """What each value of a sweep but the first gains, shape ``(values - 1, seeds)``."""
+    accuracies = np.asarray(record["accuracies"])
+    return accuracies[1:] - accuracies[0]
