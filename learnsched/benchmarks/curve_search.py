@@ -1,7 +1,7 @@
 """Which fixed curve is best? A search over a family of schedules, for each pair of level sets.
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.curve_search [--bits BITS]
-                               [--fine-tuning | --long] [--quick] [--seed N] [--json PATH]
+                               [--fine-tuning | --warm-up | --long] [--quick] [--seed N] [--json PATH]
 
 The rival of meta-training, and what gives it a base to start from. Random curves train on every task
 of a list, each with a learning rate of its own; a quadratic in all coordinates is fitted to their
@@ -31,7 +31,7 @@ from learnsched.benchmarks.methods import Method
 from learnsched.data import DataSet, load
 from learnsched.meta import distribution
 from learnsched.meta.presets import PRESETS
-from learnsched.meta.rollout import run_forward, table_rollout
+from learnsched.meta.rollout import learning_rates, run_forward, table_rollout
 from learnsched.meta.tasks import Task
 from learnsched.policies import BaseCurves
 from learnsched.policies.base_curve import BaseCurve
@@ -107,6 +107,20 @@ def fine_tuned(bits: str) -> tuple[Task, ...]:
     return _of_one_regime(rows, bits, fine_tuning=True, seed=720_000)
 
 
+def from_scratch(bits: str) -> tuple[Task, ...]:
+    """What curves with a warm-up are tried on: runs from scratch, three of images."""
+    rows = (
+        ("mnist1d", "cnn1d", 8, 4, 8, 25),
+        ("mnist1d", "cnn1d", 12, 4, 10, 30),
+        ("mnist1d", "cnn1d", 12, 6, 12, 25),
+        ("noisy_digits", "cnn2d", 8, 4, 10, 24),
+        ("digits", "cnn2d", 8, 4, 8, 20),
+        ("noisy_digits", "residual", 8, 5, 10, 25),
+        ("mnist1d", "mlp", 32, 4, 12, 20),
+    )
+    return _of_one_regime(rows, bits, fine_tuning=False, seed=730_000)
+
+
 def long(bits: str) -> tuple[Task, ...]:
     """What curves for long runs are tried on: ten times as many steps as meta-training's shortest."""
     rows = (
@@ -148,6 +162,7 @@ def accuracies(task: Task, data: DataSet, points: Tensor, box: Box, seed: int) -
     found, rates = curves(points, box)
     final = replace(task, learning_rates=tuple(rates), runs=_SEEDS, seed=task.seed + seed)
     inner = final.build(data, membership_width=0.0, eps=1e-8)
+    inner.rates = torch.cat([learning_rates(curve, inner.run) for curve in found], dim=1)
     tables = torch.stack([plan(curve, inner.run).table.float() for curve in found], dim=1)
     with torch.no_grad():
         states, table, _ = run_forward(inner, table_rollout(tables))
@@ -292,6 +307,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bits", choices=BOXES, default="ternary/2-bit")
     regime = parser.add_mutually_exclusive_group()
     regime.add_argument("--fine-tuning", action="store_true", help="start from float networks")
+    regime.add_argument(
+        "--warm-up",
+        action="store_true",
+        help="from scratch, under a learning rate that rises first",
+    )
     regime.add_argument("--long", action="store_true", help="runs of 1000 to 1440 steps")
     parser.add_argument("--count", type=int, default=256, help="curves for each task and round")
     parser.add_argument("--rounds", type=int, default=3)
@@ -309,6 +329,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name, rows, box, rates = options.bits, tasks(options.bits), BOXES[options.bits], _RATES
     if options.fine_tuning:
         name, rows = f"{name}, fine-tuned", fine_tuned(options.bits)
+    elif options.warm_up:
+        name, rows = f"{name}, warm-up", from_scratch(options.bits)
+        box = {**box, "warm_until": (0.0, 0.4, False)}
     elif options.long:
         name, rows, rates = f"{name}, long", long(options.bits), _LONG_RATES
         box = {**box, "learning_rate": (0.005, 0.05, True)}

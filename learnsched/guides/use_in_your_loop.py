@@ -41,12 +41,13 @@ def prepare(epochs: int, steps: int, seed: int) -> dict[str, Any]:
         network(), ls.ternary(), ls.unsigned(2), example_input=torch.zeros(1, 1, 8, 8)
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     # The constructor applies the settings of epoch 0.
     scheduler = ls.QuantizationScheduler(
         model, ls.load_pretrained("default"), epochs, steps_per_epoch=steps, optimizer=optimizer
     )
-    return {"model": model, "optimizer": optimizer, "cosine": cosine, "scheduler": scheduler}
+    # The learning rate that the schedule is made for; it steps with the optimizer.
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, scheduler.learning_rate_factor)
+    return {"model": model, "optimizer": optimizer, "decay": decay, "scheduler": scheduler}
 
 
 def train(run: dict[str, Any], data: Split, last: int, checkpoint: Path) -> None:
@@ -59,8 +60,8 @@ def train(run: dict[str, Any], data: Split, last: int, checkpoint: Path) -> None
             run["optimizer"].zero_grad()
             loss.backward()
             run["optimizer"].step()
+            run["decay"].step()
             total += loss.item() / len(batches)
-        run["cosine"].step()
         # A learned schedule looks at the mean training loss of the epoch.
         run["scheduler"].step({"train_loss": total})
         state = {name: part.state_dict() for name, part in run.items()}
