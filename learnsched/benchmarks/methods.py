@@ -139,7 +139,7 @@ class Method:
 
 def rivals() -> list[Method]:
     """The strongest hand-coded methods, one or two of each family: what a quick comparison tunes."""
-    return [
+    plain = [
         Method("straight-through", "normal", "settled", spaces.straight_through, source=_STE),
         Method("ANA, normal", "normal", "settled", spaces.annealing("normal"), source=_ANA),
         Method("ANA, uniform", "uniform", "settled", spaces.annealing("uniform"), source=_ANA),
@@ -148,6 +148,7 @@ def rivals() -> list[Method]:
         ),
         Method("INQ, settled", "uniform", "settled", spaces.incremental("settled"), source=_INQ),
     ]
+    return _with_warmed(plain)
 
 
 def warmed(method: Method) -> Method:
@@ -157,6 +158,11 @@ def warmed(method: Method) -> Method:
         name=f"{method.name}, warm-up",
         rate=lambda policy, progress: warm_cosine(progress, WARM_UNTIL),
     )
+
+
+def _with_warmed(methods: Sequence[Method]) -> list[Method]:
+    """The methods, then those of the best that gain from a warm-up, with one."""
+    return [*methods, *(warmed(method) for method in methods if method.name in _WARMED)]
 
 
 def hand_coded(bits: str = "ternary/2-bit") -> list[Method]:
@@ -179,8 +185,7 @@ def hand_coded(bits: str = "ternary/2-bit") -> list[Method]:
     """
     if bits not in BITS:
         raise ValueError(f"unknown bits {bits!r}; choose one of {', '.join(BITS)}")
-    cosine = (*rivals(), *_others())
-    methods = (*cosine, *(warmed(m) for m in cosine if m.name in _WARMED))
+    methods = (*rivals(), *_with_warmed(_others()))
     return [_within(method, bits) for method in methods if bits in method.bits]
 
 
