@@ -38,6 +38,7 @@ def run(name, *arguments):
         "stability",
         "first_layer",
         "follow_loss",
+        "warm_up",
     ],
 )
 def test_a_quick_run_writes_its_rows(name, tmp_path):
