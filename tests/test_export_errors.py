@@ -53,6 +53,18 @@ def test_not_finalized(tmp_path):
     refused(net, r"1\.3 has noise; call learnsched.finalize_", tmp_path=tmp_path)
 
 
+def test_wrapped_models(tmp_path):
+    net = finalized(mlp(), X)
+    refused(
+        torch.compile(net, backend="eager"),
+        r"torch\.compile; .*model\._orig_mod",
+        tmp_path=tmp_path,
+    )
+    refused(nn.DataParallel(net), r"DataParallel; export what is inside", tmp_path=tmp_path)
+    average = torch.optim.swa_utils.AveragedModel(net)
+    refused(average, r"AveragedModel; .*model\.module", tmp_path=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("layers", "match"),
     [

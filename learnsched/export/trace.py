@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from learnsched.export import graph as g
 from learnsched.export.calls import Calls, activation_before
@@ -71,6 +73,7 @@ def translate(model: nn.Module, example_input: Tensor) -> Translation:
         ExportError: as :func:`trace` does.
         ValueError: the model has no quantized layers.
     """
+    _check_unwrapped(model)
     _check_finalized(model)
     model = copy.deepcopy(model).cpu().eval()
     _check_numbers(model, example_input)
@@ -333,6 +336,17 @@ class Translation:
         return Integer(
             node, np.asarray(module.scale.double().item() * levels.unit), None, low, high
         )
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    inside = {"_orig_mod": "torch.compile", "module": type(model).__name__}
+    if not isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
+        del inside["module"]  # any model may call a part of itself so
+    for name, wrapper in inside.items():
+        if isinstance(getattr(model, name, None), nn.Module):
+            raise ExportError(
+                f"the model is wrapped by {wrapper}; export what is inside, model.{name}"
+            )
 
 
 def _check_finalized(model: nn.Module) -> None:
