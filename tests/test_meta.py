@@ -158,6 +158,25 @@ def test_tasks_of_a_step_are_the_same_for_the_same_seed_and_differ_between_steps
     assert mix.sample(0, 3) != mix.sample(1, 3)
 
 
+def test_meta_training_runs_under_the_learning_rate_of_the_base_curve(tmp_path):
+    trainer, seen = small_trainer(tmp_path), []
+    estimator = trainer.estimator
+
+    def watching(inner, rollout):
+        seen.append(inner)
+        return estimator(inner, rollout)
+
+    trainer.estimator = watching
+    trainer.run(steps=1)
+    for inner in seen:
+        curve = trainer.policy.base.nearest(inner.run)
+        total = inner.run.horizon * inner.run.steps_per_epoch
+        expected = [curve.learning_rate_factor(inner.run, step / total) for step in range(total)]
+        assert inner.rates.flatten().tolist() == pytest.approx(expected)
+        assert curve.warm_until == (0.0 if inner.run.fine_tuning else 0.2)
+    assert seen
+
+
 def small_trainer(folder, **changes):
     preset = PRESETS["quick"]
     mix = dataclasses.replace(
