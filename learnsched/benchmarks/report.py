@@ -67,6 +67,10 @@ CLAIMS = (
     ("RQ: expectation, against concrete samples", "RQ, learned", "RQ, concrete"),
     ("RQ: noise and scales learned, against a schedule", "RQ, learned", "RQ"),
     ("LSQ: learned scales, against fixed ones", "LSQ", "STE, uniform"),
+    ("A warm-up, against the cosine alone: ANA, normal", "ANA, normal, warm-up", "ANA, normal"),
+    ("The same: ANA, triangular", "ANA, triangular, warm-up", "ANA, triangular"),
+    ("The same: ANA, uniform", "ANA, uniform, warm-up", "ANA, uniform"),
+    ("The same: straight-through, moving", "STE, moving, warm-up", "STE, moving"),
 )  # fmt: skip
 
 
