@@ -134,8 +134,8 @@ def _tuned(curve: BaseCurve) -> BaseCurve:
 def _warmed(curve: BaseCurve) -> BaseCurve:
     """The curve for training from scratch, with a learning rate that rises over a fifth of the run.
 
-    With 2-bit and real activations it gained 1.6 points on the seeds that it was found on, and nothing on
-    fresh ones (`python -m learnsched.benchmarks.warm_up`; `figures/meta_training.md`); elsewhere nothing.
+    With 2-bit and real activations it gained 1.6 points on the seeds that it was found on, and nothing
+    on fresh ones (`python -m learnsched.benchmarks.warm_up`; `figures/meta_training.md`).
     """
     return replace(curve, warm_until=0.2)
 
