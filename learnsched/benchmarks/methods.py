@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +22,16 @@ from learnsched.learned_quantizers import (
     learn_weight_scales_,
     sample_concrete_,
 )
-from learnsched.learning_rate import learning_rate_factor, warm_cosine
+from learnsched.learning_rate import warm_cosine
 from learnsched.levels import LevelSet, power_of_two, ternary, unsigned
 from learnsched.meta.estimators import Rollout
 from learnsched.meta.inner import InnerLoop
+from learnsched.meta.presets import WARM_UNTIL
 from learnsched.meta.rollout import (
     following_rollout,
     learning_rates,
     policy_rollout,
+    step_by_step,
     table_rollout,
 )
 from learnsched.meta.tasks import BITS
@@ -55,7 +58,6 @@ TWN_LEVELS = LevelSet((-TWN_LEVEL, 0.0, TWN_LEVEL), (-0.7, 0.7), name="twn")
 
 # The methods that are best in most cells; each also with a learning rate that rises first.
 _WARMED = ("ANA, triangular", "ANA, normal", "ANA, uniform", "STE, moving", "STE, uniform")
-WARM_UNTIL = 0.2
 
 _STE = "Bengio et al. 2013 (arXiv:1308.3432)"
 _ANA = "Spallanzani et al. 2022 (arXiv:2203.11323), section 4"
@@ -114,13 +116,13 @@ class Method:
         """
         if self.learned is not None:
             return learning_rates(self.learned, run)
-        rate = self.rate or (lambda policy, progress: learning_rate_factor(policy, run, progress))
-        total = run.horizon * (run.steps_per_epoch or 1)
         columns = {
-            policy: [rate(policy, step / total) for step in range(total)]
+            policy: learning_rates(policy, run)
+            if self.rate is None
+            else step_by_step(partial(self.rate, policy), run)
             for policy in set(policies)
         }
-        return torch.tensor([columns[policy] for policy in policies]).T.contiguous()
+        return torch.cat([columns[policy] for policy in policies], dim=1)
 
     def rollout(self, inner: InnerLoop, policies: list[Policy]) -> Rollout:
         """The settings of every member, whose policies are given."""

@@ -339,14 +339,13 @@ class Translation:
 
 
 def _check_unwrapped(model: nn.Module) -> None:
-    inside = {"_orig_mod": "torch.compile", "module": type(model).__name__}
-    if not isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
-        del inside["module"]  # any model may call a part of itself so
-    for name, wrapper in inside.items():
-        if isinstance(getattr(model, name, None), nn.Module):
-            raise ExportError(
-                f"the model is wrapped by {wrapper}; export what is inside, model.{name}"
-            )
+    if isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
+        wrapper, inside = type(model).__name__, "module"
+    elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        wrapper, inside = "torch.compile", "_orig_mod"
+    else:
+        return
+    raise ExportError(f"the model is wrapped by {wrapper}; export what is inside, model.{inside}")
 
 
 def _check_finalized(model: nn.Module) -> None:

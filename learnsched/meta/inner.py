@@ -6,7 +6,6 @@ recompute it, or ask for no graph at all, without knowing what is trained.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import higher
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 
 from learnsched.annealed import quantize_unchecked
 from learnsched.incremental import any_per_channel, hold, priority, soft_membership
+from learnsched.learning_rate import warm_cosine
 from learnsched.meta.inner_optimizers import Adam, InnerOptimizer
 from learnsched.meta.population import CARRIED, Population
 from learnsched.schedule import FIELDS, RunInfo, Telemetry
@@ -275,8 +275,8 @@ class InnerLoop:
 
     def _rate(self, step: int, parameters: list[Tensor]) -> list[Tensor]:
         total = self.batches.order.shape[0] * self.batches.order.shape[1]
-        cosine = 0.5 * (1 + math.cos(math.pi * step / total))
-        rate = self.learning_rate * (cosine if self.rates is None else self.rates[step])
+        factor = warm_cosine(step / total) if self.rates is None else self.rates[step]
+        rate = self.learning_rate * factor
         return [rate.view(-1, *[1] * (p.dim() - 1)) for p in parameters]
 
     def _carried_buffers(self, carried: tuple[Tensor, ...]) -> dict[str, Tensor]:

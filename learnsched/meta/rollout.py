@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -170,6 +172,10 @@ def learning_rates(policy: Policy, run: RunInfo) -> Tensor:
         >>> learning_rates(BaseCurve(warm_until=0.5), run).flatten().tolist()
         [0.0, 0.5, 1.0, 0.5]
     """
+    return step_by_step(partial(learning_rate_factor, policy, run), run)
+
+
+def step_by_step(factor: Callable[[float], float], run: RunInfo) -> Tensor:
+    """A factor on the learning rate, by progress, as a column; see :func:`learning_rates`."""
     total = run.horizon * (run.steps_per_epoch or 1)
-    factors = [learning_rate_factor(policy, run, step / total) for step in range(total)]
-    return torch.tensor(factors).unsqueeze(1)
+    return torch.tensor([[factor(step / total)] for step in range(total)])

@@ -22,7 +22,8 @@ from torch import Tensor
 from learnsched.data import DataSet, load
 from learnsched.files import write, write_text
 from learnsched.meta import distribution
-from learnsched.meta.estimators import Estimator
+from learnsched.meta.estimators import Estimator, ParametricRollout
+from learnsched.meta.inner import InnerLoop
 from learnsched.meta.rollout import (
     learning_rates,
     policy_rollout,
@@ -195,9 +196,7 @@ class MetaTrainer:
 
     def _task_gradient(self, task: Task) -> dict[str, Tensor]:
         """The clipped gradient of a task, summed over members and flat over parameters."""
-        inner = task.build(self.data[task.data], device=self.device)
-        inner.rates = learning_rates(self.policy, inner.run).to(self.device)
-        rollout = policy_rollout(self.policy, inner.run, len(task.learning_rates))
+        inner, rollout = self._started(task)
         estimate = self.estimator(inner, rollout)
         norms = estimate.norms
         finite = norms.isfinite() & estimate.loss.isfinite()
@@ -210,6 +209,12 @@ class MetaTrainer:
             "norms": torch.where(finite, norms, math.inf).cpu(),
             "losses": estimate.loss.cpu(),
         }
+
+    def _started(self, task: Task, **options: Any) -> tuple[InnerLoop, ParametricRollout]:
+        """The inner loop of a task, under the policy's learning rate, and the policy's settings."""
+        inner = task.build(self.data[task.data], device=self.device, **options)
+        inner.rates = learning_rates(self.policy, inner.run).to(self.device)
+        return inner, policy_rollout(self.policy, inner.run, len(task.learning_rates))
 
     def _apply(self, gradient: Tensor) -> None:
         sizes = [p.numel() for p in self._parameters.values()]
@@ -246,11 +251,9 @@ class MetaTrainer:
             parameter.copy_(values[name])
 
     def _task_error(self, task: Task) -> dict[str, Tensor]:
-        data = self.data[task.data]
-        inner = task.build(data, membership_width=0.0, device=self.device)
-        inner.rates = learning_rates(self.policy, inner.run).to(self.device)
-        rollout = policy_rollout(self.policy, inner.run, len(task.learning_rates))
-        x, y = (part.to(self.device) for part in (data.validation.x, data.validation.y))
+        inner, rollout = self._started(task, membership_width=0.0)
+        validation = self.data[task.data].validation
+        x, y = (part.to(self.device) for part in (validation.x, validation.y))
         with torch.no_grad():
             states, table, _ = run_forward(inner, rollout)
             last = terminal_settings(table[-1], inner.run, inner.run.horizon - 1)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from learnsched.incremental import PARTITIONS, check_fraction
+from learnsched.learning_rate import warm_cosine
 from learnsched.noise import noise_shape
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
@@ -105,7 +106,7 @@ class IncrementalQuantization:
         else:
             phase = (progress - self.start) / (1 - self.start) * len(self.cumulative)
             passed = (phase + 1e-9) % 1
-        return 0.5 * (1 + math.cos(math.pi * passed))
+        return warm_cosine(passed)
 
     def begin(self, run: RunInfo) -> None:
         """No state."""
