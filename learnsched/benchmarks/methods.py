@@ -57,6 +57,7 @@ TWN_LEVEL = math.exp(-_DELTA * _DELTA / 2) / (math.erfc(_DELTA / math.sqrt(2)) /
 TWN_LEVELS = LevelSet((-TWN_LEVEL, 0.0, TWN_LEVEL), (-0.7, 0.7), name="twn")
 
 # The methods that are best in most cells; each also with a learning rate that rises first.
+WARM_UP_SUFFIX = ", warm-up"
 _WARMED = ("ANA, triangular", "ANA, normal", "ANA, uniform", "STE, moving", "STE, uniform")
 
 _STE = "Bengio et al. 2013 (arXiv:1308.3432)"
@@ -157,7 +158,7 @@ def warmed(method: Method) -> Method:
     """The method under the learning rate of the default schedule: does it gain from that alone?"""
     return replace(
         method,
-        name=f"{method.name}, warm-up",
+        name=f"{method.name}{WARM_UP_SUFFIX}",
         rate=lambda policy, progress: warm_cosine(progress, WARM_UNTIL),
     )
 

@@ -27,6 +27,7 @@ from learnsched.benchmarks.accuracy import (
     START,
     read,
 )
+from learnsched.benchmarks.methods import WARM_UP_SUFFIX
 from learnsched.benchmarks.statistics import (
     Comparison,
     Record,
@@ -74,9 +75,15 @@ CLAIMS = (
 )  # fmt: skip
 
 
+def _without_warm_up(rows: Mapping[str, Record]) -> dict[str, Record]:
+    return {name: record for name, record in rows.items() if not name.endswith(WARM_UP_SUFFIX)}
+
+
 # Against whom a learned method is compared, besides the best hand-coded one of each cell.
 RIVALS: dict[str, Callable[[Mapping[str, Record]], Record | None]] = {
     "the hand-coded method of best validation accuracy": best_validated,
+    "the same of those without a warm-up": lambda rows: best_validated(_without_warm_up(rows)),
+    "the best hand-coded method without a warm-up": lambda rows: best(_without_warm_up(rows)),
     "its closed form, before meta-training": lambda rows: best(rows, START),
     "a search over the closed form": lambda rows: best(rows, PARAMETRIC),
     "the better public peer": lambda rows: best(rows, PEER),
