@@ -181,6 +181,13 @@ def _warn(model: nn.Module, found: Execution, chosen: Chosen) -> None:
             "modules (nn.ReLU) for what is to be quantized",
             stacklevel=4,
         )
+    unused = [name for name in found.unused if name in chosen]
+    if unused:
+        warnings.warn(
+            f"the model calls {unused} for what they do to their input, and a quantized activation "
+            "leaves its input as it is; use what it returns: x = self.relu(x)",
+            stacklevel=4,
+        )
     hooked = [
         name
         for name, module in order

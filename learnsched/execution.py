@@ -32,12 +32,14 @@ class Execution:
         functions: names of activation functions that the model calls itself, such as ``relu``.
         borrowed: names of layers that are reached and whose weights the model computes with itself,
             too.
+        unused: names of in-place activations that the model calls without using what they return.
     """
 
     order: list[tuple[str, nn.Module]]
     executed: int
     functions: tuple[str, ...] = ()
     borrowed: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 def execution(model: nn.Module, example_input: Tensor | tuple[Any, ...] | None) -> Execution:
@@ -65,13 +67,22 @@ def execution(model: nn.Module, example_input: Tensor | tuple[Any, ...] | None) 
     }
     seen = _Calls(weights)
     executed: dict[nn.Module, str] = {}
+    in_place: dict[nn.Module, str] = {
+        m: n for m, n in wanted.items() if getattr(m, "inplace", False)
+    }
 
     def enter(module: nn.Module, _: Any) -> None:
         executed.setdefault(module, wanted[module])
         seen.inside += 1
 
-    def leave(*_: Any) -> None:
+    def leave(module: nn.Module, _: Any, output: Any) -> Any:
         seen.inside -= 1
+        if module not in in_place:
+            return None
+        # What is returned is the input itself; only as another object can its uses be told apart.
+        returned = output.view_as(output)
+        seen.returned[id(returned)] = (in_place[module], returned)
+        return returned
 
     handles = [module.register_forward_pre_hook(enter) for module in wanted]
     handles += [module.register_forward_hook(leave) for module in wanted]
@@ -80,7 +91,7 @@ def execution(model: nn.Module, example_input: Tensor | tuple[Any, ...] | None) 
     try:
         model.eval()
         with torch.no_grad(), seen:
-            model(*inputs)
+            seen.use(model(*inputs))
     finally:
         for module in training:
             module.training = True
@@ -92,18 +103,28 @@ def execution(model: nn.Module, example_input: Tensor | tuple[Any, ...] | None) 
         len(executed),
         tuple(dict.fromkeys(seen.functions)),
         tuple(name for name in seen.borrowed if name in executed.values()),
+        tuple(dict.fromkeys(name for name, _ in seen.returned.values())),
     )
 
 
 class _Calls(TorchFunctionMode):
-    """Notes activation functions and uses of the weights outside of the modules of interest."""
+    """Notes what is computed outside of the modules of interest, and what comes of their results."""
 
     def __init__(self, weights: Mapping[nn.Parameter, str]) -> None:
         super().__init__()
         self.inside = 0
         self.functions: list[str] = []
         self.borrowed: dict[str, None] = {}
+        self.returned: dict[int, tuple[str, Tensor]] = {}  # by in-place activations, unused so far
         self._weights = weights
+
+    def use(self, value: Any) -> None:
+        """Note that what is returned by in-place activations is used, alone or in a collection."""
+        if isinstance(value, Tensor):
+            self.returned.pop(id(value), None)
+        elif isinstance(value, list | tuple | Mapping):
+            for part in value.values() if isinstance(value, Mapping) else value:
+                self.use(part)
 
     def __torch_function__(
         self,
@@ -113,6 +134,7 @@ class _Calls(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.use((args, kwargs or {}))
         if not self.inside:
             if func in _ACTIVATION_FUNCTIONS:
                 self.functions.append(func.__name__)

@@ -669,6 +669,37 @@ def test_a_weight_that_the_model_uses_itself_too_is_warned_of():
     assert caught[0].filename == __file__
 
 
+def test_an_in_place_activation_whose_result_is_not_used_is_warned_of():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+            self.norm2 = nn.BatchNorm1d(4)
+            self.relu, self.relu6 = nn.ReLU(inplace=True), nn.ReLU6(inplace=True)
+
+        def forward(self, x):
+            x = self.norm(self.first(x))
+            self.relu(x)
+            return {"logits": [self.relu6(self.norm2(self.last(x)))]}
+
+    class Returned(Block):
+        def forward(self, x):
+            x = self.relu(self.norm(self.first(x)))
+            x = torch.cat([self.relu(x), x], dim=0)  # shared, and inside a list
+            return {"logits": [self.relu6(self.norm2(self.last(x)))]}
+
+    x = torch.randn(2, 8)
+    model = Block().eval()
+    expected = copy.deepcopy(model)(x)["logits"][0]
+    with pytest.warns(UserWarning, match=r"calls \['relu'\] for what they do to their input"):
+        ls.quantize_(copy.deepcopy(model), ls.ternary(), ls.unsigned(2), example_input=x)
+    torch.testing.assert_close(model(x)["logits"][0], expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ls.quantize_(Block(), ls.ternary(), example_input=x)  # activations were not asked for
+        ls.quantize_(Returned(), ls.ternary(), ls.unsigned(2), example_input=x)
+
+
 def test_attention_stays_real_as_a_whole_and_is_reported():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "out": nn.Linear(4, 4)})
     twin = copy.deepcopy(model)
