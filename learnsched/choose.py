@@ -99,6 +99,11 @@ def _check_request(
         raise ValueError("the model is quantized already; start again from the float model")
     if any(map(is_lazy, model.parameters())):
         raise ValueError("the model has lazy modules; run a batch through it first")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "the model is on the meta device, where weights have no values to fit scales to; "
+            "materialize it first: model.to_empty(device=...), then load or initialize its weights"
+        )
 
 
 def _configure(

@@ -71,9 +71,9 @@ def quantize_(
         TypeError: a level set is not a :class:`LevelSet`, a scale rule not a scale rule, or a weight
             not of real numbers of 16 bits or more.
         ValueError: nothing is asked for, a pattern matches nothing, no weight or no activation can
-            be quantized though asked for, a weight is empty, computed, recurrent, or shared with a
-            module that is not quantized alike, a level of weights lies outside its own cell, or the
-            model is quantized already. The model is as it was.
+            be quantized though asked for, a weight is empty, on the meta device, computed, recurrent,
+            or shared with a module that is not quantized alike, a level of weights lies outside its
+            own cell, or the model is quantized already. The model is as it was.
 
     Example:
         >>> from learnsched import ternary, unsigned

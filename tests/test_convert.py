@@ -489,6 +489,7 @@ REFUSED = [
     (lambda: nn.Sequential(nn.Linear(4, 4)),
      {"weight": ls.ternary(), "activation": ls.unsigned(2)}, ValueError, r"F\.relu.*use nn\.ReLU"),
     (lambda: nn.Sequential(nn.LazyLinear(4)), {"weight": ls.ternary()}, ValueError, "lazy"),
+    (lambda: nn.Linear(4, 4, device="meta"), {"weight": ls.ternary()}, ValueError, "to_empty"),
     (lambda: nn.Sequential(Capped(4, 4)), {"weight": ls.ternary()}, ValueError,
      "no weight is left"),
     (mlp, {"weight": ls.LevelSet((-1.0, 0.0, 1.0), (-1.2, 1.2))}, ValueError, "their own cells"),
@@ -502,7 +503,7 @@ REFUSED = [
 @pytest.mark.parametrize(("make", "options", "kind", "message"), REFUSED)
 def test_a_refused_call_says_why_and_changes_nothing(make, options, kind, message):
     model = make()
-    if any(map(nn.parameter.is_lazy, model.parameters())):
+    if any(nn.parameter.is_lazy(p) or p.is_meta for p in model.parameters()):  # nothing to compare
         with pytest.raises(kind, match=message):
             ls.quantize_(model, **options)
         return

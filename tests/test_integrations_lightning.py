@@ -1,5 +1,7 @@
 """The Lightning callback: a run on digits, resumed from Lightning's checkpoints."""
 
+import warnings
+
 import pytest
 import torch
 from digits_network import digits_layers
@@ -128,6 +130,32 @@ def test_what_is_missing_is_named(tmp_path):
     callback = QuantizationCallback(ls.load_pretrained("default"), metric="loss")
     with pytest.raises(KeyError, match="needs the metric 'train_loss'"):
         fit(tmp_path, callback=callback)
+
+
+@pytest.mark.parametrize("options", [{}, {"on_step": True, "on_epoch": True}])
+def test_a_loss_of_the_last_batch_is_warned_of(tmp_path, options):
+    class Logged(Digits):
+        def training_step(self, batch, index):
+            loss = F.cross_entropy(self(batch[0]), batch[1])
+            self.log("train_loss", loss, **options)
+            self.losses.append(float(loss))
+            return loss
+
+    model = Logged()
+    model.losses = []
+    run, callback = trainer(tmp_path, max_epochs=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.fit(model, loader(DATA.train))
+    said = [w for w in caught if "'train_loss' batch by batch" in str(w.message)]
+    assert len(said) == (0 if options else 1)
+    shown = callback.scheduler.history.metrics[0]["train_loss"]
+    # The last of the ten batches is smaller.
+    sizes = [len(x) for x, _ in loader(DATA.train)]
+    mean = sum(size * loss for size, loss in zip(sizes, model.losses[:10], strict=True)) / sum(
+        sizes
+    )
+    assert shown == pytest.approx(mean if options else model.losses[9], rel=1e-5)
 
 
 def test_averages_that_the_schedule_cannot_serve_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -30,6 +31,7 @@ class QuantizationCallback(Callback):
         self.policy, self.metric, self.options = policy, metric, options
         self.scheduler: Any = None
         self._module: LightningModule | None = None
+        self._looked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the scheduler of a module, before a checkpoint is loaded.
@@ -57,6 +59,25 @@ class QuantizationCallback(Callback):
         if trainer.ckpt_path and self.scheduler.epoch == trainer.current_epoch - 1:
             # Saved after the last batch of an epoch, whose end Lightning does not come back to.
             self.scheduler.step({"train_loss": math.nan})
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Warn, after the first batch, of a loss that is not a mean over the epoch."""
+        known, self._looked = self._looked, True
+        logged = trainer.callback_metrics
+        # A mean over the epoch is there at its end only, or under a name of its own.
+        if not known and self.metric in logged and f"{self.metric}_step" not in logged:
+            warnings.warn(
+                f"the module logs {self.metric!r} batch by batch, so that the schedule is shown the "
+                "loss of the last one; log it with on_epoch=True",
+                stacklevel=2,
+            )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Step, with the mean of the loss over processes."""
