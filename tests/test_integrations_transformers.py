@@ -113,6 +113,25 @@ def test_a_callback_that_comes_late_is_refused(tmp_path):
         trainer.train()
 
 
+def test_the_arguments_in_readme_give_the_learning_rate_that_the_schedule_is_made_for(tmp_path):
+    model = Digits()
+    callback = QuantizationCallback(ls.load_pretrained("default"))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=EPOCHS, learning_rate=0.01, use_cpu=True,
+        report_to=[], disable_tqdm=True, dataloader_pin_memory=False, save_strategy="no",
+        per_device_train_batch_size=100, logging_steps=1,
+        lr_scheduler_type="cosine", warmup_steps=0.2,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=Rows(), callbacks=[callback])
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    steps = len(rates)
+    assert steps == 10 * EPOCHS
+    assert rates == pytest.approx(
+        [0.01 * callback.scheduler.learning_rate_factor(step) for step in range(steps)], abs=1e-6
+    )
+
+
 def test_a_run_whose_length_is_given_in_steps_is_refused(tmp_path):
     with pytest.raises(ValueError, match="num_train_epochs, not max_steps"):
         fit(tmp_path, max_steps=20)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import learnsched as ls
 from learnsched import policies
@@ -271,10 +272,15 @@ def test_straight_through_is_hard_with_constant_backward_noise(noise):
     ).all()
 
 
+@pytest.mark.filterwarnings("ignore:no batch norm")
 def test_the_straight_through_sign_is_the_clipped_identity():
+    model = ls.quantize_(nn.Sequential(nn.ReLU()), activation=ls.binary())
+    policy = policies.StraightThrough(1 / math.sqrt(12), noise="uniform")
+    ls.QuantizationScheduler(model, policy, epochs=2)
+    model[0].scale.fill_(1.0)
     x = torch.tensor([-1.5, -0.9, 0.3, 0.99, 1.2], requires_grad=True)
-    std = 1 / math.sqrt(3) / 2 * ls.binary().step  # the docstring's 1 / sqrt(3), in units of x
-    y = ls.annealed_quantize(x, ls.binary(), forward_std=0.0, backward_std=std, noise="uniform")
+    y = model(x)
+    assert y.tolist() == [-1, -1, 1, 1, 1]
     y.sum().backward()
     assert x.grad.tolist() == pytest.approx([0, 1, 1, 1, 0])
 
