@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -14,6 +14,8 @@ from learnsched.benchmarks.methods import hand_coded
 from learnsched.benchmarks.room import tables
 from learnsched.benchmarks.search import Budget
 from learnsched.benchmarks.transfer import gains
+from learnsched.data import load
+from learnsched.meta.presets import PRESETS
 from learnsched.policies import BaseCurve
 from learnsched.schedule import FIELDS, LayerInfo, RunInfo, plan
 
@@ -122,6 +124,15 @@ def test_a_larger_reference_replaces_a_smaller_one(tmp_path, monkeypatch):
     assert made == [(20, 4), (40, 4), (20, 8)]
     rows = json.loads(path.read_text())["rows"]
     assert [(row["steps"], row["reference"]["pairs"]) for row in rows] == [(20, 8), (40, 4)]
+
+
+def test_gradients_are_taken_where_meta_training_starts():
+    cell = gradient.Cell(gradient.START, "normal", "adam", steps=20, width=6)
+    run = cell.task(1, 0).build(load("mnist1d")).run
+    start = plan(PRESETS["standard"].base, run).table
+    assert torch.equal(plan(cell.learned_policy(), run).table.float(), start.float())
+    plain = replace(cell, policy=gradient.PLAIN).learned_policy()
+    assert not torch.equal(plan(plain, run).table.float(), start.float())
 
 
 def test_gains_are_paired_over_the_learning_rates():

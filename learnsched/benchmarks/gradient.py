@@ -2,14 +2,15 @@
 
     python -m learnsched.benchmarks.gradient [--quick] [--seed N] [--json PATH] [--plot PATH]
                                              [--noise NAME ...] [--optimizer NAME ...]
-                                             [--steps N ...] [--width N ...] [--artefact NAME]
+                                             [--steps N ...] [--width N ...] [--policy NAME ...]
                                              [--device NAME]
 
 All estimate the gradient of the hard network's validation loss with respect to a schedule of a few
 coordinates: the values of each output at the beginning and at the end of the run, all layers alike.
 Each seed is a network with its own data order. Noise shapes, optimizers and widths after the first are
-measured one at a time, the others at their first. Gradients are taken at the hand-coded base curve
-that meta-training starts from, and with ``--artefact`` also at that learned policy.
+measured one at a time, the others at their first. Gradients are taken at the base curve that
+meta-training starts from, at the plain curve (a :class:`~learnsched.policies.BaseCurve` as it comes,
+which nothing has tuned), or at a learned policy; under the learning rate that each is made for.
 
 Evolution strategies have noise of their own: the agreement of one half of the reference's pairs with
 the other says how much, and what agreement a perfect gradient could reach (Spearman–Brown).
@@ -41,7 +42,8 @@ from learnsched.meta.estimators import Inner, Rollout, ScheduleEstimate
 from learnsched.meta.evolution import EvolutionStrategies, project, tangent_basis
 from learnsched.meta.guarded import Guarded
 from learnsched.meta.hybrid import Hybrid
-from learnsched.meta.rollout import policy_rollout, run_forward
+from learnsched.meta.presets import PRESETS
+from learnsched.meta.rollout import learning_rates, policy_rollout, run_forward
 from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import LearnedPolicy, MetaNetwork
@@ -64,9 +66,9 @@ ESTIMATORS: dict[str, Callable[[Inner, Rollout], ScheduleEstimate]] = {
     "guarded, damped or 8 pairs": Guarded(Unrolled(damping=0.5), BUDGET),
 }
 
-# Maxima of the cosine schedule that train the networks of this benchmark well.
+# Maxima of the learning rate that train the networks of this benchmark well.
 RATES = {"adam": 0.01, "adamw": 0.01, "momentum": 0.1, "sgd": 1.0}
-START = "base curve"
+PLAIN, START = "plain curve", "base curve"
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Cell:
     """One kind of run.
 
     Attributes:
-        policy: the schedule at which gradients are taken, :data:`START` or an artefact.
+        policy: the schedule at which gradients are taken: :data:`START`, :data:`PLAIN` or an artefact.
         noise: shape of the noise.
         optimizer: of the inner loop.
         steps: optimizer steps of the run.
@@ -98,8 +100,10 @@ class Cell:
 
     def learned_policy(self) -> LearnedPolicy:
         """The policy; a fresh network is its base curve."""
-        if self.policy == START:
+        if self.policy == PLAIN:
             return LearnedPolicy(MetaNetwork(), open_loop=True)
+        if self.policy == START:
+            return LearnedPolicy(MetaNetwork(), PRESETS["standard"].base)
         return load_pretrained(self.policy)
 
 
@@ -137,6 +141,7 @@ def measure(
     inner = cell.task(seeds, seed).build(data, noise=cell.noise, device=device)
     policy = cell.learned_policy()
     policy.network.to(device)
+    inner.rates = learning_rates(policy, inner.run).to(device)
 
     def rollout() -> Rollout:
         return policy_rollout(policy, inner.run, seeds)
@@ -247,7 +252,9 @@ def plot(rows: Sequence[dict[str, Any]]) -> Figure:
 
     same = ("noise", "optimizer", "width")
     rows = [r for r in rows if all(r[n] == rows[0][n] for n in same)]
-    policies = sorted({r["policy"] for r in rows}, key=lambda name: name != START)
+    curves = [PLAIN, START]
+    policies = [name for name in curves if any(r["policy"] == name for r in rows)]
+    policies += sorted({r["policy"] for r in rows} - set(curves))
     figure = Figure(figsize=(max(5.0, 3.4 * len(policies)), 3.4), layout="constrained")
     panels = figure.subplots(1, len(policies), sharey=True, squeeze=False)[0]
     styles = [(m, d) for d in ("-", "--", ":") for m in ("o", "s", "^")]
@@ -270,7 +277,7 @@ def plot(rows: Sequence[dict[str, Any]]) -> Figure:
         panel.minorticks_off()
         panel.set_ylim(-1.02, 1.02)
         panel.set_xlabel("inner optimizer steps")
-        panel.set_title(f"at the {policy}" if policy == START else f"at {policy!r}", fontsize=9)
+        panel.set_title(f"at the {policy}" if policy in curves else f"at {policy!r}", fontsize=9)
     panels[0].set_ylabel("cosine of the mean gradient\nwith the reference")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
@@ -306,7 +313,9 @@ def main() -> None:
     )
     parser.add_argument("--steps", nargs="+", type=int, default=[50, 150, 400, 800])
     parser.add_argument("--width", nargs="+", type=int, default=[8, 16])
-    parser.add_argument("--artefact", help="measure at this learned policy too")
+    parser.add_argument(
+        "--policy", nargs="+", default=[START], help=f"{START!r}, {PLAIN!r} or artefacts"
+    )
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
@@ -323,8 +332,7 @@ def main() -> None:
         rows = _read(options.json, settings)
     except ValueError as error:
         parser.error(str(error))
-    policies = [START, options.artefact] if options.artefact else [START]
-    grid = cells(policies, options.noise, options.optimizer, options.steps, options.width)
+    grid = cells(options.policy, options.noise, options.optimizer, options.steps, options.width)
     done = {Cell(**{name: row[name] for name in Cell.__annotations__}): row for row in rows}
     data = load("mnist1d")
     print(table(rows), flush=True)

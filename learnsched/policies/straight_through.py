@@ -13,8 +13,8 @@ from learnsched.schedule import RunInfo, Setting, Telemetry
 class StraightThrough:
     """Hard values, gradients as if under noise, whose std may move geometrically over the run.
 
-    With uniform noise of std ``1 / sqrt(12)``, level steps as everywhere, the gradient of a sign is the clipped identity of
-    Hubara et al. 2016 (equation 4).
+    With uniform noise of std ``1 / sqrt(12)``, in level steps, the gradient of a sign is the clipped
+    identity of Hubara et al. 2016 (equation 4).
 
     Args:
         weight_backward_std: in level steps, at least 0.
