@@ -1,6 +1,8 @@
-"""Draw every figure that the README shows, from the shipped artefact and the stored results.
+"""Draw README's figures of the schedule and of meta-training, from the artefact and stored results.
 
-python figures/make.py
+    python figures/make.py
+
+Those of the grid of methods, ``methods_*.png``, are drawn by ``python -m learnsched.benchmarks.report``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 /* The expectation of a staircase under noise, and its derivatives, in one pass over memory.
  *
  * The formulas are those of staircase.py. A tensor is a table of rows x columns; each row has its own
- * scale, std and mean of the noise (in units of the levels). kernels.py compiles this file and
+ * scale, std and mean of the noise (in units of the levels). native.py compiles this file, native_call.py
  * passes the arguments. Sums over a row add up blocks of fixed length in double precision and in a
  * fixed order, so that results do not depend on the number of threads.
  *

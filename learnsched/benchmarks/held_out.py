@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
     parser.add_argument("--tasks", nargs="*", choices=list(HELD_OUT), help="all of them if omitted")
     parser.add_argument("--hand-coded", action="store_true", help="leave the learned schedule out")
-    parser.add_argument("--quick", action="store_true", help="two tasks, a small budget")
+    parser.add_argument("--quick", action="store_true", help="one task, a small budget")
     parser.add_argument("--seed", type=int, default=0, help="of the search")
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     options = parser.parse_args(arguments)

@@ -137,8 +137,9 @@ WARM_UNTIL = 0.2
 def _warmed(curve: BaseCurve) -> BaseCurve:
     """The curve for training from scratch, with a learning rate that rises over a fifth of the run.
 
-    With 2-bit and real activations it gained 1.6 points on the seeds that it was found on, and nothing
-    on fresh ones (`python -m learnsched.benchmarks.warm_up`; `figures/meta_training.md`).
+    With 2-bit activations it gained 1.6 points on the seeds that it was found on, and nothing on fresh
+    ones (`python -m learnsched.benchmarks.warm_up`); with real ones, 1.2 on three tasks of the first
+    (`figures/meta_training.md`).
     """
     return replace(curve, warm_until=WARM_UNTIL)
 

@@ -195,7 +195,7 @@ class MetaTrainer:
         }
 
     def _task_gradient(self, task: Task) -> dict[str, Tensor]:
-        """The clipped gradient of a task, summed over members and flat over parameters."""
+        """The clipped gradient of a task, a mean over members, flat over parameters."""
         inner, rollout = self._started(task)
         estimate = self.estimator(inner, rollout)
         norms = estimate.norms

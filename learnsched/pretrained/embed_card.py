@@ -2,8 +2,8 @@
 
     python -m learnsched.pretrained.embed_card PATH.safetensors
 
-The tensors and the meta-network's configuration stay as they are; what else stands in ``PATH.json``
-becomes the artefact's card.
+The tensors stay as they are, and must be those that ``PATH.json`` describes; what else stands there, the
+policy's configuration included, becomes the artefact's card.
 """
 
 from __future__ import annotations
