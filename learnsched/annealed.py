@@ -78,13 +78,7 @@ def annealed_quantize(
         >>> [round(g, 4) for g in x.grad.tolist()]
         [0.5774, 0.5774]
     """
-    if not isinstance(levels, LevelSet):
-        raise TypeError(
-            f"levels must be a LevelSet such as ternary() or unsigned(2), got {type(levels).__name__}"
-        )
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x must be a floating point tensor, got {kind}; convert it with x.float()")
+    _check_types(x, levels)
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
     shape = noise_shape(noise)
@@ -135,6 +129,7 @@ def level_probabilities(
         tensor of shape ``(..., K + 1)``, non-negative; sums to 1 along the last dimension.
 
     Raises:
+        TypeError: ``x`` is not floating point or ``levels`` is not a :class:`LevelSet`.
         ValueError: the std is negative or not a number, or the noise is unknown.
 
     Example:
@@ -142,6 +137,7 @@ def level_probabilities(
         >>> level_probabilities(torch.tensor([0.0, 0.5]), ternary(), std=0.1)[1].tolist()
         [0.0, 0.5, 0.5]
     """
+    _check_types(x, levels)
     _check_std(std, "std")
     parts = staircase.probabilities(x, levels, std, mean, noise_shape(noise))
     return torch.stack(parts, dim=-1)
@@ -364,6 +360,16 @@ def _save(ctx: Any, *values: Any) -> None:
 def _saved(ctx: Any) -> list[Any]:
     pairs = zip(ctx.numbers, ctx.saved_tensors, strict=True)
     return [number if tensor is None else tensor for number, tensor in pairs]
+
+
+def _check_types(x: Any, levels: Any) -> None:
+    if not isinstance(levels, LevelSet):
+        raise TypeError(
+            f"levels must be a LevelSet such as ternary() or unsigned(2), got {type(levels).__name__}"
+        )
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a floating point tensor, got {kind}; convert it with x.float()")
 
 
 def _check_std(std: Level, name: str) -> None:

@@ -20,6 +20,8 @@ class History:
     """The settings that were applied so far and the metrics that were reported.
 
     Attributes:
+        layers: names of the layers, from the input.
+        settings: one tuple of settings, one a layer, for every epoch that has begun.
         metrics: one dictionary of numbers for every epoch that has ended.
 
     Example:

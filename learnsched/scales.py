@@ -36,7 +36,20 @@ class ScaleRule(Protocol):
 
 @dataclass(frozen=True)
 class AbsoluteMean:
-    """The mean of absolute values, per tensor or per channel (first dimension). BWN, XNOR-Net.
+    """The mean of absolute values, per tensor or per channel (first dimension).
+
+    Shapes and errors are those of every rule here that knows ``per``: a tensor of shape
+    ``(channels, ...)`` has scales of shape ``(channels, 1, ...)`` per channel, and of ``(1, 1, ...)``
+    per tensor.
+
+    Args:
+        per: ``"channel"`` or ``"tensor"``.
+
+    Raises:
+        ValueError: ``per`` is neither.
+
+    Source:
+        BWN and XNOR-Net, Rastegari et al. 2016 (arXiv:1603.05279), equation 6.
 
     Example:
         >>> from learnsched import ternary
@@ -55,7 +68,7 @@ class AbsoluteMean:
 
 @dataclass(frozen=True)
 class Maximum:
-    """The largest magnitude falls on the outermost level.
+    """The largest magnitude falls on the outermost level; see :class:`AbsoluteMean` for ``per``.
 
     Example:
         >>> from learnsched import signed
@@ -79,7 +92,8 @@ class PowerOfTwo:
     """The power of two that puts the outermost level at INQ's ``2^n1``.
 
     ``n1 = floor(log2(4 max|x| / 3))``; for level sets whose outermost level is a power of two
-    (Zhou et al. 2017, equation 2). The result carries no gradient.
+    (Zhou et al. 2017, arXiv:1702.03044, equation 2). The result carries no gradient. See
+    :class:`AbsoluteMean` for ``per``.
 
     Example:
         >>> from learnsched import power_of_two
@@ -106,6 +120,13 @@ class LeastSquares:
 
     Candidates on a logarithmic grid, each moved by one step of alternating least squares, then half
     as many around the best of them. The result carries no gradient.
+
+    Args:
+        per: see :class:`AbsoluteMean`.
+        candidates: points of the grid, at least 2.
+
+    Raises:
+        ValueError: ``per`` is unknown, or there are too few candidates.
 
     Example:
         >>> from learnsched import ternary

@@ -159,6 +159,9 @@ class RunInfo:
         steps_per_epoch: optimizer steps in an epoch, or None while unknown.
         fine_tuning: whether training starts from a trained float network.
 
+    Raises:
+        ValueError: there is no layer, or the horizon or the steps of an epoch are below 1.
+
     Example:
         >>> RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=5).progress(2)
         0.5

@@ -159,16 +159,18 @@ class QuantizationScheduler:
         ``step()`` follows each step of the optimizer.
 
         Args:
-            step: optimizer steps taken so far.
+            step: optimizer steps taken so far, at least 0; after the last epoch it stays what it was.
 
         Raises:
-            ValueError: the steps of an epoch are not known yet.
+            ValueError: the steps of an epoch are not known yet, or the step is negative.
         """
         if self._run.steps_per_epoch is None:
             raise ValueError(
                 "the learning rate changes with every optimizer step: give the scheduler "
                 "steps_per_epoch, the length of the data loader"
             )
+        if step < 0:
+            raise ValueError(f"optimizer steps are counted from 0, got {step}")
         progress = min(1.0, step / (self.epochs * self._run.steps_per_epoch))
         return learning_rate_factor(self.policy, self._run, progress)
 

@@ -665,9 +665,13 @@ def test_unknown_mode_is_refused_with_the_choices():
 def test_x_must_be_a_floating_point_tensor(x):
     with pytest.raises(TypeError, match="x must be a floating point tensor"):
         quantize(x)
+    with pytest.raises(TypeError, match="x must be a floating point tensor"):
+        level_probabilities(x, ternary(), 0.5)
 
 
 @pytest.mark.parametrize("levels", [(-1.0, 0.0, 1.0), "ternary", ternary])
 def test_levels_must_be_a_level_set(levels):
     with pytest.raises(TypeError, match="levels must be a LevelSet"):
         quantize(torch.zeros(3), levels)
+    with pytest.raises(TypeError, match="levels must be a LevelSet"):
+        level_probabilities(torch.zeros(3), levels, 0.5)

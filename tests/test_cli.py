@@ -186,7 +186,14 @@ def mistakes(folder):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(28))
+MISTAKES = 28
+
+
+def test_every_mistake_is_tried(tmp_path):
+    assert len(mistakes(tmp_path)) == MISTAKES
+
+
+@pytest.mark.parametrize("number", range(MISTAKES))
 def test_a_mistake_is_one_line_and_exit_code_1(number, capsys, tmp_path):
     arguments, message = mistakes(tmp_path)[number]
     before = sorted(os.listdir(tmp_path))

@@ -52,6 +52,16 @@ sys.exit(cli.main(["inspect", "net"]))
 """
 
 
+EMBED = """
+import shutil, sys, learnsched
+from pathlib import Path
+from learnsched.pretrained import embed_card
+for suffix in (".safetensors", ".json"):
+    shutil.copy(Path(learnsched.__file__).with_name("pretrained") / ("default" + suffix), ".")
+embed_card.main(["default.safetensors"])
+"""
+
+
 def benchmark(name):
     return module(f"learnsched.benchmarks.{name}", "--quick", "--json", "rows.json")
 
@@ -97,13 +107,29 @@ SLOW = {
     "first_layer": benchmark("first_layer"),
     "follow_loss": benchmark("follow_loss"),
     "warm_up": benchmark("warm_up"),
+    "stability": benchmark("stability"),
+    "payback": module("learnsched.benchmarks.payback"),
+    "embed_card": ["-c", EMBED],
 }
-# What they print holds seconds; unroll and speed measure nothing else.
-TIMED = ("gradient", "export", "curve_search", "accuracy")
+# What they print holds seconds.
+TIMED = ("gradient", "export", "curve_search", "accuracy", "stability")
+# They measure nothing else than times and memory; peers is `accuracy` with packages that are not ours.
+TIMES_ALONE = ("unroll", "speed", "outer_steps", "population", "stacking")
+ELSEWHERE = ("peers",)
 EVERY = [
     *COMMANDS.items(),
     *(pytest.param(*item, marks=pytest.mark.slow) for item in SLOW.items()),
 ]
+
+
+def test_every_program_is_run_twice():
+    programs = {
+        path.stem
+        for path in ROOT.glob("learnsched/**/*.py")
+        if '__name__ == "__main__"' in path.read_text()
+    }
+    verbs = {"cli"}  # list, plot, inspect and compare
+    assert programs - verbs <= {*COMMANDS, *SLOW, *TIMES_ALONE, *ELSEWHERE}
 
 
 def hashes(command, folder, timed):

@@ -655,6 +655,8 @@ def test_the_learning_rate_follows_the_policy_in_an_ordinary_lambda_scheduler():
     assert seen == pytest.approx([0.0, 1.0, *cosine], abs=1e-12)
     plain = ls.QuantizationScheduler(network(), policies.StraightThrough(), 4, steps_per_epoch=2)
     assert plain.learning_rate_factor(4) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="counted from 0, got -1"):
+        plain.learning_rate_factor(-1)
 
 
 def test_a_learning_rate_needs_the_number_of_steps():

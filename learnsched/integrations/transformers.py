@@ -24,6 +24,10 @@ class QuantizationCallback(TrainerCallback):
         **options: further arguments of :class:`~learnsched.scheduler.QuantizationScheduler`;
             ``epochs`` is ``num_train_epochs`` if omitted.
 
+    Raises:
+        ValueError: when the Trainer is made, its length is given as ``max_steps``.
+        RuntimeError: when training begins, the callback was given to the Trainer too late.
+
     Example:
         >>> from learnsched.policies import StraightThrough
         >>> callback = QuantizationCallback(StraightThrough())  # for Trainer(callbacks=[callback])

@@ -43,12 +43,12 @@ class TrainerConfig:
         mix: the distribution of tasks.
         validation: tasks that select the policy; never trained on.
         seed: of tasks and of the meta-network.
-        learning_rate: of the outer optimizer, Adam, at the start.
+        learning_rate: of the outer optimizer, Adam, at the start; positive.
         decay: outer steps after which the learning rate is half of it; ``1 / (1 + step / decay)``.
-        betas: its coefficients.
-        average: decay of the exponential average of the meta-parameters.
-        clip: largest norm of one member's gradient, in running medians of such norms.
-        validate_every: outer steps between validations.
+        betas: Adam's coefficients, in [0, 1).
+        average: decay of the exponential average of the meta-parameters, in [0, 1).
+        clip: largest norm of one member's gradient, in running medians of such norms; positive.
+        validate_every: outer steps between validations, at least 1.
 
     Example:
         >>> from dataclasses import replace

@@ -38,7 +38,9 @@ class IncrementalQuantization:
         activation_backward_std: std of the activations' backward noise, in level steps.
 
     Raises:
-        ValueError: fractions decrease, leave [0, 1] or do not end at 1; the partition is unknown.
+        ValueError: fractions decrease, leave [0, 1] or do not end at 1, or the paper has none for so
+            many bits; start leaves [0, 1), a std is negative or not finite, or the partition or the
+            noise is unknown.
 
     Source:
         Zhou et al. 2017 (arXiv:1702.03044), table 4; RPR: Cavigelli and Benini 2020

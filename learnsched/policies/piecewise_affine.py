@@ -26,7 +26,7 @@ class PiecewiseAffine:
     Args:
         start: progress at which the slope begins to grow, in [0, 1).
         end: progress at which weights are hard, in (start, 1].
-        steepness: of the sigmoid, positive; almost linear below 1.
+        steepness: of the sigmoid, in (0, 100]; almost linear below 1.
         weight_backward_std: std of the weights' backward noise, in level steps.
         activation_backward_std: the same for activations.
 
