@@ -16,7 +16,7 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd.function import once_differentiable
 
 from learnsched import kernels, operators, staircase
-from learnsched.levels import LevelSet, inside_transform
+from learnsched.levels import LevelSet, inside_transform, recorded_for_onnx
 from learnsched.noise import NoiseShape, noise_shape
 from learnsched.staircase import NARROWEST, Level
 
@@ -110,6 +110,9 @@ def quantize_unchecked(
     )  # fmt: skip
     if inside_transform(x):
         return _mapped(_AnnealedQuantize, arguments)
+    if recorded_for_onnx():
+        # It would take the Function for a call of Python, which no file can hold.
+        return _AnnealedQuantize.forward(*arguments)
     return _apply(_AnnealedQuantize, arguments)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from learnsched import native, native_call, staircase
-from learnsched.levels import LevelSet, inside_transform
+from learnsched.levels import LevelSet, inside_transform, recorded_for_onnx
 from learnsched.noise import NoiseShape
 from learnsched.staircase import Level
 
@@ -216,7 +216,7 @@ def _call(
         if not on_cpu or torch.compiler.is_exporting() or not _available():
             return None
         return _Operators(levels, std, mean, noise, scale)
-    if type(x) not in _PLAIN or inside_transform(x):
+    if type(x) not in _PLAIN or inside_transform(x) or recorded_for_onnx():
         return None
     for gradient in gradients:  # torch.autograd.grad(..., is_grads_batched=True)
         if torch._C._functorch.is_legacy_batchedtensor(gradient) or inside_transform(gradient):

@@ -226,9 +226,19 @@ def inside_transform(x: Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
+def recorded_for_onnx() -> bool:
+    """Whether ``torch.onnx.export(..., dynamo=False)`` records the operations.
+
+    It sees operations of torch, not what else fills a tensor.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:
+        return False
+    return torch.onnx.is_in_onnx_export()
+
+
 def _at_least(x: Tensor, threshold: float) -> Tensor:
     """1 where ``x >= threshold`` and 0 elsewhere, in x's dtype."""
-    if inside_transform(x) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or inside_transform(x) or recorded_for_onnx():
         return (x >= threshold).to(x.dtype)
     # Without a tensor of booleans in between: ten times as fast as where().
     return x.clone().ge_(threshold)

@@ -105,6 +105,37 @@ def test_accumulated_batches_are_one_step(tmp_path):
     assert scheduler.state_dict()["steps_per_epoch"] == 5
 
 
+def trainer_of(folder, epochs=2, **options):
+    callback = QuantizationCallback(ls.policies.IncrementalQuantization((0.5, 1.0)))
+    arguments = TrainingArguments(
+        output_dir=str(folder), num_train_epochs=epochs, report_to=[], use_cpu=True, disable_tqdm=True,
+        per_device_train_batch_size=100, dataloader_pin_memory=False, save_strategy="epoch",
+    )  # fmt: skip
+    return Trainer(
+        args=arguments, train_dataset=Rows(), callbacks=[callback], **options
+    ), callback
+
+
+def test_the_model_that_model_init_makes_is_the_one_that_is_scheduled(tmp_path):
+    trainer, callback = trainer_of(tmp_path, model_init=Digits)
+    for _ in range(2):  # each time from a new model
+        trainer.train()
+        assert callback.scheduler.epoch == 2
+        ls.integer_weights(trainer.model)
+    whole = {name: t.clone() for name, t in trainer.model.state_dict().items()}
+    trainer, _ = trainer_of(tmp_path, model_init=Digits)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def test_a_model_is_not_trained_twice_by_one_schedule(tmp_path):
+    trainer, _ = trainer_of(tmp_path, model=Digits())
+    trainer.train()
+    with pytest.raises(RuntimeError, match="has run 2 epochs: to train again"):
+        trainer.train()
+
+
 def test_a_callback_that_comes_late_is_refused(tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     trainer = Trainer(Digits(), arguments, train_dataset=Rows())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from learnsched.files import write
+from learnsched.layers import quantized_layers
 from learnsched.schedule import Policy
 from learnsched.scheduler import QuantizationScheduler
 
@@ -26,7 +28,8 @@ class QuantizationCallback(TrainerCallback):
 
     Raises:
         ValueError: when the Trainer is made, its length is given as ``max_steps``.
-        RuntimeError: when training begins, the callback was given to the Trainer too late.
+        RuntimeError: when training begins, the callback was given to the Trainer too late, or the model
+            has been trained by it before.
 
     Example:
         >>> from learnsched.policies import StraightThrough
@@ -36,18 +39,26 @@ class QuantizationCallback(TrainerCallback):
     def __init__(self, policy: Policy, **options: Any) -> None:
         self.policy, self.options = policy, options
         self.scheduler: Any = None
+        self._model: Any = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the scheduler, before a checkpoint is loaded."""
         if args.max_steps > 0:
             raise ValueError("give the Trainer num_train_epochs, not max_steps")
-        options = {"epochs": math.ceil(args.num_train_epochs), **self.options}
-        self.scheduler = QuantizationScheduler(kwargs["model"], self.policy, **options)
+        self._schedule(args, kwargs["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Watch the optimizer; go on where the checkpoint was taken."""
+        model = kwargs["model"]
         if self.scheduler is None:
             raise RuntimeError("give the callback to the Trainer's constructor, not later")
+        if model is not self._model:
+            self._schedule_anew(args, model, resumed=state.global_step > 0)
+        elif self.scheduler.epoch > 0 and state.global_step == 0:
+            raise RuntimeError(
+                f"this schedule has run {self.scheduler.epoch} epochs: to train again, quantize the float "
+                "model again, and make another Trainer with another callback; or give it model_init"
+            )
         self.scheduler.watch(getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]))
         if state.global_step > 0:
             self.scheduler.load_state_dict(torch.load(_path(args, state), weights_only=True))
@@ -69,6 +80,22 @@ class QuantizationCallback(TrainerCallback):
         """Add the scheduler's state to the checkpoint."""
         if state.is_world_process_zero:
             write(_path(args, state), partial(torch.save, self.scheduler.state_dict()))
+
+
+    def _schedule(self, args: Any, model: Any) -> None:
+        options = {"epochs": math.ceil(args.num_train_epochs), **self.options}
+        self.scheduler = QuantizationScheduler(model, self.policy, **options)
+        self._model = model
+
+    def _schedule_anew(self, args: Any, model: Any, *, resumed: bool) -> None:
+        """For what ``model_init`` has made; a checkpoint is in it already if the run is resumed."""
+        loaded = copy.deepcopy(model.state_dict()) if resumed else {}
+        for layer in quantized_layers(model):
+            if layer.weight is not None:
+                layer.weight.weight_quantizer.release_()
+        self._schedule(args, model)
+        if resumed:
+            model.load_state_dict(loaded)
 
 
 def _path(args: Any, state: Any) -> Path:
