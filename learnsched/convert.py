@@ -261,8 +261,12 @@ def _activation_quantizer(
     # negative values through that the float network never had.
     many_signed = levels.values[0] < 0 and len(levels.values) > 3
     contained = (nn.Hardtanh,) if many_signed else CLIPPING
-    ceiling = module.max_val if isinstance(module, nn.Hardtanh) else math.inf  # ReLU6 is one
-    if type(module) not in contained or ceiling <= 0:
+    floor, ceiling = -math.inf, math.inf
+    if isinstance(module, nn.Hardtanh):  # ReLU6 is one
+        floor, ceiling = module.min_val, module.max_val
+    # The staircase ends at the ceiling, and as far below 0 if it goes there.
+    same_ends = floor == -ceiling if many_signed else floor <= 0
+    if type(module) not in contained or ceiling <= 0 or not same_ends:
         return ActivationQuantizer(levels, scale, rule, module, like)
     return ActivationQuantizer(levels, scale, rule, None, like, ceiling)
 

@@ -90,7 +90,8 @@ def execution(model: nn.Module, example_input: Tensor | tuple[Any, ...] | None) 
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     try:
         model.eval()
-        with torch.no_grad(), seen:
+        # Compiled, the model would hand its weights to a graph, outside of its modules.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), seen:
             seen.use(model(*inputs))
     finally:
         for module in training:

@@ -184,6 +184,8 @@ def finalize_(
         TypeError: without ``forward``, a batch is neither a tensor nor a tuple that starts with one.
         ValueError: the model has no quantized layers, or the loader or a batch is empty.
 
+        Whatever fails, a batch in the middle of the loader included, the model is as it was.
+
     Example:
         >>> from learnsched import quantize_, ternary
         >>> net = quantize_(nn.Sequential(nn.Linear(8, 1, bias=False)), ternary())
@@ -213,9 +215,28 @@ def finalize_(
                     f"the scale of the activation after {layer.info.name} has become {scale:g}, which "
                     "must be positive and finite; learn scales at a lower rate"
                 )
-    if any(isinstance(module, AveragedModel) for module in model.modules()) or any(
-        layer.weight.weight_quantizer.is_averaged for layer in layers if layer.weight is not None
-    ):
+    kept = [(t, t.detach().clone()) for layer in layers for t in _tensors(layer)]
+    try:
+        _harden(model, layers)
+        return model if batches is None else _reestimate(model, batches, run)
+    except BaseException:
+        _put_back(kept)
+        raise
+
+
+def _tensors(layer: Layer) -> Iterator[Tensor]:
+    """What hardening changes of a layer."""
+    if layer.weight is not None:
+        yield layer.weight.weight
+    for quantizer in layer.quantizers:
+        yield from quantizer.buffers()
+
+
+def _harden(model: nn.Module, layers: Iterable[Layer]) -> None:
+    """Noise 0 and every weight frozen on its level, checked."""
+    weights = [layer.weight for layer in layers if layer.weight is not None]
+    averaged = any(isinstance(module, AveragedModel) for module in model.modules())
+    if averaged or any(weight.weight_quantizer.is_averaged for weight in weights):
         _release_averages(layers)
     for layer in layers:
         for quantizer in layer.quantizers:
@@ -223,12 +244,8 @@ def finalize_(
                 if name != "backward_std":
                     getattr(quantizer, name).zero_()
         if layer.weight is not None:
-            quantizer = layer.weight.weight_quantizer
-            quantizer.freeze_(layer.weight.weight, 1.0, "settled")
-    for layer in layers:
-        if layer.weight is not None:
+            layer.weight.weight_quantizer.freeze_(layer.weight.weight, 1.0, "settled")
             _check_on_levels(layer.info.name, layer.weight)
-    return model if batches is None else _reestimate(model, batches, run)
 
 
 @torch.no_grad()
@@ -267,7 +284,7 @@ def _release_averages(layers: Iterable[Layer]) -> None:
         warnings.warn(
             f"averages of quantized weights lie between the levels: those of {released} are projected "
             "anew, each with the scale of its average. Compare with the model that was not averaged",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -306,7 +323,8 @@ class _Fit:
             x = x.clamp(min=0)
         x = x.clamp(-module.ceiling, module.ceiling)
         if bool(x.any()):
-            scale = module.rule(x, module.levels).mean()
+            # One row: the rules take rows for channels, and an activation has one scale.
+            scale = module.rule(x.flatten(), module.levels).mean()
             self.fitted.append(scale.clamp(max=module.largest_scale))
             module.scale.copy_(torch.stack(self.fitted).mean())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from learnsched.modules import QUANTIZED_LAYERS, QuantizedLayer, fan_in
 from learnsched.quantizers import ActivationQuantizer, WeightQuantizer
@@ -31,7 +31,7 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
 
     Raises:
         ValueError: the model has none, they were quantized in different calls, or a weight has been
-            parametrized since.
+            parametrized or shared since.
 
     Example:
         >>> import learnsched as ls
@@ -42,6 +42,7 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
     weights: dict[int, QuantizedLayer] = {}
     activations: dict[int, list[ActivationQuantizer]] = {}
     names: dict[int, str] = {}
+    owners: dict[Tensor, WeightQuantizer] = {}
     for module in model.modules():
         if isinstance(module, QUANTIZED_LAYERS):
             if "weight" not in module._parameters:
@@ -54,6 +55,12 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
                 raise ValueError(
                     f"{twin.weight_quantizer.layer_name} and {module.weight_quantizer.layer_name} "
                     "were quantized in different calls; call quantize_ once, on the whole model"
+                )
+            owner = owners.setdefault(module.weight, module.weight_quantizer)
+            if owner is not module.weight_quantizer:
+                raise ValueError(
+                    f"{owner.layer_name} and {module.weight_quantizer.layer_name} have shared a weight "
+                    "since quantize_ gave each a quantizer of its own; share it before quantize_"
                 )
         if isinstance(module, WeightQuantizer | ActivationQuantizer):
             names[module.layer_index] = module.layer_name

@@ -23,7 +23,8 @@ def learn_scales_(model: nn.Module) -> list[nn.Parameter]:
 
     Returns:
         the new parameters, one an activation, scalars. An optimizer that was made before does not know
-        them: ``optimizer.add_param_group({"params": learn_scales_(model), "weight_decay": 0})``. With
+        them: ``optimizer.add_param_group({"params": learn_scales_(model), "weight_decay": 0})``, before
+        a learning-rate scheduler of torch is made, which counts the groups. With
         SGD, learn them at a fraction of the weights' learning rate; Adam's steps need no such care.
 
     Raises:

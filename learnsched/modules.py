@@ -16,21 +16,27 @@ class _OwnsQuantizer(nn.Module):
     """Frees what INQ has frozen when other weights take its place."""
 
     weight_quantizer: WeightQuantizer
+    _loads_quantizer = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         # As fusing with a batch norm does.
         replaced = name == "weight" and self._parameters.get(name, value) is not value
         super().__setattr__(name, value)
-        if replaced and "weight_quantizer" in self._modules:
+        if replaced and "weight_quantizer" in self._modules and not self._loads_quantizer:
             self._release("a new parameter took the place of frozen weights")
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        of_quantizer = (name.startswith(f"{prefix}weight_quantizer.") for name in state_dict)
-        if f"{prefix}weight" in state_dict and not any(of_quantizer):
+        whole = any(name.startswith(f"{prefix}weight_quantizer.") for name in state_dict)
+        if f"{prefix}weight" in state_dict and not whole:
             self._release("a float checkpoint was loaded into a model with frozen weights")
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # With assign=True the weight is replaced, and what is frozen of it comes right after.
+        self._loads_quantizer = whole
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        finally:
+            del self._loads_quantizer
 
     def _release(self, reason: str) -> None:
         if bool(self.weight_quantizer.membership.any()):

@@ -30,6 +30,7 @@ class Setting:
         activation_forward_mean: the same for activations.
 
     Raises:
+        TypeError: something is no number.
         ValueError: a std is negative, the fraction leaves [0, 1], or a number is not finite.
 
     Example:
@@ -47,6 +48,10 @@ class Setting:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
+            if type(value) is not float:
+                # NumPy's numbers and tensors are welcome, and are kept as plain ones.
+                value = float(1.0 * value)
+                object.__setattr__(self, name, value)
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
             if name.endswith("_std") and value < 0:
@@ -282,6 +287,27 @@ def terminal(setting: Setting, run: RunInfo, epoch: int) -> Setting:
     )
 
 
+def ask(
+    policy: Policy, run: RunInfo, epoch: int, telemetry: Telemetry, state: Any
+) -> tuple[Sequence[Setting], Any]:
+    """A policy's ``settings()``, whose answer is checked.
+
+    Raises:
+        TypeError: it is not a pair of settings and state.
+        ValueError: there are more or fewer settings than layers.
+    """
+    answer = policy.settings(run, epoch, telemetry, state)
+    pair = isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], Sequence)
+    if not pair or not all(isinstance(setting, Setting) for setting in answer[0]):
+        raise TypeError(
+            f"settings() of {type(policy).__name__} must return one Setting a layer and the policy's "
+            f"state, as in: return [Setting()] * len(run.layers), state; got {answer!r}"
+        )
+    if len(answer[0]) != len(run.layers):
+        raise ValueError(f"the policy gave {len(answer[0])} settings for {len(run.layers)} layers")
+    return answer
+
+
 def plan(
     policy: Policy,
     run: RunInfo,
@@ -297,6 +323,9 @@ def plan(
         hardened: whether the terminal conditions hold, as they do under a scheduler.
         progress: called with the number of epochs that are planned, after each.
 
+    Raises:
+        TypeError, ValueError: the policy's settings are none, or of another number of layers.
+
     Example:
         >>> from learnsched.policies import StraightThrough
         >>> run = RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=3)
@@ -306,7 +335,7 @@ def plan(
     telemetry = Telemetry.initial(torch.full((len(run.layers),), 0.5))
     state, rows = policy.begin(run), []
     for epoch in range(run.horizon):
-        settings, state = policy.settings(run, epoch, telemetry, state)
+        settings, state = ask(policy, run, epoch, telemetry, state)
         rows.append([terminal(s, run, epoch) if hardened else s for s in settings])
         if progress is not None:
             progress(epoch + 1)

@@ -23,7 +23,7 @@ from learnsched.learning_rate import learning_rate_factor
 from learnsched.levels import LevelSet
 from learnsched.noise import noise_shape
 from learnsched.quantizers import WeightQuantizer
-from learnsched.schedule import FIELDS, Policy, RunInfo, Setting, Telemetry, terminal
+from learnsched.schedule import FIELDS, Policy, RunInfo, Setting, Telemetry, ask, terminal
 
 _STATE_VERSION = 2
 # A std that no dtype of a network rounds to 0.
@@ -51,7 +51,8 @@ class QuantizationScheduler:
         seed: of random INQ partitions.
 
     Raises:
-        TypeError: ``policy`` is no policy or ``optimizer`` no optimizer.
+        TypeError: ``policy`` is no policy, what it returns is no settings, or ``optimizer`` is no
+            optimizer.
         ValueError: the model has no quantized layers or more frozen weights than the policy starts
             with, ``epochs`` or ``steps_per_epoch`` is no whole number of at least 1, or the policy's
             settings do not fit. The model is as it was.
@@ -84,6 +85,10 @@ class QuantizationScheduler:
                 f"policy must have begin() and settings(), got {policy!r}; see "
                 "learnsched.policies and learnsched.load_pretrained"
             )
+        if isinstance(policy.metrics, str):
+            raise TypeError(
+                f"the policy's metrics must be a tuple of names, got the string {policy.metrics!r}"
+            )
         if optimizer is not None:
             _check_optimizer(optimizer)
         epochs = _count_of("epochs", epochs)
@@ -101,6 +106,13 @@ class QuantizationScheduler:
         self._layers = quantized_layers(model)
         parallel = isinstance(model, DistributedDataParallel)
         self._process_group: Any = model.process_group if parallel else None
+        if policy.metrics and not parallel and _several_ranks():
+            warnings.warn(
+                "the model is not wrapped in DistributedDataParallel yet: the settings of ranks that "
+                "step with metrics of their own will differ. Wrap it before you make the scheduler, or "
+                "give step() metrics that are averaged over the ranks",
+                stacklevel=2,
+            )
         self.policy = policy
         infos = tuple(layer.info for layer in self._layers)
         self._run = RunInfo(infos, epochs, steps_per_epoch, fine_tuning)
@@ -120,7 +132,7 @@ class QuantizationScheduler:
         if optimizer is not None:
             self.watch(optimizer)
         elif steps_per_epoch is None:
-            count = functools.partial(self._after_forward, self._new_count())
+            count = functools.partial(_count_forward, self._new_count())
             self._counter = model.register_forward_pre_hook(count)
         self._apply(settings, state)
 
@@ -183,7 +195,7 @@ class QuantizationScheduler:
         Raises:
             RuntimeError: all epochs have been stepped through, or ``finalize_`` was called before.
             KeyError: a metric that the policy needs is missing.
-            TypeError: a metric is not a number.
+            TypeError: a metric is not a number, or the policy's settings are none.
             ValueError: the policy's settings do not fit. Nothing has changed then, nor with the others.
         """
         if self.epoch >= self.epochs:
@@ -191,10 +203,10 @@ class QuantizationScheduler:
                 f"step() was called {self.epoch + 1} times for a horizon of {self.epochs} epochs; "
                 "make a new scheduler with more epochs"
             )
-        if self._noise_is_gone():
+        if self._is_finalized():
             raise RuntimeError(
                 f"finalize_ was called after {self.epoch} of {self.epochs} epochs, which ended the "
-                "noise; call it after the last step()"
+                "noise and froze all weights; call it after the last step()"
             )
         numbers = as_numbers(metrics)
         missing = [name for name in self.policy.metrics if name not in numbers]
@@ -272,31 +284,55 @@ class QuantizationScheduler:
             rows = state_dict["settings"].tolist()
             settings = [tuple(Setting(*values) for values in row) for row in rows]
             metrics = [dict(m) for m in state_dict["metrics"]]
-            epoch, seed, steps, state = (
-                state_dict[key] for key in ("epoch", "seed", "steps_per_epoch", "policy_state")
+            state, steps = state_dict["policy_state"], state_dict["steps_per_epoch"]
+            epoch, seed, counted = (
+                operator.index(state_dict[key]) for key in ("epoch", "seed", "counted")
             )
-            counted = int(state_dict.get("counted", 0))
+            steps = steps if steps is None else _count_of("steps_per_epoch", steps)
+            self._check_whole(epoch, settings, metrics, state)
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"this is no whole state of a scheduler: {error!r}") from error
         # All that can fail comes before this line.
         self.epoch, self._seed, self._state = epoch, seed, state
         self.history.settings, self.history.metrics = settings, metrics
-        if steps is not None:
+        own = self._run.steps_per_epoch
+        if own is None:
             self._run = replace(self._run, steps_per_epoch=steps)
+        elif steps not in (None, own):
+            warnings.warn(
+                f"an epoch has {own} steps now, and had {steps} when the state was taken: the policy is "
+                f"shown {own} from here on",
+                stacklevel=2,
+            )
         for count in self._counts:
             count.fill_(counted)
+        if self._counter is not None and epoch > 0:
+            self._counter.remove()
         self._set_noise(self.get_last_setting())
+
+    def _check_whole(
+        self, epoch: int, settings: Sequence[Any], metrics: Sequence[Any], state: Any
+    ) -> None:
+        """Whether the parts of a state fit each other and this scheduler, with a ValueError if not."""
+        rows, layers = min(epoch + 1, self.epochs), len(self._layers)
+        if not 0 <= epoch <= self.epochs or len(metrics) != epoch:
+            raise ValueError(f"epoch {epoch} of {self.epochs}, with {len(metrics)} rows of metrics")
+        if [len(row) for row in settings] != [layers] * rows:
+            raise ValueError(f"settings must be of {rows} epochs and {layers} layers")
+        own = self._state
+        if (state is None) != (own is None):
+            raise ValueError(f"the policy's state is {state!r}")
+        if isinstance(own, Mapping) and not (
+            isinstance(state, Mapping) and own.keys() <= state.keys()
+        ):
+            raise ValueError(f"the policy's state needs {', '.join(own)}")
 
     def _ask(
         self, run: RunInfo, epoch: int, metrics: Sequence[Mapping[str, float]]
     ) -> tuple[tuple[Setting, ...], Any]:
         """The policy's settings of an epoch, checked, and its new state; nothing changes."""
-        raw, state = self.policy.settings(run, epoch, self._telemetry(metrics), self._state)
+        raw, state = ask(self.policy, run, epoch, self._telemetry(metrics), self._state)
         settings = tuple(terminal(setting, run, epoch) for setting in raw)
-        if len(settings) != len(self._layers):
-            raise ValueError(
-                f"the policy gave {len(settings)} settings for {len(self._layers)} layers"
-            )
         before = self.history.settings[-1] if self.history.settings else settings
         for layer, old, new in zip(self._layers, before, settings, strict=True):
             if new.fraction < old.fraction:
@@ -342,9 +378,14 @@ class QuantizationScheduler:
         """The level sets of each layer, in words: the model's own state does not tell them."""
         return [[_spelled(q.levels) for q in layer.quantizers] for layer in self._layers]
 
-    def _noise_is_gone(self) -> bool:
-        """Whether a std that the last settings made positive is 0."""
-        for layer, s in zip(self._layers, self.history.settings[-1], strict=True):
+    def _is_finalized(self) -> bool:
+        """Whether a std that the last settings made positive is 0, or all is frozen before its time."""
+        last = self.history.settings[-1]
+        weights = [layer.weight for layer in self._layers if layer.weight is not None]
+        early = any(s.fraction < 1 for s in last)
+        if weights and early and all(bool(w.weight_quantizer.membership.all()) for w in weights):
+            return True
+        for layer, s in zip(self._layers, last, strict=True):
             for quantizer in layer.quantizers:
                 of_weight = isinstance(quantizer, WeightQuantizer)
                 std = s.weight_forward_std if of_weight else s.activation_forward_std
@@ -408,14 +449,27 @@ class QuantizationScheduler:
     def _counted(self) -> int:
         return max(map(int, self._counts), default=0)
 
-    def _after_forward(self, count: Tensor, model: nn.Module, inputs: Any) -> None:
-        count.add_(int(model.training and self.epoch == 0))
-
     def _after_optimizer(self, count: Tensor, optimizer: Any, args: Any, kwargs: Any) -> None:
         count.add_(int(self.epoch == 0))
         for layer in self._layers:
             if layer.weight is not None:
                 layer.weight.weight_quantizer.restore_(layer.weight.weight)
+
+
+def _count_forward(count: Tensor, model: nn.Module, inputs: Any) -> None:
+    """Count passes in training mode; knows nothing of the scheduler, since copies of a model have it."""
+    # A gradient of torch.func may not change what it did not make.
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        count.add_(int(model.training))
+
+
+def _several_ranks() -> bool:
+    distributed = torch.distributed
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
 
 
 def _count_of(name: str, value: Any) -> int:

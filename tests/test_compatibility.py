@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import socket
+import warnings
 
 import pytest
 import torch
@@ -135,6 +136,38 @@ def test_inductor_computes_what_eager_computes():
     eager = network()
     assert losses == pytest.approx(train(eager, adam(eager), scheduled(eager)), abs=2e-2)
     finished(model)
+
+
+@pytest.mark.filterwarnings("ignore:no batch norm")
+def test_a_compiled_model_is_quantized_without_a_false_warning():
+    torch._dynamo.reset()
+    plain = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    model = torch.compile(copy.deepcopy(plain), backend="eager")
+    x = torch.randn(2, 8)
+    model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "no batch norm")
+        ls.quantize_(model, ls.ternary(), ls.unsigned(2), example_input=x)
+    twin = ls.quantize_(plain, ls.ternary(), ls.unsigned(2), example_input=x)
+    torch.testing.assert_close(model(x), twin(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*legacy TorchScript-based ONNX export:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_older_exporter_of_torch_writes_what_the_network_computes(dtype, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    x = torch.randn(64, 8, dtype=dtype)
+    layers = nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)
+    model = nn.Sequential(*layers).to(dtype)
+    ls.finalize_(ls.quantize_(model, ls.ternary(), ls.unsigned(2)), [x]).eval()
+    path = tmp_path / "net.onnx"
+    torch.onnx.export(
+        model, (x[:4],), path, dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "batch"}}
+    )
+    (found,) = onnxruntime.InferenceSession(path).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x).detach())
 
 
 def test_autocast_in_bfloat16_trains_and_ends_on_the_levels():

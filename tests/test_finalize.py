@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import learnsched as ls
 from learnsched.layers import quantized_layers
-from learnsched.scales import AbsoluteMean, Fixed
+from learnsched.scales import AbsoluteMean, Fixed, LeastSquares, Maximum, PowerOfTwo
 
 pytestmark = pytest.mark.filterwarnings("ignore:no batch norm precedes")
 
@@ -121,6 +122,25 @@ def test_data_loaders_give_tuples(as_list):
     assert_same_state(one, two.state_dict())
 
 
+@pytest.mark.parametrize("rule", [Maximum, LeastSquares, PowerOfTwo, AbsoluteMean])
+def test_an_activation_has_one_scale_whatever_the_rule_takes_for_channels(rule):
+    x = torch.zeros(32, 4)
+    x[0] = torch.tensor([3.0, 2.0, 0.0, 1.0])
+    models = [
+        ls.quantize_(
+            nn.Sequential(nn.Identity(), nn.ReLU()),
+            None,
+            ls.unsigned(2),
+            activation_scale=rule(per),
+        )
+        for per in ("channel", "tensor")
+    ]
+    found = [float(ls.calibrate_(model, [x])[1].scale) for model in models]
+    assert found[0] == found[1]
+    if rule is Maximum:
+        assert found[0] == 1.0
+
+
 def test_fixed_scales_are_kept_by_calibration():
     model = ls.calibrate_(network(activation_scale=Fixed(0.25)), batches())
     assert float(model[2].scale) == float(model[6].scale) == 0.25
@@ -154,11 +174,11 @@ def test_wrong_batches_are_refused_before_anything_changes(call, data, kind, mes
     assert_same_state(model, before)
 
 
-@pytest.mark.parametrize("call", [ls.calibrate_, ls.reestimate_batch_norm_])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("last", ["text", torch.zeros(1, 2), torch.full((4, 2, 4, 4), torch.nan)])
 def test_a_failure_at_a_later_batch_puts_everything_back(call, last):
     model = network().train()
-    if call is ls.reestimate_batch_norm_ and isinstance(last, torch.Tensor):
+    if call is not ls.calibrate_ and isinstance(last, torch.Tensor):
         last = torch.zeros(1, 2, 4, 4)  # a last batch of one example has no variance
     before, flags = state_of(model), [m.training for m in model.modules()]
     momenta = [model[1].momentum, model[5].momentum]
@@ -352,6 +372,18 @@ def test_a_finished_network_keeps_its_outputs_through_its_state_dict():
     x = batches(1)[0]
     assert torch.equal(twin(x), model(x))
     assert torch.equal(ls.integer_weights(twin)["0"].codes, ls.integer_weights(model)["0"].codes)
+
+
+def test_a_checkpoint_that_is_assigned_keeps_what_is_frozen():
+    state = ls.finalize_(network(), batches()).state_dict()
+    twin = network()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):  # into a free model, then into a frozen one
+            twin.load_state_dict(state, assign=True)
+    assert len(ls.integer_weights(twin)) == 3
+    with pytest.warns(UserWarning, match="a new parameter took the place of frozen weights"):
+        twin[0].weight = nn.Parameter(torch.randn_like(twin[0].weight))
 
 
 @pytest.mark.parametrize("levels", [ls.unsigned(2), ls.unsigned(8), ls.binary(), ls.ternary()])

@@ -158,6 +158,20 @@ def test_a_loss_of_the_last_batch_is_warned_of(tmp_path, options):
     assert shown == pytest.approx(mean if options else model.losses[9], rel=1e-5)
 
 
+def test_a_module_that_is_quantized_too_late_is_told_where(tmp_path):
+    class Late(Digits):
+        def __init__(self):
+            lightning.LightningModule.__init__(self)
+
+        def configure_model(self):
+            self.layers = digits_layers()
+            ls.quantize_(self, ls.ternary(), ls.unsigned(2))
+
+    run, _ = trainer(tmp_path)
+    with pytest.raises(ValueError, match="quantize_ in its __init__, since Lightning"):
+        run.fit(Late(), loader(DATA.train))
+
+
 def test_averages_that_the_schedule_cannot_serve_are_refused(tmp_path):
     with pytest.raises(ValueError, match="averages weights that the schedule has frozen"):
         fit(tmp_path, StochasticWeightAveraging(swa_lrs=0.01))

@@ -111,9 +111,7 @@ def trainer_of(folder, epochs=2, **options):
         output_dir=str(folder), num_train_epochs=epochs, report_to=[], use_cpu=True, disable_tqdm=True,
         per_device_train_batch_size=100, dataloader_pin_memory=False, save_strategy="epoch",
     )  # fmt: skip
-    return Trainer(
-        args=arguments, train_dataset=Rows(), callbacks=[callback], **options
-    ), callback
+    return Trainer(args=arguments, train_dataset=Rows(), callbacks=[callback], **options), callback
 
 
 def test_the_model_that_model_init_makes_is_the_one_that_is_scheduled(tmp_path):

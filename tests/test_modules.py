@@ -265,6 +265,29 @@ def test_what_precedes_a_staircase_is_computed_first():
     assert torch.equal(gelu(x), activation()(F.gelu(x)))
 
 
+@pytest.mark.parametrize(
+    ("levels", "ends"),
+    [
+        (ls.signed(3), (0.0, 1.0)), (ls.signed(3), (-2.0, 0.5)), (ls.signed(3), (-0.25, 1.0)),
+        (ls.signed(3), (-1.0, 1.0)), (ls.unsigned(2), (0.0, 1.0)), (ls.unsigned(2), (0.25, 1.0)),
+        (ls.unsigned(2), (-1.0, 1.0)),
+    ],
+)  # fmt: skip
+def test_a_hardtanh_is_quantized_as_it_clips(levels, ends):
+    clip = nn.Hardtanh(*ends)
+    quantizer = ls.quantize_(nn.Sequential(nn.Identity(), clip), None, levels)[1]
+    x = torch.linspace(-3, 3, 61)
+    scale = float(quantizer.scale)
+    expected = torch.tensor(
+        [
+            min((scale * q for q in levels.values), key=lambda v: abs(v - c))
+            for c in clip(x).tolist()
+        ]
+    )
+    far = torch.stack([(clip(x) / scale - t).abs() for t in levels.thresholds]).amin(0) > 1e-4
+    torch.testing.assert_close(quantizer(x)[far], expected[far])
+
+
 def test_a_prelu_keeps_its_slope_and_learns_it():
     prelu = nn.PReLU(init=0.3)
     like = torch.zeros(())

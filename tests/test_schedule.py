@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -167,3 +168,16 @@ def test_what_lacks_a_part_of_the_protocol_is_no_policy():
     assert all(isinstance(getattr(policies, name)(), Policy)
                for name in ("StraightThrough", "AdditiveNoiseAnnealing", "Relaxed",
                             "IncrementalQuantization"))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, torch.tensor, int])
+def test_the_numbers_of_a_setting_are_plain(kind):
+    setting = Setting(weight_forward_std=kind(0), fraction=kind(1))
+    assert [type(n) for n in dataclasses.astuple(setting)] == [float] * len(FIELDS)
+    assert setting == Setting(weight_forward_std=0.0, fraction=1.0)
+
+
+@pytest.mark.parametrize("bad", ["0.3", None, [0.3]])
+def test_a_setting_takes_numbers_alone(bad):
+    with pytest.raises(TypeError):
+        Setting(fraction=bad)

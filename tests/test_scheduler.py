@@ -495,6 +495,38 @@ def test_a_state_with_a_part_missing_is_refused_and_changes_nothing(part):
     assert_equal(scheduler.state_dict(), state)
 
 
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"epoch": 99}, {"epoch": None}, {"epoch": 0.5}, {"epoch": 2}, {"seed": None}, {"metrics": []},
+        {"settings": torch.zeros(0, 2, 7)}, {"settings": torch.zeros(2, 3, 7)},
+        {"settings": torch.zeros(2, 2, 7) - 1}, {"policy_state": None}, {"policy_state": {"hidden": 0}},
+        {"steps_per_epoch": "x"}, {"steps_per_epoch": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_spoilt_state_is_refused_and_changes_nothing(spoilt):
+    model = network()
+    scheduler = ls.QuantizationScheduler(model, learned(), 4, steps_per_epoch=3)
+    scheduler.step({"train_loss": 1.0})
+    before, state = state_of(model), scheduler.state_dict()
+    with pytest.raises(ValueError, match="no whole state of a scheduler"):
+        scheduler.load_state_dict({**state, **spoilt})
+    assert_same_state(model, before)
+    assert_equal(scheduler.state_dict(), state)
+    scheduler.step({"train_loss": 1.0})
+
+
+def test_a_run_that_goes_on_with_other_steps_per_epoch_keeps_them_with_a_warning():
+    first = ls.QuantizationScheduler(network(), learned(), 10, steps_per_epoch=10)
+    first.step({"train_loss": 1.0})
+    second = ls.QuantizationScheduler(network(), learned(), 10, steps_per_epoch=40)
+    with pytest.warns(UserWarning, match="an epoch has 40 steps now, and had 10 when"):
+        second.load_state_dict(first.state_dict())
+    assert second.state_dict()["steps_per_epoch"] == 40
+    assert second.learning_rate_factor(200) == pytest.approx(0.5)
+
+
 def test_a_learned_schedule_warns_of_losses_below_zero():
     scheduler = ls.QuantizationScheduler(network(), learned(), 4, steps_per_epoch=3)
     with pytest.warns(UserWarning, match="Pass a positive loss"):
@@ -514,6 +546,26 @@ def test_a_step_after_finalize_is_refused_and_changes_nothing(weight):
         scheduler.step()
     assert_same_state(model, before)
     assert_equal(scheduler.state_dict(), state)
+
+
+def test_a_step_after_finalize_is_refused_where_there_never_was_noise():
+    model = network()
+    scheduler = ls.QuantizationScheduler(model, policies.StraightThrough(), 6)
+    scheduler.step()
+    ls.finalize_(model)
+    with pytest.raises(RuntimeError, match="finalize_ was called after 1 of 6 epochs"):
+        scheduler.step()
+
+
+def test_a_weight_that_is_shared_later_is_named():
+    model = ls.quantize_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ls.ternary())
+    model[1].weight = model[0].weight
+    for call in (
+        lambda: ls.QuantizationScheduler(model, policies.StraightThrough(), 4),
+        lambda: ls.finalize_(model),
+    ):
+        with pytest.raises(ValueError, match="0 and 1 have shared a weight since quantize_"):
+            call()
 
 
 def test_a_weight_that_is_parametrized_later_is_named():
@@ -689,6 +741,13 @@ def test_a_fraction_that_decreases_is_refused_before_anything_changes(policy, me
     assert_equal(scheduler.state_dict(), state)
 
 
+class Returning(Scripted):
+    """Gives back what it is told to."""
+
+    def settings(self, run, epoch, telemetry, state):
+        return self.rows
+
+
 class Failing(Scripted):
     def settings(self, run, epoch, telemetry, state):
         raise ArithmeticError("no settings")
@@ -701,6 +760,22 @@ REFUSED = [
     ({"policy": Scripted(ROW, noise="pink")}, ValueError, "unknown noise 'pink'"),
     ({"policy": Scripted(ROW, partition="largest")}, ValueError, "partition is 'largest'.*settled"),
     ({"policy": Failing(ROW)}, ArithmeticError, "no settings"),
+    *(
+        (
+            {"policy": Returning(given)},
+            TypeError,
+            r"settings\(\) of Returning must return one Setting",
+        )
+        for given in (
+            [Setting()] * 2,
+            [Setting()] * 3,
+            None,
+            (None, {}),
+            ([None, None], {}),
+            (3, {}),
+        )
+    ),
+    ({"policy": Scripted(ROW, metrics="train_loss")}, TypeError, "tuple of names.*'train_loss'"),
     ({"policy": "default"}, TypeError, "got 'default'.*load_pretrained"),
     ({"policy": policies.StraightThrough}, TypeError, r"must have begin\(\) and settings\(\)"),
     ({"policy": None}, TypeError, "got None"),
@@ -792,6 +867,37 @@ def test_a_model_can_be_copied_in_the_middle_of_the_first_epoch(duplicate):
     twin(torch.randn(4, 8))
     scheduler.step({"train_loss": 1.0})
     assert scheduler.state_dict()["steps_per_epoch"] == 1
+
+
+def test_the_counter_of_steps_knows_nothing_of_the_scheduler():
+    class Unfriendly(policies.StraightThrough):
+        def __reduce__(self):
+            raise TypeError("cannot be copied")
+
+    model = network(activation=ls.unsigned(2))
+    scheduler = ls.QuantizationScheduler(model, Unfriendly(), 3)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    x = torch.randn(4, 8)
+    twin(x)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters):
+        return torch.func.functional_call(model.eval(), parameters, (x,)).sum()
+
+    assert torch.func.grad(loss)(parameters)["0.weight"].any()
+    model.train()(x)
+    scheduler.step()
+    assert scheduler.state_dict()["steps_per_epoch"] == 1
+
+
+def test_ranks_that_would_differ_are_warned_of(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.warns(UserWarning, match="not wrapped in DistributedDataParallel yet"):
+        ls.QuantizationScheduler(network(), learned(), 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # without metrics all ranks have the same settings
+        ls.QuantizationScheduler(network(), policies.StraightThrough(), 3)
 
 
 def test_a_second_scheduler_takes_over_a_free_model():

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
+from learnsched.quantizers import ActivationQuantizer, WeightQuantizer
 from learnsched.schedule import Policy
 from learnsched.scheduler import QuantizationScheduler
 
@@ -37,8 +38,8 @@ class QuantizationCallback(Callback):
         """Make the scheduler of a module, before a checkpoint is loaded.
 
         Raises:
-            ValueError: the number of epochs is not known, or weights are averaged by
-                ``StochasticWeightAveraging``.
+            ValueError: the number of epochs is not known, the module is not quantized yet, or weights
+                are averaged by ``StochasticWeightAveraging``.
         """
         if any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks):
             raise ValueError(
@@ -49,6 +50,12 @@ class QuantizationCallback(Callback):
             options = {"epochs": trainer.max_epochs, **self.options}
             if options["epochs"] in (None, -1):
                 raise ValueError("give the Trainer max_epochs, or the callback epochs")
+            quantizers = WeightQuantizer | ActivationQuantizer
+            if not any(isinstance(module, quantizers) for module in pl_module.modules()):
+                raise ValueError(
+                    "the module has no quantized layers yet: call learnsched.quantize_ in its __init__, "
+                    "since Lightning sets up callbacks before it calls setup() and configure_model()"
+                )
             self.scheduler = QuantizationScheduler(pl_module, self.policy, **options)
             self._module = pl_module
 

@@ -56,8 +56,8 @@ class QuantizationCallback(TrainerCallback):
             self._schedule_anew(args, model, resumed=state.global_step > 0)
         elif self.scheduler.epoch > 0 and state.global_step == 0:
             raise RuntimeError(
-                f"this schedule has run {self.scheduler.epoch} epochs: to train again, quantize the float "
-                "model again, and make another Trainer with another callback; or give it model_init"
+                f"this schedule has run {self.scheduler.epoch} epochs: to train again, quantize the "
+                "float model anew for another Trainer and callback, or give the Trainer model_init"
             )
         self.scheduler.watch(getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]))
         if state.global_step > 0:
@@ -80,7 +80,6 @@ class QuantizationCallback(TrainerCallback):
         """Add the scheduler's state to the checkpoint."""
         if state.is_world_process_zero:
             write(_path(args, state), partial(torch.save, self.scheduler.state_dict()))
-
 
     def _schedule(self, args: Any, model: Any) -> None:
         options = {"epochs": math.ceil(args.num_train_epochs), **self.options}
