@@ -120,8 +120,9 @@ def _curve(base: BaseCurves, task: Task) -> BaseCurve:
 
 
 def _digest(policy: LearnedPolicy, curve: BaseCurve) -> str:
-    """A hash of a learned policy: base curve, whether it sees telemetry, and weights."""
-    digest = hashlib.sha256(repr((_numbers(curve), policy.open_loop)).encode())
+    """A hash of a learned policy: base curve, what it sees and has seen, and weights."""
+    seen = sorted(asdict(policy.domain).items())
+    digest = hashlib.sha256(repr((_numbers(curve), policy.open_loop, seen)).encode())
     for name, value in sorted(policy.network.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().contiguous().numpy().tobytes())
