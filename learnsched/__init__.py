@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from learnsched import policies
 from learnsched.annealed import annealed_quantize, level_probabilities
+from learnsched.calibration import calibrate_
 from learnsched.choose import LayerConfig
 from learnsched.conversion_report import report
 from learnsched.convert import quantize_
-from learnsched.finalize import calibrate_, finalize_, integer_weights, reestimate_batch_norm_
+from learnsched.finalize import finalize_, integer_weights, reestimate_batch_norm_
 from learnsched.kernels import show_config
 from learnsched.learned_quantizers import (
     learn_noise_,
@@ -22,6 +23,7 @@ from learnsched.learned_quantizers import (
     sample_concrete_,
 )
 from learnsched.levels import LevelSet, binary, power_of_two, signed, ternary, unsigned
+from learnsched.micro_batches import quantize_once
 from learnsched.plotting import plot_comparison, plot_schedule
 from learnsched.pretrained import (
     ArtefactError,
@@ -30,7 +32,6 @@ from learnsched.pretrained import (
     pretrained_card,
     save_artefact,
 )
-from learnsched.quantizers import quantize_once
 from learnsched.scales import AbsoluteMean, Fixed, LeastSquares, Maximum, PowerOfTwo
 from learnsched.schedule import LayerInfo, RunInfo, Schedule, Setting, Telemetry, plan
 from learnsched.scheduler import QuantizationScheduler

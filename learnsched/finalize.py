@@ -1,25 +1,21 @@
-"""Before and after annealed training: calibration of activations, and the finished hard network."""
+"""The finished network: hard, on its levels to the bit, with batch norm statistics of its own."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from learnsched.batches import Forward, batch_norms, batch_statistics, checked, on_first, put_back
 from learnsched.layers import Layer, quantized_layers
-from learnsched.modules import BATCH_NORMS, QuantizedLayer
-from learnsched.quantizers import NOISE_BUFFERS, ActivationQuantizer
-
-# Runs a model on a batch.
-Forward = Callable[[nn.Module, Any], object]
+from learnsched.modules import QuantizedLayer
+from learnsched.quantizers import NOISE_BUFFERS
 
 
 @dataclass(frozen=True)
@@ -58,64 +54,6 @@ class IntegerWeights:
 
 
 @torch.no_grad()
-def calibrate_(
-    model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None
-) -> nn.Module:
-    """Fit the scale of every quantized activation to data, in the order of execution.
-
-    Each activation is fitted to what the layers before it, already calibrated, put out: one pass,
-    and the mean over batches. Batch norms use the statistics of each batch, and keep their own. An
-    activation that is 0 throughout keeps its scale, with a warning.
-
-    Args:
-        model: converted by ``quantize_``.
-        batches: inputs, or tuples that start with the input, as a data loader gives.
-        forward: ``forward(model, batch)`` runs the model on a batch of any other kind, on the device
-            of the model: ``lambda model, batch: model(**batch)`` where batches are dictionaries.
-
-    Returns:
-        ``model`` itself.
-
-    Raises:
-        TypeError: without ``forward``, a batch is neither a tensor nor a tuple that starts with one.
-        ValueError: there are no batches, one is empty, an activation is not finite, or the model has
-            no quantized layers. The scales are as they were.
-
-    Example:
-        >>> from learnsched import quantize_, ternary, unsigned
-        >>> net = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU())
-        >>> net = quantize_(net, ternary(), unsigned(2))
-        >>> net = calibrate_(net, [torch.randn(64, 8)])
-    """
-    activations = [a for layer in quantized_layers(model) for a in layer.activations]
-    run = forward or _on_first
-    batches = _checked(batches, model, run)
-    scales = [(a.scale, a.scale.clone()) for a in activations]
-    statistics = [(b, b.clone()) for module in _batch_norms(model) for b in module.buffers()]
-    hooks = {a: _Fit() for a in activations}
-    handles = [a.register_forward_pre_hook(hook) for a, hook in hooks.items()]
-    try:
-        with _batch_statistics(model):
-            for batch in batches:
-                run(model, batch)
-    except BaseException:
-        _put_back(scales)
-        raise
-    finally:
-        for handle in handles:
-            handle.remove()
-        _put_back(statistics)
-    dead = [a.layer_name for a, hook in hooks.items() if hook.seen and not hook.fitted]
-    if dead:
-        warnings.warn(
-            f"activations after {dead} are 0 in all of these batches, so they keep their scale; look "
-            "at the data and the biases",
-            stacklevel=3,
-        )
-    return model
-
-
-@torch.no_grad()
 def reestimate_batch_norm_(
     model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None
 ) -> nn.Module:
@@ -138,23 +76,23 @@ def reestimate_batch_norm_(
         >>> net.running_mean.item()
         2.0
     """
-    run = forward or _on_first
-    return _reestimate(model, _checked(batches, model, run), run)
+    run = forward or on_first
+    return _reestimate(model, checked(batches, model, run), run)
 
 
 def _reestimate(model: nn.Module, batches: Iterator[Any], run: Forward) -> nn.Module:
-    norms = _batch_norms(model)
+    norms = batch_norms(model)
     momenta = [module.momentum for module in norms]
     statistics = [(b, b.clone()) for module in norms for b in module.buffers()]
     try:
         for module in norms:
             module.reset_running_stats()
             module.momentum = None  # a cumulative mean
-        with _batch_statistics(model):
+        with batch_statistics(model):
             for batch in batches:
                 run(model, batch)
     except BaseException:
-        _put_back(statistics)
+        put_back(statistics)
         raise
     finally:
         for module, momentum in zip(norms, momenta, strict=True):
@@ -193,8 +131,8 @@ def finalize_(
         True
     """
     layers = quantized_layers(model)
-    run = forward or _on_first
-    batches = None if loader is None else _checked(loader, model, run)
+    run = forward or on_first
+    batches = None if loader is None else checked(loader, model, run)
     for layer in layers:
         if layer.weight is not None:
             if not bool(layer.weight.weight.isfinite().all()):
@@ -220,7 +158,7 @@ def finalize_(
         _harden(model, layers)
         return model if batches is None else _reestimate(model, batches, run)
     except BaseException:
-        _put_back(kept)
+        put_back(kept)
         raise
 
 
@@ -301,89 +239,3 @@ def _check_on_levels(name: str, module: QuantizedLayer) -> IntegerWeights:
             "finalize_; call finalize_ again"
         )
     return IntegerWeights(codes, quantizer.levels.values, scale)
-
-
-class _Fit:
-    """A hook that fits an activation's scale to its input, and keeps the mean over batches."""
-
-    def __init__(self) -> None:
-        self.seen = 0
-        self.fitted: list[Tensor] = []
-
-    def __call__(self, module: ActivationQuantizer, inputs: tuple[Tensor, ...]) -> None:
-        self.seen += 1
-        x = module.ahead(inputs[0])
-        if not bool(x.isfinite().all()):
-            raise ValueError(
-                f"an activation after {module.layer_name} is not finite, so no scale fits it; look "
-                "for NaN in the data and the weights"
-            )
-        # What is clipped away does not count as quantization error.
-        if module.levels.values[0] >= 0:
-            x = x.clamp(min=0)
-        x = x.clamp(-module.ceiling, module.ceiling)
-        if bool(x.any()):
-            # One row: the rules take rows for channels, and an activation has one scale.
-            scale = module.rule(x.flatten(), module.levels).mean()
-            self.fitted.append(scale.clamp(max=module.largest_scale))
-            module.scale.copy_(torch.stack(self.fitted).mean())
-
-
-def _batch_norms(model: nn.Module) -> list[Any]:
-    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
-    return [m for m in norms if m.track_running_stats]
-
-
-def _put_back(kept: list[tuple[Tensor, Tensor]]) -> None:
-    for tensor, value in kept:
-        tensor.copy_(value)
-
-
-@contextmanager
-def _batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norms use batch statistics; everything else, dropout too, stays as in evaluation."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, BATCH_NORMS):
-            module.train()
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-
-
-def _checked(batches: Iterable[Any], model: nn.Module, run: Forward) -> Iterator[Any]:
-    """The batches; that there is a first one, and an input in it, is checked at once."""
-    if isinstance(batches, Tensor):
-        raise TypeError("pass a list of batches, [x], or a data loader; got one tensor")
-    iterator = iter(batches)
-    try:
-        first = next(iterator)
-    except StopIteration:
-        raise ValueError(
-            "there are no batches; pass a data loader or a list of inputs that is not empty, nor an "
-            "iterator that was used up before"
-        ) from None
-    if run is _on_first:
-        _input(first, model)
-    return chain([first], iterator)
-
-
-def _on_first(model: nn.Module, batch: Any) -> object:
-    return model(_input(batch, model))
-
-
-def _input(batch: Any, model: nn.Module) -> Tensor:
-    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            "a batch must be a tensor, or a tuple that starts with one, got "
-            f"{type(x).__name__}; for other batches pass forward, such as "
-            "lambda model, batch: model(**batch)"
-        )
-    if x.numel() == 0:
-        raise ValueError(f"a batch is empty: its shape is {tuple(x.shape)}; leave it out")
-    like = next(model.parameters(), x)
-    return x.to(like.device)

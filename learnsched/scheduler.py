@@ -6,12 +6,11 @@ import functools
 import math
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,7 +22,9 @@ from learnsched.learning_rate import learning_rate_factor
 from learnsched.levels import LevelSet
 from learnsched.noise import noise_shape
 from learnsched.quantizers import WeightQuantizer
-from learnsched.schedule import FIELDS, Policy, RunInfo, Setting, Telemetry, ask, terminal
+from learnsched.ranks import over_ranks, several_ranks
+from learnsched.schedule import FIELDS, Policy, RunInfo, Setting, ask, terminal
+from learnsched.telemetry import relative
 
 _STATE_VERSION = 2
 # A std that no dtype of a network rounds to 0.
@@ -106,7 +107,7 @@ class QuantizationScheduler:
         self._layers = quantized_layers(model)
         parallel = isinstance(model, DistributedDataParallel)
         self._process_group: Any = model.process_group if parallel else None
-        if policy.metrics and not parallel and _several_ranks():
+        if policy.metrics and not parallel and several_ranks():
             warnings.warn(
                 "the model is not wrapped in DistributedDataParallel yet: the settings of ranks that "
                 "step with metrics of their own will differ. Wrap it before you make the scheduler, or "
@@ -215,7 +216,7 @@ class QuantizationScheduler:
                 f"{type(self.policy).__name__} needs the metric {missing[0]!r}; call "
                 f"scheduler.step(metrics={{{missing[0]!r}: value}})"
             )
-        numbers, counted = self._over_ranks(numbers)
+        numbers, counted = over_ranks(numbers, self._counted(), self._process_group)
         for name in self.policy.metrics:
             if not math.isfinite(numbers[name]):
                 warnings.warn(
@@ -331,7 +332,7 @@ class QuantizationScheduler:
         self, run: RunInfo, epoch: int, metrics: Sequence[Mapping[str, float]]
     ) -> tuple[tuple[Setting, ...], Any]:
         """The policy's settings of an epoch, checked, and its new state; nothing changes."""
-        raw, state = ask(self.policy, run, epoch, self._telemetry(metrics), self._state)
+        raw, state = ask(self.policy, run, epoch, relative(metrics, self._layers), self._state)
         settings = tuple(terminal(setting, run, epoch) for setting in raw)
         before = self.history.settings[-1] if self.history.settings else settings
         for layer, old, new in zip(self._layers, before, settings, strict=True):
@@ -405,41 +406,6 @@ class QuantizationScheduler:
                 weight, setting.fraction, self.policy.partition, generator
             )
 
-    def _telemetry(self, metrics: Sequence[Mapping[str, float]]) -> Telemetry:
-        losses: list[float] = []
-        for numbers in metrics:
-            loss = numbers.get("train_loss", math.nan)
-            if math.isfinite(loss):
-                losses.append(loss)
-            else:
-                losses += losses[-1:]
-        first, before, last = (losses[0], losses[-2:][0], losses[-1]) if losses else (1.0,) * 3
-        return _LazyTelemetry(
-            _ratio(last, first), _ratio(last, before), functools.cache(self._weight_errors)
-        )
-
-    def _weight_errors(self) -> Tensor:
-        errors = [
-            torch.zeros(())
-            if layer.weight is None
-            else layer.weight.weight_quantizer.error(layer.weight.weight).float().cpu()
-            for layer in self._layers
-        ]
-        return torch.stack(errors)
-
-    def _over_ranks(self, numbers: dict[str, float]) -> tuple[dict[str, float], int]:
-        """Mean of the metrics, and most of the counted steps, over the ranks of the model."""
-        if self._process_group is None:
-            return numbers, self._counted()
-        ranks = torch.distributed.get_world_size(self._process_group)
-        parts: list[Any] = [None] * ranks
-        torch.distributed.all_gather_object(
-            parts, (numbers, self._counted()), group=self._process_group
-        )
-        common = [name for name in numbers if all(name in part for part, _ in parts)]
-        means = {name: sum(part[name] for part, _ in parts) / ranks for name in common}
-        return means, max(counted for _, counted in parts)
-
     def _new_count(self) -> Tensor:
         # A tensor, since a number in a hook would have torch.compile compile anew for each value.
         count = torch.zeros((), dtype=torch.int64)
@@ -463,15 +429,6 @@ def _count_forward(count: Tensor, model: nn.Module, inputs: Any) -> None:
         count.add_(int(model.training))
 
 
-def _several_ranks() -> bool:
-    distributed = torch.distributed
-    return (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    )
-
-
 def _count_of(name: str, value: Any) -> int:
     """A whole number of at least 1, as a plain one: NumPy's are welcome."""
     try:
@@ -488,29 +445,11 @@ def _check_optimizer(optimizer: object) -> None:
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
 
 
-@dataclass(frozen=True)
-class _LazyTelemetry(Telemetry):
-    """Measures the weights only for a policy that reads their error, and once (``measure`` keeps it)."""
-
-    weight_error: Tensor = field(init=False)
-    measure: Callable[[], Tensor]
-
-    def __getattr__(self, name: str) -> Tensor:
-        if name == "weight_error":
-            return self.measure()
-        raise AttributeError(name)
-
-
 def _spelled(levels: LevelSet) -> str:
     if len(levels.values) <= 4:
         return f"{levels.name} {levels.values} from {levels.thresholds}"
     low, high = levels.values[0], levels.values[-1]
     return f"{levels.name} {len(levels.values)} from {low:g} to {high:g}"
-
-
-def _ratio(value: float, reference: float) -> Tensor:
-    # Losses below 0 give a ratio below 0, of which policies can warn.
-    return torch.tensor(value / abs(reference) if reference else 1.0)
 
 
 def _description(policy: Policy) -> str:

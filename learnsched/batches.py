@@ -1,0 +1,78 @@
+"""Running a model over batches, before and after training: what is checked, used and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+
+from learnsched.modules import BATCH_NORMS
+
+# Runs a model on a batch.
+Forward = Callable[[nn.Module, Any], object]
+
+
+def batch_norms(model: nn.Module) -> list[Any]:
+    """Those with running statistics."""
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
+    return [m for m in norms if m.track_running_stats]
+
+
+def put_back(kept: list[tuple[Tensor, Tensor]]) -> None:
+    """Give tensors the values that were kept of them, in place: pairs of both."""
+    for tensor, value in kept:
+        tensor.copy_(value)
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch norms use batch statistics; everything else, dropout too, stays as in evaluation."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS):
+            module.train()
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def checked(batches: Iterable[Any], model: nn.Module, run: Forward) -> Iterator[Any]:
+    """The batches; that there is a first one, and an input in it, is checked at once."""
+    if isinstance(batches, Tensor):
+        raise TypeError("pass a list of batches, [x], or a data loader; got one tensor")
+    iterator = iter(batches)
+    try:
+        first = next(iterator)
+    except StopIteration:
+        raise ValueError(
+            "there are no batches; pass a data loader or a list of inputs that is not empty, nor an "
+            "iterator that was used up before"
+        ) from None
+    if run is on_first:
+        _input(first, model)
+    return chain([first], iterator)
+
+
+def on_first(model: nn.Module, batch: Any) -> object:
+    """Run a model on a batch that is an input or a tuple that starts with one."""
+    return model(_input(batch, model))
+
+
+def _input(batch: Any, model: nn.Module) -> Tensor:
+    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            "a batch must be a tensor, or a tuple that starts with one, got "
+            f"{type(x).__name__}; for other batches pass forward, such as "
+            "lambda model, batch: model(**batch)"
+        )
+    if x.numel() == 0:
+        raise ValueError(f"a batch is empty: its shape is {tuple(x.shape)}; leave it out")
+    like = next(model.parameters(), x)
+    return x.to(like.device)

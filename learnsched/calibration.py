@@ -1,0 +1,98 @@
+"""The scales of quantized activations, fitted to data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learnsched.batches import Forward, batch_norms, batch_statistics, checked, on_first, put_back
+from learnsched.layers import quantized_layers
+from learnsched.quantizers import ActivationQuantizer
+
+
+@torch.no_grad()
+def calibrate_(
+    model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None
+) -> nn.Module:
+    """Fit the scale of every quantized activation to data, in the order of execution.
+
+    Each activation is fitted to what the layers before it, already calibrated, put out: one pass,
+    and the mean over batches. Batch norms use the statistics of each batch, and keep their own. An
+    activation that is 0 throughout keeps its scale, with a warning.
+
+    Args:
+        model: converted by ``quantize_``.
+        batches: inputs, or tuples that start with the input, as a data loader gives.
+        forward: ``forward(model, batch)`` runs the model on a batch of any other kind, on the device
+            of the model: ``lambda model, batch: model(**batch)`` where batches are dictionaries.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: without ``forward``, a batch is neither a tensor nor a tuple that starts with one.
+        ValueError: there are no batches, one is empty, an activation is not finite, or the model has
+            no quantized layers. The scales are as they were.
+
+    Example:
+        >>> from learnsched import quantize_, ternary, unsigned
+        >>> net = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU())
+        >>> net = quantize_(net, ternary(), unsigned(2))
+        >>> net = calibrate_(net, [torch.randn(64, 8)])
+    """
+    activations = [a for layer in quantized_layers(model) for a in layer.activations]
+    run = forward or on_first
+    batches = checked(batches, model, run)
+    scales = [(a.scale, a.scale.clone()) for a in activations]
+    statistics = [(b, b.clone()) for module in batch_norms(model) for b in module.buffers()]
+    hooks = {a: _Fit() for a in activations}
+    handles = [a.register_forward_pre_hook(hook) for a, hook in hooks.items()]
+    try:
+        with batch_statistics(model):
+            for batch in batches:
+                run(model, batch)
+    except BaseException:
+        put_back(scales)
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+        put_back(statistics)
+    dead = [a.layer_name for a, hook in hooks.items() if hook.seen and not hook.fitted]
+    if dead:
+        warnings.warn(
+            f"activations after {dead} are 0 in all of these batches, so they keep their scale; look "
+            "at the data and the biases",
+            stacklevel=3,
+        )
+    return model
+
+
+class _Fit:
+    """A hook that fits an activation's scale to its input, and keeps the mean over batches."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.fitted: list[Tensor] = []
+
+    def __call__(self, module: ActivationQuantizer, inputs: tuple[Tensor, ...]) -> None:
+        self.seen += 1
+        x = module.ahead(inputs[0])
+        if not bool(x.isfinite().all()):
+            raise ValueError(
+                f"an activation after {module.layer_name} is not finite, so no scale fits it; look "
+                "for NaN in the data and the weights"
+            )
+        # What is clipped away does not count as quantization error.
+        if module.levels.values[0] >= 0:
+            x = x.clamp(min=0)
+        x = x.clamp(-module.ceiling, module.ceiling)
+        if bool(x.any()):
+            # One row: the rules take rows for channels, and an activation has one scale.
+            scale = module.rule(x.flatten(), module.levels).mean()
+            self.fitted.append(scale.clamp(max=module.largest_scale))
+            module.scale.copy_(torch.stack(self.fitted).mean())
