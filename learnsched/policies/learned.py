@@ -36,6 +36,8 @@ class LearnedPolicy:
         base: the curve that its outputs are offsets from; one for each kind of run, or for all.
         domain: what meta-training has seen.
         open_loop: show network and base no telemetry.
+        shared_noise: give all layers the mean of what the network adds to their noise; each keeps its
+            own fraction.
 
     Example:
         >>> from learnsched.schedule import LayerInfo, plan
@@ -55,12 +57,14 @@ class LearnedPolicy:
         domain: Domain | None = None,
         *,
         open_loop: bool = False,
+        shared_noise: bool = False,
     ) -> None:
         self.network = network
         base = base or BaseCurve()
         self.base = BaseCurves.everywhere(base) if isinstance(base, BaseCurve) else base
         self.domain = domain or Domain()
         self.open_loop = open_loop
+        self.shared_noise = shared_noise
         self.metrics: tuple[str, ...] = () if open_loop else ("train_loss",)
 
     def __repr__(self) -> str:
@@ -72,6 +76,7 @@ class LearnedPolicy:
             "hidden": self.network.hidden,
             "embedding": self.network.embedding,
             "open_loop": self.open_loop,
+            "shared_noise": self.shared_noise,
             "base": self.base.config(),
             "domain": {name: list(seen) for name, seen in asdict(self.domain).items()},
         }
@@ -89,7 +94,11 @@ class LearnedPolicy:
         with torch.random.fork_rng(devices=[]):
             network = MetaNetwork(config["hidden"], config["embedding"]).float()
         base = BaseCurves.from_config(config["base"])
-        return cls(network, base, domain, open_loop=config["open_loop"])
+        # Artefacts that are older have no such choice.
+        shared_noise = config.get("shared_noise", False)
+        return cls(
+            network, base, domain, open_loop=config["open_loop"], shared_noise=shared_noise
+        )
 
     def begin(self, run: RunInfo) -> dict[str, Tensor]:
         """The state before the first epoch; warns if the run lies outside the domain.
@@ -157,6 +166,9 @@ class LearnedPolicy:
         )
         raw, hidden = self.network(features, state["hidden"])
         offset = torch.tanh(raw) if self.domain.has_seen_levels(run) else torch.zeros_like(raw)
+        if self.shared_noise:
+            noise, fraction = offset.split([OUTPUTS - 1, 1], dim=-1)
+            offset = torch.cat([noise.mean(-2, keepdim=True).expand_as(noise), fraction], dim=-1)
         curve = self.base.nearest(run)
         base = torch.tensor(curve.rows(run, epoch), dtype=like.dtype, device=like.device).unbind(-1)
         gain: Tensor | float = 1.0

@@ -250,8 +250,9 @@ def _policy(config: Any) -> LearnedPolicy:
     for units in (config["hidden"], config["embedding"]):
         if type(units) is not int or not 1 <= units <= _MOST_UNITS:
             raise ValueError(f"a meta-network has 1 to {_MOST_UNITS} units, not {units!r}")
-    if type(config["open_loop"]) is not bool:
-        raise ValueError(f"open_loop is true or false, not {config['open_loop']!r}")
+    for name in ("open_loop", "shared_noise"):
+        if type(choice := config.get(name, False)) is not bool:
+            raise ValueError(f"{name} is true or false, not {choice!r}")
     if not 1 <= len(config["base"]) <= _MOST_CASES:
         raise ValueError(f"a policy has 1 to {_MOST_CASES} base curves, not {len(config['base'])}")
     if not all(type(case["fine_tuning"]) is bool for case in config["base"]):
