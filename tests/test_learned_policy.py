@@ -254,6 +254,20 @@ def test_an_open_loop_ignores_telemetry_and_a_closed_one_does_not():
         assert policy.metrics == (() if open_loop else ("train_loss",))
 
 
+def test_shared_noise_is_the_same_in_all_layers_and_fractions_are_not():
+    run = run_of(3, 5)
+    apart, shared = (rollout(trained(shared_noise=s), run) for s in (False, True))
+    noise = [i for i, name in enumerate(FIELDS) if name.endswith("std")]
+    fraction = FIELDS.index("fraction")
+    assert (shared[..., noise] == shared[..., :1, noise]).all()
+    assert not (apart[..., noise] == apart[..., :1, noise]).all()
+    assert not (shared[..., fraction] == shared[..., :1, fraction]).all()
+    # Backward noise is a factor on the base curve, whose mean over layers is geometric.
+    backward = FIELDS.index("weight_backward_std")
+    first = apart[0, ..., backward].log().mean(-1).exp()
+    torch.testing.assert_close(shared[0, ..., 0, backward], first)
+
+
 def test_stacked_members_equal_separate_runs():
     policy, run = trained(), run_of(4, 5)
     stacked = rollout(policy, run, (3,))
@@ -364,15 +378,19 @@ def test_beyond_the_levels_of_its_domain_the_policy_is_its_base_curve(levels):
     assert not torch.equal(rollout(policy, run(4)), rollout(fresh, run(4)))
 
 
+@pytest.mark.parametrize("shared_noise", [True, False])
 @pytest.mark.parametrize("open_loop", [True, False])
-def test_the_configuration_goes_through_json(open_loop):
+def test_the_configuration_goes_through_json(open_loop, shared_noise):
     base = BaseCurve(0.25, 0.5, freeze_from=0.75, hard_tilt=0.2)
-    policy = trained(hidden=7, embedding=3, base=base, domain=DOMAIN, open_loop=open_loop)
+    options = {"open_loop": open_loop, "shared_noise": shared_noise}
+    policy = trained(hidden=7, embedding=3, base=base, domain=DOMAIN, **options)
     twin = LearnedPolicy.from_config(json.loads(json.dumps(policy.config())))
     assert twin.config() == policy.config()
     assert twin.base == BaseCurves.everywhere(base)
     assert twin.domain == DOMAIN
-    assert twin.open_loop is open_loop
+    assert (twin.open_loop, twin.shared_noise) == (open_loop, shared_noise)
+    old = {k: v for k, v in policy.config().items() if k != "shared_noise"}
+    assert LearnedPolicy.from_config(old).shared_noise is False
     assert repr(twin) == repr(policy)
     twin.network.load_state_dict(policy.network.state_dict())
     run = run_of(3, 4)

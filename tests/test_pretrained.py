@@ -219,6 +219,7 @@ SPOILED = {
     "units of truth": (config(hidden=True), "1 to 256 units, not True"),
     "other units": (config(hidden=6), r"expected torch\.float32 \(\d+"),
     "an open question": (config(open_loop="no"), "open_loop is true or false, not 'no'"),
+    "an open choice": (config(shared_noise=1), "shared_noise is true or false, not 1"),
     "no base": (config(base=""), "does not hold a learned policy"),
     "no base curve": (config(base=[]), "1 to 64 base curves, not 0"),
     "too many base curves": (config(base=[{}] * 65), "1 to 64 base curves, not 65"),

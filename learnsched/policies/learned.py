@@ -96,9 +96,7 @@ class LearnedPolicy:
         base = BaseCurves.from_config(config["base"])
         # Artefacts that are older have no such choice.
         shared_noise = config.get("shared_noise", False)
-        return cls(
-            network, base, domain, open_loop=config["open_loop"], shared_noise=shared_noise
-        )
+        return cls(network, base, domain, open_loop=config["open_loop"], shared_noise=shared_noise)
 
     def begin(self, run: RunInfo) -> dict[str, Tensor]:
         """The state before the first epoch; warns if the run lies outside the domain.
