@@ -137,7 +137,10 @@ def _trainer(preset: Preset, options: argparse.Namespace) -> MetaTrainer:
     network = MetaNetwork()
     if options.source:
         network = copy.deepcopy(load_pretrained(options.source).network).requires_grad_(True)
-    policy = LearnedPolicy(network.to(options.device), preset.base, preset.domain)
+    # Differences between layers that a network learned did harm (figures/meta_training.md).
+    policy = LearnedPolicy(
+        network.to(options.device), preset.base, preset.domain, shared_noise=True
+    )
     config = TrainerConfig(**{**vars(preset.trainer), "seed": options.seed})
     return MetaTrainer(
         policy,
