@@ -32,6 +32,7 @@ from learnsched.meta.inner import InnerLoop
 from learnsched.meta.rollout import table_rollout
 from learnsched.policies import LearnedPolicy
 from learnsched.schedule import FIELDS, Policy, plan
+from learnsched.tables import markdown
 
 _BACKWARD = [i for i, name in enumerate(FIELDS) if name.endswith("backward_std")]
 _FORWARD = [i for i, name in enumerate(FIELDS) if name.endswith("forward_std")]
@@ -115,9 +116,9 @@ def table(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
     """Markdown: accuracy of the whole in %, then what each variant loses, paired over seeds."""
     found = {(r["cell"], r["method"]): np.asarray(r["test"]) for r in records}
     names = list(dict.fromkeys(r["method"] for r in records))
-    lines = ["| variant | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
+    rows = [["variant", *tasks]]
     for name in names:
-        row = []
+        row = [name]
         for task in tasks:
             whole = found[HELD_OUT[task].name, names[0]]
             here = found[HELD_OUT[task].name, name]
@@ -125,8 +126,8 @@ def table(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
                 row.append(f"{100 * whole.mean():.1f}")
                 continue
             row.append(interval(here - whole).text("+"))
-        lines.append(f"| {name} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
+        rows.append(row)
+    return markdown(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

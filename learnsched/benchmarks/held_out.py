@@ -30,6 +30,7 @@ from learnsched.meta import distribution
 from learnsched.meta.rollout import run_forward
 from learnsched.meta.tasks import Task
 from learnsched.schedule import Policy
+from learnsched.tables import markdown
 
 QUICK = Budget(rounds=1, trials=6, trial_runs=2, runs=8)
 
@@ -168,11 +169,11 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     tasks = list(dict.fromkeys(r["task"] for r in records))
     names = list(dict.fromkeys(r["method"] for r in records))
     found = {(r["task"], r["method"]): np.asarray(r["test"]) for r in records}
-    cells = {r["task"]: r["cell"] for r in records}
-    lines = ["| method | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
+    networks = {r["task"]: r["cell"] for r in records}
+    rows = [["method", *tasks]]
     for name in names:
-        row = [_interval(found[t, name]) if (t, name) in found else "" for t in tasks]
-        lines.append(f"| {name} | " + " | ".join(row) + " |")
+        cells = (_interval(found[t, name]) if (t, name) in found else "" for t in tasks)
+        rows.append([name, *cells])
     rivals = {
         "best hand-coded": [m.name for m in field.hand_coded() if m.name in names],
         "before meta-training": [n for n in names if n == "learned, before meta-training"],
@@ -180,15 +181,15 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     for rival, candidates in rivals.items():
         if "learned" not in names or not candidates:
             continue
-        row = []
+        row = [f"**learned − {rival}**"]
         for task in tasks:
-            rows = [found[task, n] for n in candidates if (task, n) in found]
-            complete = (task, "learned") in found and rows
-            best = max(rows, key=np.mean) if complete else None
+            theirs = [found[task, n] for n in candidates if (task, n) in found]
+            complete = (task, "learned") in found and theirs
+            best = max(theirs, key=np.mean) if complete else None
             row.append("" if best is None else _interval(found[task, "learned"] - best, sign="+"))
-        lines.append(f"| **learned − {rival}** | " + " | ".join(row) + " |")
-    lines += ["", *(f"- {task}: {cells[task]}" for task in tasks)]
-    return "\n".join(lines)
+        rows.append(row)
+    legend = [f"- {task}: {networks[task]}" for task in tasks]
+    return "\n".join([markdown(rows), "", *legend])
 
 
 def by_task(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
@@ -208,6 +209,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]
 
 
 def _interval(values: np.ndarray, sign: str = "") -> str:
+    # Points before the bootstrap: as shares, see Interval.text, some ends round to another digit.
     mean = 100 * values.mean()
     low, high = bootstrap_interval(100 * values)
     if low == high:

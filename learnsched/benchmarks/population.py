@@ -29,6 +29,7 @@ from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import BaseCurve, LearnedPolicy, MetaNetwork
 from learnsched.scheduler import QuantizationScheduler
+from learnsched.tables import markdown
 
 MEMBERS = 32
 NETWORKS = (
@@ -37,6 +38,11 @@ NETWORKS = (
     ("digits", "cnn2d", 8, 4),
     ("mnist1d", "mlp", 32, 4),
 )
+
+_HEAD = [
+    "network", "steps", f"{MEMBERS} as one over one by one", "the same, gradient",
+    f"{MEMBERS} as one over plain PyTorch",
+]  # fmt: skip
 
 
 def trained(task: Task, data: DataSet) -> None:
@@ -111,17 +117,11 @@ def measure(
 
 def table(rows: Sequence[dict[str, Any]], *, head: bool = True) -> str:
     """A Markdown table of the speed-ups."""
-    lines = []
-    if head:
-        lines = [
-            f"| network | steps | {MEMBERS} as one over one by one | the same, gradient "
-            f"| {MEMBERS} as one over plain PyTorch |",
-            "| --- | --- | --- | --- | --- |",
-        ]
-    for row in rows:
-        found = " | ".join(f"{ratio:.1f}×" for ratio in row["speed_up"].values())
-        lines.append(f"| {row['network']} | {row['steps']} | {found} |")
-    return "\n".join(lines)
+    cells = [
+        [row["network"], str(row["steps"]), *(f"{r:.1f}×" for r in row["speed_up"].values())]
+        for row in rows
+    ]
+    return markdown([_HEAD, *cells] if head else cells, head=head)
 
 
 def main() -> None:

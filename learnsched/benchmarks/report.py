@@ -47,6 +47,7 @@ from learnsched.benchmarks.statistics import (
 )
 from learnsched.files import write_text
 from learnsched.intervals import interval
+from learnsched.tables import markdown
 
 Cells = Mapping[str, Mapping[str, Record]]
 
@@ -88,20 +89,6 @@ RIVALS: dict[str, Callable[[Mapping[str, Record]], Record | None]] = {
     "a search over the closed form": lambda rows: best(rows, PARAMETRIC),
     "the better public peer": lambda rows: best(rows, PEER),
 }
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, the first row its head.
-
-    Example:
-        >>> print(markdown([("a", "b"), ("1", "2")]))
-        | a | b |
-        | --- | --- |
-        | 1 | 2 |
-    """
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "| " + " | ".join("---" for _ in rows[0]) + " |")
-    return "\n".join(lines)
 
 
 def names(cells: Cells) -> list[str]:

@@ -35,6 +35,7 @@ from learnsched.meta.rollout import run_forward, table_rollout
 from learnsched.meta.tasks import Task
 from learnsched.policies import LearnedPolicy
 from learnsched.schedule import FIELDS, RunInfo, Schedule, Setting, Telemetry, plan
+from learnsched.tables import markdown
 
 TASKS = ("other seeds", "fine-tuned")
 _RATES = (0.012, 0.018, 0.027, 0.04)
@@ -150,13 +151,12 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     """Markdown: accuracy of the start in %, then what the others have more, paired over seeds."""
     found = {(r["task"], r["method"]): np.asarray(r["test"]) for r in records}
     tasks, names = (list(dict.fromkeys(r[key] for r in records)) for key in ("task", "method"))
-    lines = ["| schedule | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
     start = [f"{100 * found[task, names[0]].mean():.1f}" for task in tasks]
-    lines.append(f"| {names[0]} | " + " | ".join(start) + " |")
+    rows = [["schedule", *tasks], [names[0], *start]]
     for name in names[1:]:
         gains = [interval(found[task, name] - found[task, names[0]]).text("+") for task in tasks]
-        lines.append(f"| {name} | " + " | ".join(gains) + " |")
-    return "\n".join(lines)
+        rows.append([name, *gains])
+    return markdown(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
