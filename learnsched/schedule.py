@@ -64,7 +64,12 @@ class Setting:
         )
 
 
+# Columns of a table of settings, in the order of a setting's attributes; then the places of some: the
+# noise in values, the noise in gradients, and the share of frozen weights.
 FIELDS = tuple(f.name for f in dataclasses.fields(Setting))
+FORWARD_STDS = tuple(i for i, name in enumerate(FIELDS) if name.endswith("forward_std"))
+BACKWARD_STDS = tuple(i for i, name in enumerate(FIELDS) if name.endswith("backward_std"))
+FRACTION = FIELDS.index("fraction")
 
 
 @dataclass(frozen=True)

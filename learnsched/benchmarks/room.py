@@ -34,15 +34,22 @@ from learnsched.meta.evolution import LEARNED_FIELDS, hats, regression, valid
 from learnsched.meta.rollout import run_forward, table_rollout
 from learnsched.meta.tasks import Task
 from learnsched.policies import LearnedPolicy
-from learnsched.schedule import FIELDS, RunInfo, Schedule, Setting, Telemetry, plan
+from learnsched.schedule import (
+    BACKWARD_STDS,
+    FIELDS,
+    FRACTION,
+    RunInfo,
+    Schedule,
+    Setting,
+    Telemetry,
+    plan,
+)
 from learnsched.tables import markdown
 
 TASKS = ("other seeds", "fine-tuned")
 _RATES = (0.012, 0.018, 0.027, 0.04)
 _KNOTS = 4
 _STD, _RELATIVE_STD = 0.1, 0.3
-_FRACTION = FIELDS.index("fraction")
-_BACKWARD = [i for i, name in enumerate(FIELDS) if name.endswith("backward_std")]
 _SHOWN = Budget(rounds=1, trials=8, trial_runs=4, runs=48)
 _QUICK = Budget(rounds=1, trials=2, trial_runs=1, runs=2)
 
@@ -85,10 +92,11 @@ def tables(base: Tensor, coordinates: Tensor) -> Tensor:
     offset = base.new_zeros(*coordinates.shape[:-3], *base.shape)
     offset[..., list(LEARNED_FIELDS)] = torch.einsum("kt,...okl->...tlo", knots, coordinates)
     moved = base + _STD * offset
-    moved[..., _BACKWARD] = (base * torch.exp(_RELATIVE_STD * offset))[..., _BACKWARD]
+    backward = list(BACKWARD_STDS)
+    moved[..., backward] = (base * torch.exp(_RELATIVE_STD * offset))[..., backward]
     rows: list[Tensor] = []
     for row in moved.unbind(-3):
-        rows.append(valid(row, rows[-1][..., _FRACTION] if rows else None))
+        rows.append(valid(row, rows[-1][..., FRACTION] if rows else None))
     return torch.stack(rows, dim=-3)
 
 

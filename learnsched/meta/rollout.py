@@ -15,10 +15,15 @@ from learnsched.meta.estimators import Inner, Rollout
 from learnsched.meta.inner import InnerState
 from learnsched.policies.base_curve import loss_gain
 from learnsched.policies.learned import LearnedPolicy
-from learnsched.schedule import FIELDS, Policy, RunInfo, Telemetry
-
-_FRACTION = FIELDS.index("fraction")
-_FORWARD = [name.endswith("forward_std") for name in FIELDS]
+from learnsched.schedule import (
+    BACKWARD_STDS,
+    FIELDS,
+    FORWARD_STDS,
+    FRACTION,
+    Policy,
+    RunInfo,
+    Telemetry,
+)
 
 
 def run_forward(
@@ -66,10 +71,14 @@ def terminal_settings(settings: Tensor, run: RunInfo, epoch: int) -> Tensor:
     """:func:`learnsched.schedule.terminal` for tensors of shape ``(..., len(FIELDS))``."""
     if epoch < run.horizon - 1:
         return settings
-    keep = torch.tensor([name.endswith("backward_std") for name in FIELDS], device=settings.device)
     end = settings.new_zeros(len(FIELDS))
-    end[_FRACTION] = 1.0 if run.horizon > 1 else 0.0
-    return torch.where(keep, settings, end)
+    end[FRACTION] = 1.0 if run.horizon > 1 else 0.0
+    return torch.where(_mask(BACKWARD_STDS, settings.device), settings, end)
+
+
+def _mask(columns: tuple[int, ...], device: torch.device) -> Tensor:
+    """Whether each field is one of the columns, shape ``(len(FIELDS),)``."""
+    return torch.tensor([column in columns for column in range(len(FIELDS))], device=device)
 
 
 class PolicyRollout:
@@ -146,7 +155,7 @@ def following_rollout(table: Tensor, power: Tensor) -> Rollout:
         table: shape ``(horizon, members, layers, len(FIELDS))``.
         power: shape ``(members,)``.
     """
-    forward = torch.tensor(_FORWARD, device=table.device)
+    forward = _mask(FORWARD_STDS, table.device)
 
     def rollout(epoch: int, telemetry: Telemetry) -> Tensor:
         gain = loss_gain(telemetry.loss, power.to(telemetry.loss)).view(-1, 1, 1)
