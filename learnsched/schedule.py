@@ -209,8 +209,8 @@ class Telemetry:
 
     @classmethod
     def initial(cls, weight_error: Tensor) -> Telemetry:
-        """Before any training."""
-        one = torch.ones(weight_error.shape[:-1], dtype=weight_error.dtype)
+        """Before any training, on the device of the errors."""
+        one = weight_error.new_ones(weight_error.shape[:-1])
         return cls(one, one, weight_error)
 
 

@@ -261,8 +261,7 @@ class InnerLoop:
         """What a policy may see after the epochs whose mean losses are given; no gradient."""
         error = self._weight_error(state)
         if not losses:
-            one = error.new_ones(error.shape[:-1])
-            return Telemetry(one, one, error)
+            return Telemetry.initial(error)
         before = losses[-2] if len(losses) > 1 else losses[-1]
         return Telemetry(losses[-1] / losses[0], losses[-1] / before, error)
 
