@@ -43,7 +43,7 @@ from learnsched.meta.evolution import EvolutionStrategies, project, tangent_basi
 from learnsched.meta.guarded import Guarded
 from learnsched.meta.hybrid import Hybrid
 from learnsched.meta.presets import PRESETS
-from learnsched.meta.rollout import learning_rates, policy_rollout, run_forward
+from learnsched.meta.rollout import PolicyRollout, learning_rates, run_forward
 from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import LearnedPolicy, MetaNetwork
@@ -150,7 +150,7 @@ def measure(
     inner.rates = learning_rates(policy, inner.run).to(device)
 
     def rollout() -> Rollout:
-        return policy_rollout(policy, inner.run, seeds)
+        return PolicyRollout(policy, inner.run, seeds)
 
     start = time.perf_counter()
     table = run_forward(inner, rollout())[1].detach()
@@ -166,7 +166,7 @@ def measure(
     rows = []
     for name, estimator in ESTIMATORS.items():
         start = time.perf_counter()
-        ours = project(basis, estimator(inner, policy_rollout(policy, inner.run, seeds)).gradient)
+        ours = project(basis, estimator(inner, PolicyRollout(policy, inner.run, seeds)).gradient)
         rows.append(
             {
                 "estimator": name,

@@ -28,9 +28,9 @@ from learnsched.meta.estimators import Rollout
 from learnsched.meta.inner import InnerLoop
 from learnsched.meta.presets import WARM_UNTIL
 from learnsched.meta.rollout import (
+    PolicyRollout,
     following_rollout,
     learning_rates,
-    policy_rollout,
     step_by_step,
     table_rollout,
 )
@@ -128,7 +128,7 @@ class Method:
     def rollout(self, inner: InnerLoop, policies: list[Policy]) -> Rollout:
         """The settings of every member, whose policies are given."""
         if self.learned is not None:
-            return policy_rollout(self.learned, inner.run, inner.population.members)
+            return PolicyRollout(self.learned, inner.run, inner.population.members)
         plans: dict[Policy, torch.Tensor] = {}
         for policy in policies:
             if policy not in plans:

@@ -24,7 +24,7 @@ from learnsched.benchmarks.environment import write_results
 from learnsched.convert import quantize_
 from learnsched.data import DataSet, load
 from learnsched.levels import ternary, unsigned
-from learnsched.meta.rollout import policy_rollout, run_forward
+from learnsched.meta.rollout import PolicyRollout, run_forward
 from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import BaseCurve, LearnedPolicy, MetaNetwork
@@ -50,14 +50,14 @@ def trained(task: Task, data: DataSet) -> None:
     inner = task.build(data)
     policy = LearnedPolicy(MetaNetwork())
     with torch.no_grad():
-        run_forward(inner, policy_rollout(policy, inner.run, len(task.learning_rates)))
+        run_forward(inner, PolicyRollout(policy, inner.run, len(task.learning_rates)))
 
 
 def differentiated(task: Task, data: DataSet) -> None:
     """The unrolled gradient of all members of a task."""
     inner = task.build(data)
     Unrolled()(
-        inner, policy_rollout(LearnedPolicy(MetaNetwork()), inner.run, inner.population.members)
+        inner, PolicyRollout(LearnedPolicy(MetaNetwork()), inner.run, inner.population.members)
     )
 
 

@@ -48,7 +48,7 @@ def run_forward(
         >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
         ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
         >>> inner = task.build(load("digits"))
-        >>> rollout = policy_rollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
+        >>> rollout = PolicyRollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
         >>> states, settings, losses = run_forward(inner, rollout)
         >>> len(states), settings.shape, losses[0].shape
         (3, torch.Size([2, 2, 2, 7]), torch.Size([2]))
@@ -88,6 +88,18 @@ class PolicyRollout:
         policy: what makes the settings.
         run: what is trained.
         members: runs.
+
+    Example:
+        >>> from learnsched.data import load
+        >>> from learnsched.meta.tasks import Task
+        >>> from learnsched.policies import LearnedPolicy, MetaNetwork
+        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
+        ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
+        >>> inner = task.build(load("digits"))
+        >>> rollout = PolicyRollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
+        >>> settings = rollout(0, inner.telemetry(inner.initial(), []))
+        >>> settings.shape, settings.requires_grad  # members, layers, fields
+        (torch.Size([2, 2, 7]), True)
     """
 
     def __init__(self, policy: LearnedPolicy, run: RunInfo, members: int) -> None:
@@ -123,24 +135,6 @@ class PolicyRollout:
             return torch.cat([one(epoch, Telemetry(*seen)) for one, *seen in each])
 
         return rollout
-
-
-def policy_rollout(policy: LearnedPolicy, run: RunInfo, members: int) -> PolicyRollout:
-    """The settings of a learned policy for ``members`` runs that are trained together.
-
-    Example:
-        >>> from learnsched.data import load
-        >>> from learnsched.meta.tasks import Task
-        >>> from learnsched.policies import LearnedPolicy, MetaNetwork
-        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
-        ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
-        >>> inner = task.build(load("digits"))
-        >>> rollout = policy_rollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
-        >>> settings = rollout(0, inner.telemetry(inner.initial(), []))
-        >>> settings.shape, settings.requires_grad  # members, layers, fields
-        (torch.Size([2, 2, 7]), True)
-    """
-    return PolicyRollout(policy, run, members)
 
 
 def table_rollout(table: Tensor) -> Rollout:

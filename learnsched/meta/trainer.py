@@ -25,8 +25,8 @@ from learnsched.meta import distribution
 from learnsched.meta.estimators import Estimator, ParametricRollout
 from learnsched.meta.inner import InnerLoop
 from learnsched.meta.rollout import (
+    PolicyRollout,
     learning_rates,
-    policy_rollout,
     run_forward,
     terminal_settings,
 )
@@ -214,7 +214,7 @@ class MetaTrainer:
         """The inner loop of a task, under the policy's learning rate, and the policy's settings."""
         inner = task.build(self.data[task.data], device=self.device, **options)
         inner.rates = learning_rates(self.policy, inner.run).to(self.device)
-        return inner, policy_rollout(self.policy, inner.run, len(task.learning_rates))
+        return inner, PolicyRollout(self.policy, inner.run, len(task.learning_rates))
 
     def _apply(self, gradient: Tensor) -> None:
         sizes = [p.numel() for p in self._parameters.values()]
