@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from learnsched.benchmarks import report
-from learnsched.benchmarks.accuracy import read
+from learnsched.benchmarks.records import read
 from learnsched.benchmarks.statistics import (
     against_best,
     at_equal_rates,

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from learnsched.benchmarks import report_figures
-from learnsched.benchmarks.accuracy import (
+from learnsched.benchmarks.methods import WARM_UP_SUFFIX
+from learnsched.benchmarks.records import (
     FLOAT,
     HAND_CODED,
     LEARNED,
@@ -27,7 +28,6 @@ from learnsched.benchmarks.accuracy import (
     START,
     read,
 )
-from learnsched.benchmarks.methods import WARM_UP_SUFFIX
 from learnsched.benchmarks.statistics import (
     Comparison,
     Record,

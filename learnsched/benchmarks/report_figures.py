@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from learnsched.benchmarks.accuracy import FLOAT, LEARNED, PARAMETRIC, PEER, RELAXED, START
+from learnsched.benchmarks.records import FLOAT, LEARNED, PARAMETRIC, PEER, RELAXED, START
 from learnsched.benchmarks.statistics import Record, best, difference
 from learnsched.figure_style import paper_style, save_figure
 from learnsched.intervals import Interval, interval

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from learnsched.benchmarks.accuracy import HAND_CODED, LEARNED, RELAXED
+from learnsched.benchmarks.records import HAND_CODED, LEARNED, RELAXED
 from learnsched.intervals import Interval, interval
 
 Record = Mapping[str, Any]
