@@ -36,8 +36,9 @@ from learnsched.data import DataSet
 from learnsched.figure_style import paper_style, save_figure
 from learnsched.meta.estimators import Estimator
 from learnsched.meta.evolution import EvolutionStrategies
+from learnsched.meta.mix import Mix
 from learnsched.meta.presets import PRESETS
-from learnsched.meta.tasks import Mix, Task
+from learnsched.meta.tasks import Task
 from learnsched.meta.trainer import MetaTrainer, TrainerConfig
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import LearnedPolicy, MetaNetwork

@@ -24,13 +24,14 @@ from learnsched.files import write, write_text
 from learnsched.meta import distribution
 from learnsched.meta.estimators import Estimator, ParametricRollout
 from learnsched.meta.inner import InnerLoop
+from learnsched.meta.mix import Mix
 from learnsched.meta.rollout import (
     PolicyRollout,
     learning_rates,
     run_forward,
     terminal_settings,
 )
-from learnsched.meta.tasks import Mix, Task
+from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies.learned import LearnedPolicy
 
