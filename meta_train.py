@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from learnsched.benchmarks import held_out
+from learnsched.benchmarks import comparison, held_out
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.environment import describe
 from learnsched.files import write_text
@@ -167,12 +167,12 @@ def _report(policy: LearnedPolicy, card: dict[str, Any], options: argparse.Names
     save_artefact(
         policy,
         options.out / "schedule.safetensors",
-        {**card, "held_out": held_out.summary(records)},
+        {**card, "held_out": comparison.summary(records)},
     )
     write_text(options.out / "held_out.json", json.dumps(records, indent=1) + "\n")
-    write_text(options.out / "held_out.md", held_out.table(records) + "\n")
-    plot_comparison(held_out.by_task(records), options.out / "held_out.png")
-    print(held_out.table(records))
+    write_text(options.out / "held_out.md", comparison.table(records) + "\n")
+    plot_comparison(comparison.by_task(records), options.out / "held_out.png")
+    print(comparison.table(records))
     print(f"\nartefact, card, table and plots: {options.out}")
 
 

@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from learnsched import load_pretrained, plan, plot_comparison, plot_schedule  # noqa: E402
-from learnsched.benchmarks.held_out import by_task, table  # noqa: E402
+from learnsched.benchmarks.comparison import by_task, table  # noqa: E402
 from learnsched.files import write_text  # noqa: E402
 from learnsched.plotting import plot_learning_curve  # noqa: E402
 from meta_train import example_run  # noqa: E402

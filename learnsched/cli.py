@@ -178,14 +178,14 @@ def _compare(options: argparse.Namespace) -> None:
 
     if options.baseline is not None and options.out is None:
         raise ValueError("--baseline is drawn through the figure; name the figure with --out")
-    held_out = _optional("learnsched.benchmarks.held_out", "metatrain")
+    comparison = _optional("learnsched.benchmarks.comparison", "metatrain")
 
     records = [record for path in options.results for record in _records(path)]
     _check_grid(records)
     _say(f"{len(records)} records: intervals by bootstrap …")
-    print(held_out.table(records))
+    print(comparison.table(records))
     if options.out is not None:
-        plot_comparison(held_out.by_task(records), options.out, baseline=options.baseline)
+        plot_comparison(comparison.by_task(records), options.out, baseline=options.baseline)
         print(f"\nwrote {options.out}")
 
 

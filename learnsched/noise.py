@@ -25,7 +25,6 @@ class NoiseShape:
         derivatives: the density and its derivative, elementwise, for the price of one exponential;
             the derivative is 0 at kinks and jumps.
         half_width: where the support ends; infinite for normal and logistic.
-        lipschitz: largest value of the density.
         sample: draws a tensor like its first argument, from its second (a generator or None).
     """
 
@@ -34,12 +33,7 @@ class NoiseShape:
     density: Callable[[Tensor], Tensor]
     derivatives: Callable[[Tensor], tuple[Tensor, Tensor]]
     half_width: float
-    lipschitz: float
     sample: Callable[[Tensor, torch.Generator | None], Tensor]
-
-    def curvature(self, z: Tensor) -> Tensor:
-        """The derivative of the density, elementwise; 0 at kinks and jumps."""
-        return self.derivatives(z)[1]
 
 
 def _rand(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -122,7 +116,6 @@ NOISES: dict[str, NoiseShape] = {
             _uniform_density,
             _uniform_derivatives,
             _UNIFORM_HALF_WIDTH,
-            1 / (2 * _UNIFORM_HALF_WIDTH),
             _uniform_sample,
         ),
         NoiseShape(
@@ -131,7 +124,6 @@ NOISES: dict[str, NoiseShape] = {
             _triangular_density,
             _triangular_derivatives,
             _TRIANGULAR_HALF_WIDTH,
-            1 / _TRIANGULAR_HALF_WIDTH,
             _triangular_sample,
         ),
         NoiseShape(
@@ -140,7 +132,6 @@ NOISES: dict[str, NoiseShape] = {
             _normal_density,
             _normal_derivatives,
             math.inf,
-            1 / math.sqrt(2 * math.pi),
             _normal_sample,
         ),
         NoiseShape(
@@ -149,7 +140,6 @@ NOISES: dict[str, NoiseShape] = {
             _logistic_density,
             _logistic_derivatives,
             math.inf,
-            1 / (4 * _LOGISTIC_SCALE),
             _logistic_sample,
         ),
     )

@@ -69,7 +69,12 @@ class Setting:
         )
 
 
+# Columns of a table of settings, in the order of a setting's attributes; then the places of some: the
+# noise in values, the noise in gradients, and the share of frozen weights.
 FIELDS = tuple(f.name for f in dataclasses.fields(Setting))
+FORWARD_STDS = tuple(i for i, name in enumerate(FIELDS) if name.endswith("forward_std"))
+BACKWARD_STDS = tuple(i for i, name in enumerate(FIELDS) if name.endswith("backward_std"))
+FRACTION = FIELDS.index("fraction")
 
 
 @dataclass(frozen=True)
@@ -212,8 +217,8 @@ class Telemetry:
 
     @classmethod
     def initial(cls, weight_error: Tensor) -> Telemetry:
-        """Before any training."""
-        one = torch.ones(weight_error.shape[:-1], dtype=weight_error.dtype)
+        """Before any training, on the device of the errors."""
+        one = weight_error.new_ones(weight_error.shape[:-1])
         return cls(one, one, weight_error)
 
 

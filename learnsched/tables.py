@@ -1,4 +1,4 @@
-"""Tables of text, for reports that people read on a terminal."""
+"""Tables of text: in columns, for a terminal, and in Markdown, for pages."""
 
 from __future__ import annotations
 
@@ -26,3 +26,29 @@ def aligned(rows: Sequence[Sequence[str]], left: int | None = None) -> str:
         ).rstrip()
         for row in rows
     )
+
+
+def markdown(rows: Sequence[Sequence[str]], *, head: bool = True) -> str:
+    """A table in Markdown, the first row its head.
+
+    Args:
+        rows: cells, as many in each row.
+        head: whether the first row is the head; if not, the rows go on with a table that is there.
+
+    Raises:
+        ValueError: there is no row for the head.
+
+    Example:
+        >>> print(markdown([("a", "b"), ("1", "2")]))
+        | a | b |
+        | --- | --- |
+        | 1 | 2 |
+        >>> print(markdown([("3", "4")], head=False))
+        | 3 | 4 |
+    """
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    if head:
+        if not rows:
+            raise ValueError("the head of a table is its first row, and there is none")
+        lines.insert(1, "| " + " | ".join("---" for _ in rows[0]) + " |")
+    return "\n".join(lines)

@@ -14,17 +14,9 @@ import torch
 
 from learnsched import load_pretrained, quantize_, ternary, unsigned
 from learnsched.benchmarks import accuracy
-from learnsched.benchmarks.accuracy import (
-    LEARNED,
-    START,
-    claim,
-    entries,
-    main,
-    matching,
-    measure,
-    read,
-)
+from learnsched.benchmarks.accuracy import entries, main, matching, measure
 from learnsched.benchmarks.cells import GRIDS, Cell
+from learnsched.benchmarks.records import LEARNED, START, claim, read, unpack
 from learnsched.benchmarks.search import Budget, search
 from learnsched.meta.population import Population
 from learnsched.meta.presets import PRESETS
@@ -72,7 +64,7 @@ def test_records_made_before_are_not_made_again(whole, tmp_path, monkeypatch):
     main(["--quick", "--out", str(folder), "--methods", *WORDS, "--known", str(lines)])
     assert read(folder) == read(whole)
     changed = [{**r, "validation": -1.0} for r in read(whole)]
-    accuracy.unpack(changed, folder)
+    unpack(changed, folder)
     assert read(folder) == read(whole), "what the folder has is kept"
     with pytest.raises(SystemExit, match="neither a folder nor a file"):
         main(["--quick", "--known", str(tmp_path / "none")])

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from learnsched.benchmarks import gradient, stability
-from learnsched.benchmarks.held_out import QUICK_TASKS, compare, summary, table
+from learnsched.benchmarks.comparison import summary, table
+from learnsched.benchmarks.held_out import QUICK_TASKS, compare
 from learnsched.benchmarks.methods import hand_coded
 from learnsched.benchmarks.room import tables
 from learnsched.benchmarks.search import Budget

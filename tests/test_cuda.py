@@ -13,7 +13,7 @@ from learnsched.data import load
 from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.inner import InnerState
 from learnsched.meta.presets import PRESETS
-from learnsched.meta.rollout import policy_rollout
+from learnsched.meta.rollout import PolicyRollout
 from learnsched.meta.tasks import Task
 from learnsched.meta.trainer import MetaTrainer, TrainerConfig
 from learnsched.meta.unrolled import Unrolled
@@ -208,7 +208,7 @@ def test_a_population_trains_as_on_the_cpu():
     for device in ("cpu", "cuda"):
         inner = task().build(load("mnist1d"), device=device)
         policy = LearnedPolicy(MetaNetwork().to(device))
-        estimate = Unrolled()(inner, policy_rollout(policy, inner.run, 2))
+        estimate = Unrolled()(inner, PolicyRollout(policy, inner.run, 2))
         results.append((estimate.loss.cpu(), estimate.gradient.cpu()))
     torch.testing.assert_close(results[1][0], results[0][0], atol=1e-2, rtol=1e-2)
     both = torch.stack([gradient.flatten() for _, gradient in results])

@@ -15,7 +15,7 @@ from learnsched.meta.evolution import (
     valid,
 )
 from learnsched.meta.inner import InnerState
-from learnsched.meta.rollout import policy_rollout, run_forward, table_rollout
+from learnsched.meta.rollout import PolicyRollout, run_forward, table_rollout
 from learnsched.meta.tasks import Task
 from learnsched.policies import LearnedPolicy, MetaNetwork
 from learnsched.schedule import FIELDS, LayerInfo, RunInfo, Telemetry
@@ -144,7 +144,7 @@ def test_a_repeated_inner_loop_trains_every_copy_alike():
     inner = SMALL.build(DIGITS)
     policy = LearnedPolicy(MetaNetwork())
     with torch.no_grad():
-        states, table, _ = run_forward(inner, policy_rollout(policy, inner.run, 2))
+        states, table, _ = run_forward(inner, PolicyRollout(policy, inner.run, 2))
         loss = inner.outer_loss(states[-1], table[-1])
         many = inner.repeated(3)
         tables = table.repeat(1, 3, 1, 1)
@@ -159,7 +159,7 @@ def test_the_same_seed_gives_the_same_gradient_and_another_another():
     def once(seed=0):
         inner = SMALL.build(DIGITS)
         es = EvolutionStrategies(pairs=3, knots=2, seed=seed)
-        return es(inner, policy_rollout(policy, inner.run, 2))
+        return es(inner, PolicyRollout(policy, inner.run, 2))
 
     assert torch.equal(once().gradient, once().gradient)
     assert not torch.equal(once().gradient, once(seed=1).gradient)
@@ -169,7 +169,7 @@ def test_the_estimate_chains_to_every_parameter_of_the_network():
     policy = LearnedPolicy(MetaNetwork())
     torch.nn.init.normal_(policy.network.out.weight, std=0.1)
     inner = SMALL.build(DIGITS)
-    estimate = EvolutionStrategies(pairs=4)(inner, policy_rollout(policy, inner.run, 2))
+    estimate = EvolutionStrategies(pairs=4)(inner, PolicyRollout(policy, inner.run, 2))
     gradients = torch.autograd.grad(
         estimate.settings, list(policy.network.parameters()), estimate.gradient
     )

@@ -9,7 +9,7 @@ import torch
 from learnsched.data import load
 from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.guarded import Guarded
-from learnsched.meta.rollout import policy_rollout
+from learnsched.meta.rollout import PolicyRollout
 from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import LearnedPolicy, MetaNetwork
@@ -21,7 +21,7 @@ UNROLLED, EVOLUTION = Unrolled(damping=0.5), EvolutionStrategies(pairs=3, knots=
 
 def gradient(estimator):
     inner = SMALL.build(DIGITS)
-    rollout = policy_rollout(LearnedPolicy(MetaNetwork()), inner.run, 3)
+    rollout = PolicyRollout(LearnedPolicy(MetaNetwork()), inner.run, 3)
     return estimator(inner, rollout)
 
 

@@ -9,7 +9,7 @@ from learnsched.data import load
 from learnsched.meta.estimators import clipped
 from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.hybrid import Hybrid, share_of_precise
-from learnsched.meta.rollout import policy_rollout
+from learnsched.meta.rollout import PolicyRollout
 from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import LearnedPolicy, MetaNetwork
@@ -49,7 +49,7 @@ def test_the_combination_lies_between_the_two():
     policy = LearnedPolicy(MetaNetwork())
 
     def rollout(inner):
-        return policy_rollout(policy, inner.run, 3)
+        return PolicyRollout(policy, inner.run, 3)
 
     unrolled, evolution = Unrolled(damping=0.5), EvolutionStrategies(pairs=3, knots=2)
     inner = SMALL.build(DIGITS)
@@ -67,7 +67,7 @@ def test_one_member_has_no_spread():
     one = dataclasses.replace(SMALL, learning_rates=(0.01,)).build(DIGITS)
     policy = LearnedPolicy(MetaNetwork())
     with pytest.raises(ValueError, match="two members"):
-        Hybrid()(one, policy_rollout(policy, one.run, 1))
+        Hybrid()(one, PolicyRollout(policy, one.run, 1))
 
 
 def test_clipping_keeps_small_gradients_scales_large_ones_and_drops_the_rest():

@@ -8,7 +8,7 @@ import torch
 
 from learnsched.data import load
 from learnsched.meta.presets import PRESETS
-from learnsched.meta.rollout import policy_rollout, run_forward, table_rollout, terminal_settings
+from learnsched.meta.rollout import PolicyRollout, run_forward, table_rollout, terminal_settings
 from learnsched.meta.tasks import Task
 from learnsched.meta.trainer import MetaTrainer
 from learnsched.meta.unrolled import Unrolled
@@ -113,7 +113,7 @@ def test_the_state_at_the_end_is_frozen_on_the_level_set():
     inner = SMALL.build(DIGITS, membership_width=0.0)
     policy = LearnedPolicy(MetaNetwork())
     with torch.no_grad():
-        states, table, _ = run_forward(inner, policy_rollout(policy, inner.run, 2))
+        states, table, _ = run_forward(inner, PolicyRollout(policy, inner.run, 2))
     count = len(list(inner.population.parameters()))
     membership, held, scale, _ = states[-1].tensors[3 * count :][:4]
     assert bool((membership == 1).all())

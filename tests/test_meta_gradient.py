@@ -16,7 +16,7 @@ import torch
 from learnsched.data import load
 from learnsched.meta.inner_optimizers import SGD, Adam
 from learnsched.meta.parameter_evolution import ParameterEvolution, perturbations
-from learnsched.meta.rollout import policy_rollout, table_rollout
+from learnsched.meta.rollout import PolicyRollout, table_rollout
 from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import BaseCurve, LearnedPolicy, MetaNetwork
@@ -224,7 +224,7 @@ def fresh_policy():
 
 def test_the_gradient_chains_to_the_meta_network_and_equals_that_of_perturbed_networks():
     inner, policy = smooth("momentum"), fresh_policy()
-    rollout = policy_rollout(policy, inner.run, 2)
+    rollout = PolicyRollout(policy, inner.run, 2)
     parameters = list(policy.network.parameters())
     gradient = Unrolled()(inner, rollout).parameter_gradient(parameters)
     direction = torch.randn(

@@ -12,7 +12,6 @@ from learnsched.benchmarks.held_out import train
 from learnsched.benchmarks.methods import (
     TWN_LEVELS,
     Method,
-    float_network,
     hand_coded,
     learned,
     parametric,
@@ -36,10 +35,19 @@ from learnsched.policies import (
 )
 from learnsched.policies.annealing_grid import PUBLISHED_MEAN, PUBLISHED_STD
 from learnsched.policies.incremental import IDENTITY_STD
+from learnsched.scales import Maximum
 from learnsched.schedule import FIELDS, LayerInfo, Policy, RunInfo, plan
 
 RUN = RunInfo((LayerInfo("a", 10, 3, 4), LayerInfo("b", 10, 3, 0)), 11)
 TINY = Task("cnn1d", "mnist1d", 4, 3, 3, 2, 16, "ternary/2-bit", (0.01, 0.01), False, 5, runs=2)
+
+# The network without quantization as a point of the methods' space: under uniform noise one step wide,
+# weights inside the range of their levels pass unchanged, and a level set of 0 and 1 is a ReLU that ends
+# at its scale, which is far out here.
+FLOAT = Method(
+    "float", "uniform", "settled", lambda trial: Relaxed(IDENTITY_STD, "uniform"), hardened=False,
+    levels=lambda c: LayerConfig(ternary(), unsigned(1), Maximum("tensor"), Fixed(64.0)),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +283,7 @@ def test_a_curve_brings_its_warm_up_whoever_trains_with_it(data):
 
 def test_the_float_network_is_the_network_without_quantization(data):
     float_task = replace(TINY, family="cnn1d", depth=4)
-    chosen = float_network()
+    chosen = FLOAT
     inner = float_task.build(data, noise=chosen.noise, config=chosen.config("binary/binary"))
     policy = chosen.suggest(Draw())
     settings = plan(policy, inner.run, hardened=False).table.float()[-1].expand(2, -1, -1)
@@ -288,7 +296,7 @@ def test_the_float_network_is_the_network_without_quantization(data):
 
 def test_the_float_network_trains_as_the_network_without_quantization(data):
     task = replace(TINY, horizon=2, steps=10, learning_rates=(0.02,), runs=1)
-    chosen = float_network()
+    chosen = FLOAT
     inner = task.build(data, noise=chosen.noise, config=chosen.config(task.bits), eps=1e-8)
     table = plan(chosen.suggest(Draw()), inner.run, hardened=False).table.float().unsqueeze(1)
     with torch.no_grad():
@@ -361,10 +369,9 @@ def test_a_scale_rule_of_activations_is_given_standard_normal_ones(data):
     assert all((scale == 0.75).all() for scale in scales)
 
 
-def test_upper_bounds_are_not_hardened():
-    for chosen in (upper_bound(), float_network()):
-        assert not chosen.hardened
-        assert isinstance(chosen.suggest(Draw()), Relaxed)
+def test_the_upper_bound_is_not_hardened():
+    assert not upper_bound().hardened
+    assert isinstance(upper_bound().suggest(Draw()), Relaxed)
 
 
 def test_a_method_needs_no_more_than_its_name_noise_and_partition():

@@ -24,6 +24,10 @@ def draw(name, seed=0, dtype=torch.float64):
     return NOISES[name].sample(torch.empty(SAMPLES, dtype=dtype), generator)
 
 
+def curvature(name, z):
+    return NOISES[name].derivatives(z)[1]
+
+
 def test_scipy_references_have_mean_0_and_std_1():
     assert set(SCIPY) == set(NOISES)
     for reference in SCIPY.values():
@@ -48,7 +52,7 @@ def test_density_equals_scipy(name):
 def test_narrow_dtypes_are_kept_and_accurate(name, dtype):
     z = torch.linspace(-5, 5, 81).to(dtype)
     tolerance = 4 * torch.finfo(dtype).eps
-    assert NOISES[name].curvature(z).dtype == dtype
+    assert curvature(name, z).dtype == dtype
     for function, reference in ((NOISES[name].cdf, "cdf"), (NOISES[name].density, "pdf")):
         ours = function(z)
         assert ours.dtype == dtype
@@ -59,7 +63,7 @@ def test_narrow_dtypes_are_kept_and_accurate(name, dtype):
 @pytest.mark.parametrize("name", SCIPY)
 def test_curvature_equals_finite_differences_of_the_density(name):
     z, step = GRID + 1e-4, 1e-6  # off the kinks
-    ours = NOISES[name].curvature(torch.from_numpy(z)).numpy()
+    ours = curvature(name, torch.from_numpy(z)).numpy()
     truth = (SCIPY[name].pdf(z + step) - SCIPY[name].pdf(z - step)) / (2 * step)
     np.testing.assert_allclose(ours, truth, atol=1e-8)
 
@@ -68,7 +72,7 @@ def test_curvature_equals_finite_differences_of_the_density(name):
 def test_curvature_is_0_at_kinks_and_jumps(name):
     width = NOISES[name].half_width
     z = torch.tensor([-width, 0.0, width], dtype=torch.float64)
-    assert NOISES[name].curvature(z).tolist() == [0, 0, 0]
+    assert curvature(name, z).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("name", SCIPY)
@@ -76,7 +80,7 @@ def test_far_tails_are_exactly_0_and_1_and_never_nan(name):
     z = torch.tensor([-math.inf, -1e6, 1e6, math.inf], dtype=torch.float32)
     assert NOISES[name].cdf(z).tolist() == [0, 0, 1, 1]
     assert NOISES[name].density(z).tolist() == [0, 0, 0, 0]
-    assert NOISES[name].curvature(z[1:3]).tolist() == [0, 0]
+    assert curvature(name, z[1:3]).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("name", SCIPY)
@@ -113,11 +117,6 @@ def test_equal_seeds_give_equal_samples(name):
 def test_half_width_is_the_end_of_the_support(name):
     assert NOISES[name].half_width == pytest.approx(SCIPY[name].support()[1], rel=1e-15)
     assert draw(name).abs().max() <= NOISES[name].half_width
-
-
-@pytest.mark.parametrize("name", SCIPY)
-def test_lipschitz_is_the_largest_density(name):
-    assert NOISES[name].lipschitz == pytest.approx(SCIPY[name].pdf(GRID).max(), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", SCIPY)

@@ -14,7 +14,7 @@ from learnsched.meta.parameter_evolution import (
     perturbations,
 )
 from learnsched.meta.presets import PRESETS
-from learnsched.meta.rollout import policy_rollout
+from learnsched.meta.rollout import PolicyRollout
 from learnsched.meta.tasks import Task
 from learnsched.meta.trainer import MetaTrainer
 from learnsched.policies import LearnedPolicy, MetaNetwork
@@ -96,7 +96,7 @@ def test_perturbed_networks_schedule_as_networks_of_those_parameters_do():
     inner = SMALL.build(DIGITS)
     policy = LearnedPolicy(MetaNetwork(hidden=3, embedding=2))
     torch.nn.init.normal_(policy.network.out.weight, std=0.1)
-    rollout = policy_rollout(policy, inner.run, 2)
+    rollout = PolicyRollout(policy, inner.run, 2)
     changes = 0.1 * torch.randn(
         2, rollout.parameters.numel(), generator=torch.Generator().manual_seed(0)
     )
@@ -112,7 +112,7 @@ def test_perturbed_networks_schedule_as_networks_of_those_parameters_do():
             seen = Telemetry(
                 telemetry.loss[mine], telemetry.loss_trend[mine], telemetry.weight_error[mine]
             )
-            alone = policy_rollout(twin, inner.run, 2)
+            alone = PolicyRollout(twin, inner.run, 2)
             for epoch in (0, 1):
                 torch.testing.assert_close(together[epoch][mine], alone(epoch, seen))
     assert torch.equal(rollout.parameters, before)

@@ -8,7 +8,8 @@ import pytest
 from scipy import stats
 
 from learnsched.benchmarks import report
-from learnsched.benchmarks.accuracy import read
+from learnsched.benchmarks.records import read
+from learnsched.benchmarks.report_tables import knobs, network_table
 from learnsched.benchmarks.statistics import (
     against_best,
     at_equal_rates,
@@ -140,10 +141,10 @@ def test_intervals_cover_the_mean_of_a_known_distribution():
 
 def test_importance_is_that_of_cells_with_all_parameters(records):
     narrow = next(r for r in records if (r["cell"], r["method"]) == ("three", "STE"))
-    whole = report.knobs(by_cell([r for r in records if r is not narrow]))
+    whole = knobs(by_cell([r for r in records if r is not narrow]))
     narrow["space"] = {"learning_rate": narrow["space"]["learning_rate"]}
     assert set(whole["STE"]) == {"learning_rate", "std"}
-    assert report.knobs(by_cell(records)) == whole
+    assert knobs(by_cell(records)) == whole
 
 
 def test_a_parameter_whose_range_differs_between_cells_is_explained_too(records):
@@ -181,9 +182,7 @@ def test_rates_that_both_have_tried_pair(cells):
     ]
     assert at_equal_rates(learned, start) == pytest.approx([-0.2, 0.1])
     two = dict.fromkeys(("learned", "start"), start)  # the network is not applied
-    table = report.network_table(
-        {"one": {"learned": learned, "start": start}, "two": two}, "learned"
-    )
+    table = network_table({"one": {"learned": learned, "start": start}, "two": two}, "learned")
     assert table.splitlines()[2:] == [
         "| one | 2 | -5.0 [-20.0, +10.0] | +2.0 [+1.0, +3.0] |",
         "| mean |  | -5.0 [-5.0, -5.0] | +2.0 [+2.0, +2.0] |",

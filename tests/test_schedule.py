@@ -137,6 +137,10 @@ def test_initial_telemetry_is_without_change(shape):
     assert telemetry.weight_error is error
 
 
+def test_initial_telemetry_lies_where_the_errors_do():
+    assert Telemetry.initial(torch.empty(3, device="meta")).loss.device.type == "meta"
+
+
 def test_a_plan_is_hardened_unless_told_otherwise():
     run = RunInfo(LAYERS, 3)
     relaxed = policies.Relaxed(0.4)

@@ -31,11 +31,15 @@ from learnsched.meta.estimators import Rollout
 from learnsched.meta.inner import InnerLoop
 from learnsched.meta.rollout import table_rollout
 from learnsched.policies import LearnedPolicy
-from learnsched.schedule import FIELDS, Policy, plan
-
-_BACKWARD = [i for i, name in enumerate(FIELDS) if name.endswith("backward_std")]
-_FORWARD = [i for i, name in enumerate(FIELDS) if name.endswith("forward_std")]
-_FRACTION = [FIELDS.index("fraction")]
+from learnsched.schedule import (
+    BACKWARD_STDS,
+    FIELDS,
+    FORWARD_STDS,
+    FRACTION,
+    Policy,
+    plan,
+)
+from learnsched.tables import markdown
 
 TASKS = ("other seeds", "fine-tuned", "other width", "twice the horizon")
 _SHOWN = Budget(rounds=1, trials=8, trial_runs=2, runs=24)
@@ -67,11 +71,11 @@ class Unscheduled(Method):
 
     def rollout(self, inner: InnerLoop, policies: list[Policy]) -> Rollout:
         whole = super().rollout(inner, policies)
-        mean = _planned(self, inner)[..., _BACKWARD].log().mean(0).exp()
+        mean = _planned(self, inner)[..., list(BACKWARD_STDS)].log().mean(0).exp()
 
         def rollout(epoch: int, telemetry: Any) -> Tensor:
             settings = whole(epoch, telemetry).clone()
-            settings[..., _BACKWARD] = mean
+            settings[..., list(BACKWARD_STDS)] = mean
             return settings
 
         return rollout
@@ -88,23 +92,23 @@ def _planned(method: Method, inner: InnerLoop) -> Tensor:
 def variants(policy: LearnedPolicy) -> list[Method]:
     """The whole schedule first, then without each part."""
 
-    def without(columns: list[int]) -> Callable[[Tensor], Tensor]:
+    def without(*columns: int) -> Callable[[Tensor], Tensor]:
         keep = torch.ones(len(FIELDS))
-        keep[columns] = 0
+        keep[list(columns)] = 0
         return lambda settings: settings * keep.to(settings)
 
     def alike(settings: Tensor) -> Tensor:
         # Not the fractions: a mean would let every layer freeze with the first one.
         same = settings.mean(-2, keepdim=True).expand_as(settings).clone()
-        same[..., _FRACTION] = settings[..., _FRACTION]
+        same[..., FRACTION] = settings[..., FRACTION]
         return same
 
     whole = field.learned(policy)
     shared: dict[str, Any] = {"noise": whole.noise, "partition": whole.partition, "learned": policy}
     return [
         whole,
-        Ablated("without early freezing", **shared, change=without(_FRACTION)),
-        Ablated("without forward noise", **shared, change=without(_FORWARD)),
+        Ablated("without early freezing", **shared, change=without(FRACTION)),
+        Ablated("without forward noise", **shared, change=without(*FORWARD_STDS)),
         Unscheduled("with constant backward noise", **shared),
         Blind("without telemetry", **shared),
         Ablated("noise alike in all layers", **shared, change=alike),
@@ -115,9 +119,9 @@ def table(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
     """Markdown: accuracy of the whole in %, then what each variant loses, paired over seeds."""
     found = {(r["cell"], r["method"]): np.asarray(r["test"]) for r in records}
     names = list(dict.fromkeys(r["method"] for r in records))
-    lines = ["| variant | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
+    rows = [["variant", *tasks]]
     for name in names:
-        row = []
+        row = [name]
         for task in tasks:
             whole = found[HELD_OUT[task].name, names[0]]
             here = found[HELD_OUT[task].name, name]
@@ -125,8 +129,8 @@ def table(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
                 row.append(f"{100 * whole.mean():.1f}")
                 continue
             row.append(interval(here - whole).text("+"))
-        lines.append(f"| {name} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
+        rows.append(row)
+    return markdown(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,11 +19,9 @@ import argparse
 import functools
 import hashlib
 import json
-import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -35,10 +33,23 @@ from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.cells import GRIDS, Cell
 from learnsched.benchmarks.environment import describe, write_results
 from learnsched.benchmarks.methods import Method
+from learnsched.benchmarks.records import (
+    FLOAT,
+    HAND_CODED,
+    LEARNED,
+    PARAMETRIC,
+    RELAXED,
+    START,
+    claim,
+    read,
+    record_path,
+    slug,
+    unpack,
+    write_record,
+)
 from learnsched.benchmarks.search import Budget, search
 from learnsched.benchmarks.spaces import Trial
 from learnsched.data import DataSet, Split
-from learnsched.files import write_text
 from learnsched.meta.tasks import BITS, Task
 from learnsched.policies import BaseCurve, BaseCurves, LearnedPolicy
 from learnsched.schedule import LayerInfo, RunInfo
@@ -49,10 +60,6 @@ Train = Callable[[Task, DataSet, Sequence[float], Sequence[Any], int, Split], to
 # Horizons, as shares of the cell's, at which learned schedules run too: what they need to match.
 SHORTER = (0.25, 0.5, 0.75)
 
-LEARNED, START, HAND_CODED, PARAMETRIC, RELAXED, FLOAT, PEER = (
-    "learned", "start", "hand-coded", "parametric", "relaxed", "float", "peer",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -60,9 +67,7 @@ class Entry:
 
     Attributes:
         name: as in tables.
-        role: what it is to the comparison: learned, start (of the learned one, before
-            meta-training), hand-coded, parametric (a search over the learned one's closed form),
-            relaxed, float or peer.
+        role: what it is to the comparison, one of those in :mod:`learnsched.benchmarks.records`.
         train: from tasks and policies to accuracies.
         suggest: from a trial to a policy; None if only the learning rate is searched.
         source: paper and equation.
@@ -134,28 +139,6 @@ def _numbers(curve: BaseCurve) -> list[tuple[str, float]]:
     return sorted((name, number) for name, number in asdict(curve).items() if number)
 
 
-def slug(text: str) -> str:
-    """A name as part of a path.
-
-    Example:
-        >>> slug("ANA, normal (2019)")
-        'ana-normal-2019'
-    """
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
-
-
-def record_path(folder: Path, cell: str, method: str) -> Path:
-    """Where the record of a cell and method lies."""
-    return folder / "records" / slug(cell) / f"{slug(method)}.json"
-
-
-def write_record(record: dict[str, Any], folder: Path) -> None:
-    """Put a record in its place."""
-    path = record_path(folder, record["cell"], record["method"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(record) + "\n")
-
-
 def is_done(folder: Path, cell: Cell, entry: Entry) -> bool:
     """Whether the record of a cell and method is there, of this version of the method."""
     path = record_path(folder, cell.name, entry.name)
@@ -225,30 +208,6 @@ def _environment() -> dict[str, str | int]:
     return describe()
 
 
-@contextmanager
-def claim(path: Path) -> Iterator[bool]:
-    """Whether this process alone may do the work that a file stands for, within the block.
-
-    The claim is a lock of the operating system, so it ends with the process however that ends.
-
-    Example:
-        >>> path = Path(tempfile.mkdtemp()) / "job"
-        >>> with claim(path) as mine, claim(path) as too:
-        ...     print(mine, too)
-        True False
-    """
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
 def run(
     jobs: Sequence[tuple[Cell, Entry]],
     budget: Budget,
@@ -282,29 +241,6 @@ def run(
             write_record(record, folder)
         if progress is not None:
             progress(record)
-
-
-def read(folder: Path) -> list[dict[str, Any]]:
-    """All records of a folder, or of a file of JSON lines, by cell and method."""
-    if folder.is_file():
-        records = [json.loads(line) for line in folder.read_text().splitlines() if line]
-    else:
-        records = [json.loads(path.read_text()) for path in (folder / "records").glob("*/*.json")]
-    order = [cell.name for cell in GRIDS["full"].cells]
-    place = {name: index for index, name in enumerate(order)}
-    return sorted(records, key=lambda r: (place.get(r["cell"], len(order)), r["cell"], r["method"]))
-
-
-def unpack(records: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Write the records that a folder lacks, of cells and methods that it has none of.
-
-    Args:
-        records: as :func:`read` returns them.
-        folder: of records, journals and claims.
-    """
-    for record in records:
-        if not record_path(folder, record["cell"], record["method"]).exists():
-            write_record(record, folder)
 
 
 def matching(found: Sequence[Entry], words: Sequence[str] | None) -> list[Entry]:

@@ -37,6 +37,7 @@ from learnsched.export.check import pytorch_codes
 from learnsched.export.inspect import inspect
 from learnsched.export.reference import run
 from learnsched.export.trace import trace
+from learnsched.tables import markdown
 
 _BATCHES = (1, 64)
 _PART = 500
@@ -237,15 +238,16 @@ def _agreement(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Two Markdown tables: sizes and agreement; latencies."""
-    lines = [
-        "| network | weights | zero | float32 | INT8 | INT2 | trits | float32 / trits | accuracy: "
-        "PyTorch, ONNX Runtime, integers | codes compared | different |",
-        "| --- |" + " --- |" * 10,
-    ]
+    sizes = [
+        [
+            "network", "weights", "zero", "float32", "INT8", "INT2", "trits", "float32 / trits",
+            "accuracy: PyTorch, ONNX Runtime, integers", "codes compared", "different",
+        ]
+    ]  # fmt: skip
     for row in rows:
         size = row["weight_bytes"]
         accuracy = [row[f"accuracy_{k}"] for k in ("pytorch", "onnxruntime", "integers")]
-        cells = [
+        sizes.append([
             f"{row['network']} {row['width']}",
             f"{row['weights']:,}",
             f"{row['zero']:.0%}",
@@ -254,20 +256,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             ", ".join(f"{100 * a:.2f}" for a in accuracy),
             f"{row['codes_compared']:,}",
             f"{row['codes_different']:,}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "| network | batch | float32 ms | INT8 ms | INT2 ms | file bytes: float32, INT8, INT2 |",
-    ]
-    lines.append("| --- |" + " --- |" * 5)
+        ])  # fmt: skip
+    disk_head = "file bytes: float32, INT8, INT2"
+    latencies = [["network", "batch", "float32 ms", "INT8 ms", "INT2 ms", disk_head]]
     for row in rows:
         disk = ", ".join(f"{row['disk_bytes'][k]:,}" for k in ("float32", "INT8", "INT2"))
         for batch, times in row["milliseconds"].items():
             spent = [f"{times[k]:.3f}" for k in ("float32", "INT8", "INT2")]
             name = f"{row['network']} {row['width']}"
-            lines.append("| " + " | ".join([name, batch, *spent, disk]) + " |")
-    return "\n".join(lines)
+            latencies.append([name, batch, *spent, disk])
+    return f"{markdown(sizes)}\n\n{markdown(latencies)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -20,6 +20,7 @@ from learnsched.benchmarks.curve_variants import Study
 from learnsched.intervals import interval
 from learnsched.policies import BaseCurve
 from learnsched.schedule import RunInfo
+from learnsched.tables import markdown
 
 _ANY = 1e9
 
@@ -43,13 +44,11 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         name = record["task"].replace(f", {record['bits']}", "")
         gain = interval(np.asarray(record["frozen"]) - np.asarray(record["free"]))
         rows.setdefault((name, record["fan_in"]), {})[record["bits"]] = gain.text("+")
-    rule = "|" + " --- |" * (2 + len(columns))
-    lines = ["| task | fan-in | " + " | ".join(columns) + " |", rule]
-    for (name, fan_in), gains in rows.items():
-        lines.append(
-            f"| {name} | {fan_in} | " + " | ".join(gains.get(c, "") for c in columns) + " |"
-        )
-    return "\n".join(lines)
+    cells = [
+        [name, str(fan_in), *(gains.get(c, "") for c in columns)]
+        for (name, fan_in), gains in rows.items()
+    ]
+    return markdown([["task", "fan-in", *columns], *cells])
 
 
 # Fan-ins of 5, 9, 40 and 64, of no seed of meta-training.

@@ -43,11 +43,12 @@ from learnsched.meta.evolution import EvolutionStrategies, project, tangent_basi
 from learnsched.meta.guarded import Guarded
 from learnsched.meta.hybrid import Hybrid
 from learnsched.meta.presets import PRESETS
-from learnsched.meta.rollout import learning_rates, policy_rollout, run_forward
+from learnsched.meta.rollout import PolicyRollout, learning_rates, run_forward
 from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import LearnedPolicy, MetaNetwork
 from learnsched.pretrained import load_pretrained
+from learnsched.tables import markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,6 +70,11 @@ ESTIMATORS: dict[str, Callable[[Inner, Rollout], ScheduleEstimate]] = {
 # Maxima of the learning rate that train the networks of this benchmark well.
 RATES = {"adam": 0.01, "adamw": 0.01, "momentum": 0.1, "sgd": 1.0}
 PLAIN, START = "plain curve", "base curve"
+
+_HEAD = [
+    "at", "noise", "optimizer", "steps", "width", "estimator", "cosine, mean over seeds",
+    "cosine of the mean", "norm ratio", "outliers", "s",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ def measure(
     inner.rates = learning_rates(policy, inner.run).to(device)
 
     def rollout() -> Rollout:
-        return policy_rollout(policy, inner.run, seeds)
+        return PolicyRollout(policy, inner.run, seeds)
 
     start = time.perf_counter()
     table = run_forward(inner, rollout())[1].detach()
@@ -160,7 +166,7 @@ def measure(
     rows = []
     for name, estimator in ESTIMATORS.items():
         start = time.perf_counter()
-        ours = project(basis, estimator(inner, policy_rollout(policy, inner.run, seeds)).gradient)
+        ours = project(basis, estimator(inner, PolicyRollout(policy, inner.run, seeds)).gradient)
         rows.append(
             {
                 "estimator": name,
@@ -211,31 +217,27 @@ def attainable(agreement: float) -> float:
 
 def table(rows: Sequence[dict[str, Any]], *, head: bool = True) -> str:
     """A Markdown table; a perfect gradient's line has the reference's cost."""
-    lines = []
-    if head:
-        lines = [
-            "| at | noise | optimizer | steps | width | estimator | cosine, mean over seeds "
-            "| cosine of the mean | norm ratio | outliers | s |",
-            "| --- |" + " --- |" * 10,
-        ]
+    cells = [_HEAD] if head else []
     for row in rows:
-        run = " | ".join(str(row[n]) for n in ("policy", "noise", "optimizer", "steps", "width"))
+        run = [str(row[n]) for n in ("policy", "noise", "optimizer", "steps", "width")]
         reference = row["reference"]
         for found in row["estimators"]:
             ratio = _median(found["norms"]) / max(_median(reference["norms"]), 1e-12)
-            lines.append(
-                f"| {run} | {found['estimator']} | {fmean(found['cosines']):.2f} "
-                f"| {found['cosine_of_mean']:.2f} | {ratio:.2g} | {100 * found['outliers']:.0f} % "
-                f"| {found['seconds']:.0f} |"
-            )
+            cells.append([
+                *run,
+                found["estimator"],
+                f"{fmean(found['cosines']):.2f}",
+                f"{found['cosine_of_mean']:.2f}",
+                f"{ratio:.2g}",
+                f"{100 * found['outliers']:.0f} %",
+                f"{found['seconds']:.0f}",
+            ])  # fmt: skip
         limits = [
             attainable(a) for a in (fmean(reference["agreement"]), reference["agreement_of_mean"])
         ]
-        lines.append(
-            f"| {run} | (a perfect one) | {limits[0]:.2f} | {limits[1]:.2f} | 1 | 0 % "
-            f"| {reference['seconds']:.0f} |"
-        )
-    return "\n".join(lines)
+        cosines = (f"{limit:.2f}" for limit in limits)
+        cells.append([*run, "(a perfect one)", *cosines, "1", "0 %", f"{reference['seconds']:.0f}"])
+    return markdown(cells, head=head)
 
 
 def _median(values: Sequence[float]) -> float:

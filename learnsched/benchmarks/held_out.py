@@ -17,15 +17,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from learnsched.benchmarks import methods as field
+from learnsched.benchmarks.comparison import table
 from learnsched.benchmarks.environment import describe, stored_records, write_results
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.search import Budget, Found, search
 from learnsched.data import DataSet, load
-from learnsched.intervals import bootstrap_interval
 from learnsched.meta import distribution
 from learnsched.meta.rollout import run_forward
 from learnsched.meta.tasks import Task
@@ -161,58 +160,6 @@ def _record(
         "seconds": time.perf_counter() - start,
         "commit": describe()["commit"],
     }
-
-
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table: mean test accuracy in % with bootstrap 95 % intervals; then the margins."""
-    tasks = list(dict.fromkeys(r["task"] for r in records))
-    names = list(dict.fromkeys(r["method"] for r in records))
-    found = {(r["task"], r["method"]): np.asarray(r["test"]) for r in records}
-    cells = {r["task"]: r["cell"] for r in records}
-    lines = ["| method | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
-    for name in names:
-        row = [_interval(found[t, name]) if (t, name) in found else "" for t in tasks]
-        lines.append(f"| {name} | " + " | ".join(row) + " |")
-    rivals = {
-        "best hand-coded": [m.name for m in field.hand_coded() if m.name in names],
-        "before meta-training": [n for n in names if n == "learned, before meta-training"],
-    }
-    for rival, candidates in rivals.items():
-        if "learned" not in names or not candidates:
-            continue
-        row = []
-        for task in tasks:
-            rows = [found[task, n] for n in candidates if (task, n) in found]
-            complete = (task, "learned") in found and rows
-            best = max(rows, key=np.mean) if complete else None
-            row.append("" if best is None else _interval(found[task, "learned"] - best, sign="+"))
-        lines.append(f"| **learned − {rival}** | " + " | ".join(row) + " |")
-    lines += ["", *(f"- {task}: {cells[task]}" for task in tasks)]
-    return "\n".join(lines)
-
-
-def by_task(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """Test accuracies by task and method, as :func:`learnsched.plotting.plot_comparison` takes."""
-    result: dict[str, dict[str, list[float]]] = {}
-    for record in records:
-        result.setdefault(record["task"], {})[record["method"]] = record["test"]
-    return result
-
-
-def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean test accuracy by task and method."""
-    return {
-        task: {name: round(float(np.mean(test)), 4) for name, test in row.items()}
-        for task, row in by_task(records).items()
-    }
-
-
-def _interval(values: np.ndarray, sign: str = "") -> str:
-    mean = 100 * values.mean()
-    low, high = bootstrap_interval(100 * values)
-    if low == high:
-        return f"{mean:{sign}.1f}"
-    return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,14 +23,14 @@ from learnsched.learned_quantizers import (
     sample_concrete_,
 )
 from learnsched.learning_rate import warm_cosine
-from learnsched.levels import LevelSet, power_of_two, ternary, unsigned
+from learnsched.levels import LevelSet, power_of_two
 from learnsched.meta.estimators import Rollout
 from learnsched.meta.inner import InnerLoop
 from learnsched.meta.presets import WARM_UNTIL
 from learnsched.meta.rollout import (
+    PolicyRollout,
     following_rollout,
     learning_rates,
-    policy_rollout,
     step_by_step,
     table_rollout,
 )
@@ -40,11 +40,9 @@ from learnsched.policies import (
     IncrementalQuantization,
     LearnedPolicy,
     MetaNetwork,
-    Relaxed,
 )
 from learnsched.policies.annealing_grid import PUBLISHED_STD
-from learnsched.policies.incremental import IDENTITY_STD
-from learnsched.scales import AbsoluteMean, FanIn, Fixed, Maximum, PowerOfTwo
+from learnsched.scales import AbsoluteMean, FanIn, PowerOfTwo
 from learnsched.schedule import Policy, RunInfo, plan
 
 TERNARY = ("ternary/2-bit", "ternary/ternary", "ternary/real")
@@ -128,7 +126,7 @@ class Method:
     def rollout(self, inner: InnerLoop, policies: list[Policy]) -> Rollout:
         """The settings of every member, whose policies are given."""
         if self.learned is not None:
-            return policy_rollout(self.learned, inner.run, inner.population.members)
+            return PolicyRollout(self.learned, inner.run, inner.population.members)
         plans: dict[Policy, torch.Tensor] = {}
         for policy in policies:
             if policy not in plans:
@@ -339,22 +337,6 @@ def parametric(bits: str = "ternary/2-bit") -> Method:
 def upper_bound() -> Method:
     """The relaxed network: the practical upper bound, not hard."""
     return Method("relaxed (never hard)", "normal", "settled", spaces.relaxed, hardened=False)
-
-
-def float_network() -> Method:
-    """The network without quantization, as a point of the same space: the upper reference.
-
-    Under uniform noise one step wide, weights inside the range of their levels pass unchanged, and a
-    level set of 0 and 1 is a ReLU that ends at its scale, which is far out here.
-    """
-    return Method(
-        "float",
-        "uniform",
-        "settled",
-        lambda trial: Relaxed(IDENTITY_STD, "uniform"),
-        hardened=False,
-        levels=lambda c: LayerConfig(ternary(), unsigned(1), Maximum("tensor"), Fixed(64.0)),
-    )
 
 
 def learned(policy: LearnedPolicy) -> Method:

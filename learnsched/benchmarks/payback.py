@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from learnsched.benchmarks.accuracy import HAND_CODED, LEARNED, read
 from learnsched.benchmarks.gradient import BUDGET
+from learnsched.benchmarks.records import HAND_CODED, LEARNED, read
 from learnsched.benchmarks.statistics import Record, by_cell
 
 # The estimator of preset standard, and one whose cost is that of ordinary runs.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from learnsched.data import DataSet, Split
+from learnsched.finalize import reestimate_batch_norm_
 from learnsched.meta.tasks import Task
-from learnsched.modules import BATCH_NORMS
 
 # From a float network, a policy and the task to the network to train and its optimizer, which has a
 # learning rate of 1.
@@ -58,7 +58,7 @@ def train(
     ):
         prepared, optimizer = prepare(model, policy, task)
         _fit(prepared, optimizer, rate, data, batches.flatten(0, 1))
-        _reestimate(prepared, data, batches[-1][:20])
+        reestimate_batch_norm_(prepared, (data.train.x[index] for index in batches[-1][:20]))
         accuracies.append(_accuracy(prepared, split))
     return torch.tensor(accuracies, dtype=torch.double).view(len(rates), runs)
 
@@ -69,19 +69,11 @@ def _fit(
     scales = [group["lr"] for group in optimizer.param_groups]
     for step, index in enumerate(order):
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
+            # Not warm_cosine, which divides before it multiplies: every fifth rate has another last bit.
             group["lr"] = scale * rate * 0.5 * (1 + math.cos(math.pi * step / len(order)))
         optimizer.zero_grad()
         F.cross_entropy(model(data.train.x[index]), data.train.y[index]).backward()
         optimizer.step()
-
-
-@torch.no_grad()
-def _reestimate(model: nn.Module, data: DataSet, batches: Tensor) -> None:
-    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
-    for seen, index in enumerate(batches):
-        for norm in norms:
-            norm.momentum = 1 / (seen + 1)  # a plain mean over the batches
-        model(data.train.x[index])
 
 
 @torch.no_grad()

@@ -24,11 +24,12 @@ from learnsched.benchmarks.environment import write_results
 from learnsched.convert import quantize_
 from learnsched.data import DataSet, load
 from learnsched.levels import ternary, unsigned
-from learnsched.meta.rollout import policy_rollout, run_forward
+from learnsched.meta.rollout import PolicyRollout, run_forward
 from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import BaseCurve, LearnedPolicy, MetaNetwork
 from learnsched.scheduler import QuantizationScheduler
+from learnsched.tables import markdown
 
 MEMBERS = 32
 NETWORKS = (
@@ -38,20 +39,25 @@ NETWORKS = (
     ("mnist1d", "mlp", 32, 4),
 )
 
+_HEAD = [
+    "network", "steps", f"{MEMBERS} as one over one by one", "the same, gradient",
+    f"{MEMBERS} as one over plain PyTorch",
+]  # fmt: skip
+
 
 def trained(task: Task, data: DataSet) -> None:
     """Train all members of a task."""
     inner = task.build(data)
     policy = LearnedPolicy(MetaNetwork())
     with torch.no_grad():
-        run_forward(inner, policy_rollout(policy, inner.run, len(task.learning_rates)))
+        run_forward(inner, PolicyRollout(policy, inner.run, len(task.learning_rates)))
 
 
 def differentiated(task: Task, data: DataSet) -> None:
     """The unrolled gradient of all members of a task."""
     inner = task.build(data)
     Unrolled()(
-        inner, policy_rollout(LearnedPolicy(MetaNetwork()), inner.run, inner.population.members)
+        inner, PolicyRollout(LearnedPolicy(MetaNetwork()), inner.run, inner.population.members)
     )
 
 
@@ -111,17 +117,11 @@ def measure(
 
 def table(rows: Sequence[dict[str, Any]], *, head: bool = True) -> str:
     """A Markdown table of the speed-ups."""
-    lines = []
-    if head:
-        lines = [
-            f"| network | steps | {MEMBERS} as one over one by one | the same, gradient "
-            f"| {MEMBERS} as one over plain PyTorch |",
-            "| --- | --- | --- | --- | --- |",
-        ]
-    for row in rows:
-        found = " | ".join(f"{ratio:.1f}×" for ratio in row["speed_up"].values())
-        lines.append(f"| {row['network']} | {row['steps']} | {found} |")
-    return "\n".join(lines)
+    cells = [
+        [row["network"], str(row["steps"]), *(f"{r:.1f}×" for r in row["speed_up"].values())]
+        for row in rows
+    ]
+    return markdown([_HEAD, *cells] if head else cells, head=head)
 
 
 def main() -> None:

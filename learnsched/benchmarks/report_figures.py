@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from learnsched.benchmarks.accuracy import FLOAT, LEARNED, PARAMETRIC, PEER, RELAXED, START
-from learnsched.benchmarks.statistics import Record, best, difference
+from learnsched.benchmarks.records import FLOAT, LEARNED, PARAMETRIC, PEER, RELAXED, START
+from learnsched.benchmarks.statistics import Cells, best, difference
 from learnsched.figure_style import paper_style, save_figure
 from learnsched.intervals import Interval, interval
-
-Cells = Mapping[str, Mapping[str, Record]]
 
 # Marker, face and size of each role; told apart by shape and filling, not by colour.
 _STYLES: dict[str, dict[str, Any]] = {

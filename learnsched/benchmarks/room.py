@@ -34,14 +34,22 @@ from learnsched.meta.evolution import LEARNED_FIELDS, hats, regression, valid
 from learnsched.meta.rollout import run_forward, table_rollout
 from learnsched.meta.tasks import Task
 from learnsched.policies import LearnedPolicy
-from learnsched.schedule import FIELDS, RunInfo, Schedule, Setting, Telemetry, plan
+from learnsched.schedule import (
+    BACKWARD_STDS,
+    FIELDS,
+    FRACTION,
+    RunInfo,
+    Schedule,
+    Setting,
+    Telemetry,
+    plan,
+)
+from learnsched.tables import markdown
 
 TASKS = ("other seeds", "fine-tuned")
 _RATES = (0.012, 0.018, 0.027, 0.04)
 _KNOTS = 4
 _STD, _RELATIVE_STD = 0.1, 0.3
-_FRACTION = FIELDS.index("fraction")
-_BACKWARD = [i for i, name in enumerate(FIELDS) if name.endswith("backward_std")]
 _SHOWN = Budget(rounds=1, trials=8, trial_runs=4, runs=48)
 _QUICK = Budget(rounds=1, trials=2, trial_runs=1, runs=2)
 
@@ -84,10 +92,11 @@ def tables(base: Tensor, coordinates: Tensor) -> Tensor:
     offset = base.new_zeros(*coordinates.shape[:-3], *base.shape)
     offset[..., list(LEARNED_FIELDS)] = torch.einsum("kt,...okl->...tlo", knots, coordinates)
     moved = base + _STD * offset
-    moved[..., _BACKWARD] = (base * torch.exp(_RELATIVE_STD * offset))[..., _BACKWARD]
+    backward = list(BACKWARD_STDS)
+    moved[..., backward] = (base * torch.exp(_RELATIVE_STD * offset))[..., backward]
     rows: list[Tensor] = []
     for row in moved.unbind(-3):
-        rows.append(valid(row, rows[-1][..., _FRACTION] if rows else None))
+        rows.append(valid(row, rows[-1][..., FRACTION] if rows else None))
     return torch.stack(rows, dim=-3)
 
 
@@ -150,13 +159,12 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     """Markdown: accuracy of the start in %, then what the others have more, paired over seeds."""
     found = {(r["task"], r["method"]): np.asarray(r["test"]) for r in records}
     tasks, names = (list(dict.fromkeys(r[key] for r in records)) for key in ("task", "method"))
-    lines = ["| schedule | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
     start = [f"{100 * found[task, names[0]].mean():.1f}" for task in tasks]
-    lines.append(f"| {names[0]} | " + " | ".join(start) + " |")
+    rows = [["schedule", *tasks], [names[0], *start]]
     for name in names[1:]:
         gains = [interval(found[task, name] - found[task, names[0]]).text("+") for task in tasks]
-        lines.append(f"| {name} | " + " | ".join(gains) + " |")
-    return "\n".join(lines)
+        rows.append([name, *gains])
+    return markdown(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -36,11 +36,13 @@ from learnsched.data import DataSet
 from learnsched.figure_style import paper_style, save_figure
 from learnsched.meta.estimators import Estimator
 from learnsched.meta.evolution import EvolutionStrategies
+from learnsched.meta.mix import Mix
 from learnsched.meta.presets import PRESETS
-from learnsched.meta.tasks import Mix, Task
+from learnsched.meta.tasks import Task
 from learnsched.meta.trainer import MetaTrainer, TrainerConfig
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import LearnedPolicy, MetaNetwork
+from learnsched.tables import markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -166,23 +168,28 @@ def stored(folder: Path) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table: of each run its validation errors in % and how large gradients became."""
-    lines = [
-        "| variant | seed | outer steps | error at the start / % | lowest | last "
-        "| median norm, first and last 20 steps | largest norm | dropped |",
-        "| --- |" + " --- |" * 8,
-    ]
+    cells = [
+        [
+            "variant", "seed", "outer steps", "error at the start / %", "lowest", "last",
+            "median norm, first and last 20 steps", "largest norm", "dropped",
+        ]
+    ]  # fmt: skip
     for row in rows:
         log = row["log"]
         errors = [100 * e["validation_error"] for e in log if "validation_error" in e]
         steps = [e for e in log if "norm_median" in e]
         norms = [e["norm_median"] for e in steps]
         ends = [float(torch.tensor(part).nanmedian()) for part in (norms[:20], norms[-20:])]
-        lines.append(
-            f"| {row['variant']} | {row['seed']} | {log[-1]['step']} | {errors[0]:.1f} "
-            f"| {min(errors):.1f} | {errors[-1]:.1f} | {ends[0]:.2g}, {ends[1]:.2g} "
-            f"| {max(e['norm_largest'] for e in steps):.2g} | {sum(e['dropped'] for e in steps)} |"
-        )
-    return "\n".join(lines)
+        cells.append([
+            row["variant"],
+            str(row["seed"]),
+            str(log[-1]["step"]),
+            *(f"{error:.1f}" for error in (errors[0], min(errors), errors[-1])),
+            f"{ends[0]:.2g}, {ends[1]:.2g}",
+            f"{max(e['norm_largest'] for e in steps):.2g}",
+            str(sum(e["dropped"] for e in steps)),
+        ])  # fmt: skip
+    return markdown(cells)
 
 
 # Of each variant: dashes and shade.

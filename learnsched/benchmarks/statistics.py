@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from learnsched.benchmarks.accuracy import HAND_CODED, LEARNED, RELAXED
+from learnsched.benchmarks.records import HAND_CODED, LEARNED, RELAXED
 from learnsched.intervals import Interval, interval
 
 Record = Mapping[str, Any]
+# By cell and method.
+Cells = Mapping[str, Mapping[str, Record]]
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 # Where the relaxed network is less than this ahead, the share of the gap means nothing.
@@ -132,7 +134,7 @@ def compare(pairs: Mapping[str, tuple[Record, Record]]) -> Comparison:
     )
 
 
-def against_best(cells: Mapping[str, Mapping[str, Record]], method: str) -> Comparison | None:
+def against_best(cells: Cells, method: str) -> Comparison | None:
     """A method against the best hand-coded one of each cell; None if no cell has both."""
     pairs = {}
     for cell, rows in cells.items():
@@ -151,9 +153,7 @@ def gap_closed(rows: Mapping[str, Record], method: str = LEARNED) -> float | Non
     return (mean(rows[method]) - mean(rival)) / gap if gap >= SMALLEST_GAP else None
 
 
-def overall_gap_closed(
-    cells: Mapping[str, Mapping[str, Record]], method: str = LEARNED
-) -> float | None:
+def overall_gap_closed(cells: Cells, method: str = LEARNED) -> float | None:
     """The ratio of the sums over all cells that have the three methods: no cell's gap is too small."""
     closed, gap = 0.0, 0.0
     for rows in cells.values():
@@ -179,9 +179,7 @@ def share_to_match(rows: Mapping[str, Record], method: str = LEARNED) -> float |
     return min(reached, default=np.inf)
 
 
-def search_curve(
-    cells: Mapping[str, Mapping[str, Record]], method: str = LEARNED
-) -> dict[int, Interval]:
+def search_curve(cells: Cells, method: str = LEARNED) -> dict[int, Interval]:
     """What searching among hand-coded methods gets one, against a method that is not chosen.
 
     Of ``m`` methods, drawn at random and each searched with its trials, one keeps the method of best

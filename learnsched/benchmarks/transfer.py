@@ -35,6 +35,7 @@ from learnsched.meta import distribution
 from learnsched.meta.tasks import Task
 from learnsched.policies import LearnedPolicy
 from learnsched.schedule import Policy
+from learnsched.tables import markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -170,16 +171,15 @@ def table(records: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> str:
     """Markdown: test accuracy in % of every method along every axis."""
     found = {(r["cell"], r["method"]): r["test"] for r in records}
     names = list(dict.fromkeys(r["method"] for r in records))
-    lines = ["| axis | value | " + " | ".join(names) + " |", "| --- |" * 2 + " --- |" * len(names)]
-    lines[1] = "| --- | --- |" + " --- |" * len(names)
+    rows = [["axis", "value", *names]]
     for axis in axes:
         for value, task in AXES[axis][1].items():
             means = [found.get((task.name, name)) for name in names]
             if not any(means):
                 continue
-            cells = ["" if m is None else f"{100 * float(np.mean(m)):.1f}" for m in means]
-            lines.append(f"| {axis} | {value} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            cells = ("" if m is None else f"{100 * float(np.mean(m)):.1f}" for m in means)
+            rows.append([axis, value, *cells])
+    return markdown(rows)
 
 
 def gains(records: Sequence[Mapping[str, Any]], method: str, other: str) -> str:
@@ -194,13 +194,13 @@ def gains(records: Sequence[Mapping[str, Any]], method: str, other: str) -> str:
         other: what it is compared with.
     """
     found = {(r["cell"], r["method"]): 100 * np.asarray(r["validation"]) for r in records}
-    lines = [f"| task | {method} − {other} |", "| --- | --- |"]
+    rows = [["task", f"{method} − {other}"]]
     for cell in dict.fromkeys(r["cell"] for r in records):
         if (cell, method) in found and (cell, other) in found:
             gain = found[cell, method] - found[cell, other]
             error = float(gain.std(ddof=1)) / math.sqrt(len(gain))
-            lines.append(f"| {cell} | {gain.mean():+.1f} ± {error:.1f} |")
-    return "\n".join(lines)
+            rows.append([cell, f"{gain.mean():+.1f} ± {error:.1f}"])
+    return markdown(rows)
 
 
 def plot(

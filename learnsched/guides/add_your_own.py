@@ -20,7 +20,7 @@ import learnsched as ls
 from learnsched.data import DataSet, Split
 from learnsched.guides import options as guide
 from learnsched.meta.presets import PRESETS
-from learnsched.meta.rollout import policy_rollout, run_forward
+from learnsched.meta.rollout import PolicyRollout, run_forward
 from learnsched.policies import LearnedPolicy, MetaNetwork
 from learnsched.schedule import RunInfo, Telemetry
 
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     inner = task.build(data)
     with torch.no_grad():
-        rollout = policy_rollout(LearnedPolicy(MetaNetwork()), inner.run, len(task.learning_rates))
+        rollout = PolicyRollout(LearnedPolicy(MetaNetwork()), inner.run, len(task.learning_rates))
         losses = run_forward(inner, rollout)[2]
     first, last = (float(loss.mean()) for loss in (losses[0], losses[-1]))
     print(f"{task.name}: mean training loss {first:.3f} in the first epoch, {last:.3f} in the last")

@@ -16,12 +16,10 @@ from torch import Tensor
 
 from learnsched.meta.estimators import Inner, Rollout, ScheduleEstimate, perturbation_generator
 from learnsched.meta.rollout import run_forward, terminal_settings
-from learnsched.schedule import FIELDS, Telemetry
+from learnsched.schedule import BACKWARD_STDS, FIELDS, FRACTION, Telemetry
 
 # What a policy learns: means are not perturbed.
 LEARNED_FIELDS = tuple(i for i, name in enumerate(FIELDS) if not name.endswith("mean"))
-_RELATIVE = tuple(i for i, name in enumerate(FIELDS) if name.endswith("backward_std"))
-_FRACTION = FIELDS.index("fraction")
 
 
 @dataclass(frozen=True)
@@ -55,13 +53,13 @@ class EvolutionStrategies:
 
     Example:
         >>> from learnsched.data import load
-        >>> from learnsched.meta.rollout import policy_rollout
+        >>> from learnsched.meta.rollout import PolicyRollout
         >>> from learnsched.meta.tasks import Task
         >>> from learnsched.policies import LearnedPolicy, MetaNetwork
         >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
         ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
         >>> inner = task.build(load("digits"))
-        >>> rollout = policy_rollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
+        >>> rollout = PolicyRollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
         >>> estimate = EvolutionStrategies(pairs=2)(inner, rollout)
         >>> estimate.gradient.shape  # epochs, members, layers, fields
         torch.Size([2, 2, 2, 7])
@@ -133,7 +131,7 @@ class _Perturbed:
         size = _size(centre, 0 < epoch == run.horizon - 1, evolution.std, evolution.relative_std)
         change = torch.einsum("chf,pmc->pmhf", self._directions[:, epoch], self.noise) * size
         both = valid(torch.cat([centre + change, centre - change]), self._fraction)
-        self._fraction = both[..., _FRACTION]
+        self._fraction = both[..., FRACTION]
         return torch.cat([centre.unsqueeze(0), both]).flatten(0, 1)
 
     def _begin(self, centre: Tensor) -> None:
@@ -188,9 +186,9 @@ def _size(settings: Tensor, terminal: bool, absolute: float, relative: float) ->
     At the ends of a range derivatives are one-sided, and nothing moves the terminal conditions.
     """
     inside = (settings > 0) & (not terminal)
-    inside[..., _FRACTION] &= settings[..., _FRACTION] < 1
+    inside[..., FRACTION] &= settings[..., FRACTION] < 1
     size = absolute * inside.to(settings)
-    size[..., list(_RELATIVE)] = relative * settings[..., list(_RELATIVE)]
+    size[..., list(BACKWARD_STDS)] = relative * settings[..., list(BACKWARD_STDS)]
     return size
 
 
@@ -231,9 +229,9 @@ def valid(settings: Tensor, fraction: Tensor | None = None) -> Tensor:
         fraction: that of the epoch before, shape ``(..., layers)``, below which it may not fall.
     """
     result = settings.clamp(min=0)
-    result[..., _FRACTION].clamp_(max=1)
+    result[..., FRACTION].clamp_(max=1)
     if fraction is not None:
-        result[..., _FRACTION] = torch.maximum(result[..., _FRACTION], fraction)
+        result[..., FRACTION] = torch.maximum(result[..., FRACTION], fraction)
     return result
 
 

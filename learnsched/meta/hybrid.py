@@ -33,13 +33,13 @@ class Hybrid:
 
     Example:
         >>> from learnsched.data import load
-        >>> from learnsched.meta.rollout import policy_rollout
+        >>> from learnsched.meta.rollout import PolicyRollout
         >>> from learnsched.meta.tasks import Task
         >>> from learnsched.policies import LearnedPolicy, MetaNetwork
         >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
         ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
         >>> inner = task.build(load("digits"))
-        >>> rollout = policy_rollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
+        >>> rollout = PolicyRollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
         >>> estimate = Hybrid(evolution=EvolutionStrategies(pairs=2))(inner, rollout)
         >>> estimate.gradient.shape  # epochs, members, layers, fields
         torch.Size([2, 2, 2, 7])

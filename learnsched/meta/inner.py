@@ -19,9 +19,8 @@ from learnsched.incremental import any_per_channel, hold, priority, soft_members
 from learnsched.learning_rate import warm_cosine
 from learnsched.meta.inner_optimizers import Adam, InnerOptimizer
 from learnsched.meta.population import CARRIED, Population
-from learnsched.schedule import FIELDS, RunInfo, Telemetry
+from learnsched.schedule import FIELDS, FRACTION, RunInfo, Telemetry
 
-_FRACTION = FIELDS.index("fraction")
 _WEIGHT_BACKWARD = FIELDS.index("weight_backward_std")
 
 
@@ -262,8 +261,7 @@ class InnerLoop:
         """What a policy may see after the epochs whose mean losses are given; no gradient."""
         error = self._weight_error(state)
         if not losses:
-            one = error.new_ones(error.shape[:-1])
-            return Telemetry(one, one, error)
+            return Telemetry.initial(error)
         before = losses[-2] if len(losses) > 1 else losses[-1]
         return Telemetry(losses[-1] / losses[0], losses[-1] / before, error)
 
@@ -313,7 +311,7 @@ class InnerLoop:
             )  # fmt: skip
             order = priority(x.detach(), quantizer.levels, self.partition, generator)
             width = max(self.membership_width, 1e-9)
-            fraction = settings[:, layer, _FRACTION]
+            fraction = settings[:, layer, FRACTION]
             if redraw:  # what was frozen goes on from where it was
                 membership = torch.zeros_like(membership)
             new = vmap(lambda o, m, f, w=width: soft_membership(o, m, f, w))(

@@ -79,13 +79,13 @@ class ParameterEvolution:
 
     Example:
         >>> from learnsched.data import load
-        >>> from learnsched.meta.rollout import policy_rollout
+        >>> from learnsched.meta.rollout import PolicyRollout
         >>> from learnsched.meta.tasks import Task
         >>> from learnsched.policies import LearnedPolicy, MetaNetwork
         >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
         ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
         >>> inner, policy = task.build(load("digits")), LearnedPolicy(MetaNetwork(2, 2))
-        >>> estimate = ParameterEvolution(pairs=2)(inner, policy_rollout(policy, inner.run, members=2))
+        >>> estimate = ParameterEvolution(pairs=2)(inner, PolicyRollout(policy, inner.run, members=2))
         >>> estimate.parameter_gradient(list(policy.network.parameters())).shape
         torch.Size([125])
     """

@@ -8,7 +8,8 @@ from learnsched.meta.estimators import Estimator
 from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.guarded import Guarded
 from learnsched.meta.hybrid import Hybrid
-from learnsched.meta.tasks import BITS, Mix, Task
+from learnsched.meta.mix import Mix
+from learnsched.meta.tasks import BITS, Task
 from learnsched.meta.trainer import TrainerConfig
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import BaseCurve, BaseCurves, Case, Domain

@@ -15,10 +15,15 @@ from learnsched.meta.estimators import Inner, Rollout
 from learnsched.meta.inner import InnerState
 from learnsched.policies.base_curve import loss_gain
 from learnsched.policies.learned import LearnedPolicy
-from learnsched.schedule import FIELDS, Policy, RunInfo, Telemetry
-
-_FRACTION = FIELDS.index("fraction")
-_FORWARD = [name.endswith("forward_std") for name in FIELDS]
+from learnsched.schedule import (
+    BACKWARD_STDS,
+    FIELDS,
+    FORWARD_STDS,
+    FRACTION,
+    Policy,
+    RunInfo,
+    Telemetry,
+)
 
 
 def run_forward(
@@ -43,7 +48,7 @@ def run_forward(
         >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
         ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
         >>> inner = task.build(load("digits"))
-        >>> rollout = policy_rollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
+        >>> rollout = PolicyRollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
         >>> states, settings, losses = run_forward(inner, rollout)
         >>> len(states), settings.shape, losses[0].shape
         (3, torch.Size([2, 2, 2, 7]), torch.Size([2]))
@@ -66,10 +71,14 @@ def terminal_settings(settings: Tensor, run: RunInfo, epoch: int) -> Tensor:
     """:func:`learnsched.schedule.terminal` for tensors of shape ``(..., len(FIELDS))``."""
     if epoch < run.horizon - 1:
         return settings
-    keep = torch.tensor([name.endswith("backward_std") for name in FIELDS], device=settings.device)
     end = settings.new_zeros(len(FIELDS))
-    end[_FRACTION] = 1.0 if run.horizon > 1 else 0.0
-    return torch.where(keep, settings, end)
+    end[FRACTION] = 1.0 if run.horizon > 1 else 0.0
+    return torch.where(_mask(BACKWARD_STDS, settings.device), settings, end)
+
+
+def _mask(columns: tuple[int, ...], device: torch.device) -> Tensor:
+    """Whether each field is one of the columns, shape ``(len(FIELDS),)``."""
+    return torch.tensor([column in columns for column in range(len(FIELDS))], device=device)
 
 
 class PolicyRollout:
@@ -79,6 +88,18 @@ class PolicyRollout:
         policy: what makes the settings.
         run: what is trained.
         members: runs.
+
+    Example:
+        >>> from learnsched.data import load
+        >>> from learnsched.meta.tasks import Task
+        >>> from learnsched.policies import LearnedPolicy, MetaNetwork
+        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
+        ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
+        >>> inner = task.build(load("digits"))
+        >>> rollout = PolicyRollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
+        >>> settings = rollout(0, inner.telemetry(inner.initial(), []))
+        >>> settings.shape, settings.requires_grad  # members, layers, fields
+        (torch.Size([2, 2, 7]), True)
     """
 
     def __init__(self, policy: LearnedPolicy, run: RunInfo, members: int) -> None:
@@ -116,24 +137,6 @@ class PolicyRollout:
         return rollout
 
 
-def policy_rollout(policy: LearnedPolicy, run: RunInfo, members: int) -> PolicyRollout:
-    """The settings of a learned policy for ``members`` runs that are trained together.
-
-    Example:
-        >>> from learnsched.data import load
-        >>> from learnsched.meta.tasks import Task
-        >>> from learnsched.policies import LearnedPolicy, MetaNetwork
-        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
-        ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
-        >>> inner = task.build(load("digits"))
-        >>> rollout = policy_rollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
-        >>> settings = rollout(0, inner.telemetry(inner.initial(), []))
-        >>> settings.shape, settings.requires_grad  # members, layers, fields
-        (torch.Size([2, 2, 7]), True)
-    """
-    return PolicyRollout(policy, run, members)
-
-
 def table_rollout(table: Tensor) -> Rollout:
     """Given settings of shape ``(horizon, members, layers, len(FIELDS))``, whatever is measured."""
     return lambda epoch, telemetry: table[epoch]
@@ -146,7 +149,7 @@ def following_rollout(table: Tensor, power: Tensor) -> Rollout:
         table: shape ``(horizon, members, layers, len(FIELDS))``.
         power: shape ``(members,)``.
     """
-    forward = torch.tensor(_FORWARD, device=table.device)
+    forward = _mask(FORWARD_STDS, table.device)
 
     def rollout(epoch: int, telemetry: Telemetry) -> Tensor:
         gain = loss_gain(telemetry.loss, power.to(telemetry.loss)).view(-1, 1, 1)

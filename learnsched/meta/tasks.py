@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,6 @@ from learnsched.meta.inner_optimizers import OPTIMIZERS
 from learnsched.meta.networks import cnn1d, cnn2d, mlp, residual, vgg
 from learnsched.meta.population import Population
 from learnsched.noise import noise_shape
-
-T = TypeVar("T")
 
 # Of the float networks that fine-tuning starts from: members of one seed share theirs.
 _FLOAT_RATE = 0.02
@@ -196,7 +193,9 @@ class Task:
     def _drawn(self, data: DataSet, held_out: int) -> tuple[list[nn.Module], Tensor, Tensor]:
         """Float networks of the members; of the runs, batches and indices of held-out examples."""
         runs = self.runs or len(self.learning_rates)
-        generators = [torch.Generator().manual_seed(_mixed(self.seed, run)) for run in range(runs)]
+        generators = [
+            torch.Generator().manual_seed(mixed_seed(self.seed, run)) for run in range(runs)
+        ]
         order = torch.stack([self._order(len(data.train), g) for g in generators])
         picked = torch.stack(
             [torch.randint(len(data.validation), (held_out,), generator=g) for g in generators]
@@ -238,83 +237,9 @@ class Task:
         models = []
         with torch.random.fork_rng(devices=[]):  # initialisation draws from the global generator
             for member in range(len(self.learning_rates)):
-                torch.manual_seed(_mixed(self.seed, member % runs))
+                torch.manual_seed(mixed_seed(self.seed, member % runs))
                 models.append(makers[self.family]())
         return models
-
-
-@dataclass(frozen=True)
-class Mix:
-    """A distribution of tasks.
-
-    Attributes:
-        architectures: (data, family, widths, depths) to draw from.
-        horizons: epochs to draw from.
-        total_steps: fewest and most optimizer steps of a run, drawn log-uniformly.
-        batches: examples a step, to draw from.
-        bits: from keys of :data:`BITS` to their weight.
-        learning_rates: smallest and largest, drawn log-uniformly for each member.
-        fine_tuning: probability to start from a float network.
-        members: members of a task.
-        tasks: tasks of an outer step.
-        alike: tasks in a row that differ in learning rates and seeds only, so that as many ranks
-            finish together.
-
-    Example:
-        >>> mix = Mix(architectures=(("digits", "mlp", (8,), (2, 3)),), horizons=(4, 6),
-        ...           total_steps=(20, 60), batches=(32,), bits=(("ternary/2-bit", 1.0),),
-        ...           learning_rates=(0.005, 0.05), fine_tuning=0.2, members=8, tasks=2)
-        >>> [task.family for task in mix.sample(seed=0, outer_step=3)]
-        ['mlp', 'mlp']
-    """
-
-    architectures: tuple[tuple[str, str, tuple[int, ...], tuple[int, ...]], ...]
-    horizons: tuple[int, ...]
-    total_steps: tuple[int, int]
-    batches: tuple[int, ...]
-    bits: tuple[tuple[str, float], ...]
-    learning_rates: tuple[float, float]
-    fine_tuning: float
-    members: int
-    tasks: int
-    alike: int = 2
-
-    def sample(self, seed: int, outer_step: int) -> list[Task]:
-        """The tasks of an outer step; the same for the same arguments."""
-        generator = torch.Generator().manual_seed(_mixed(seed, outer_step))
-        tasks: list[Task] = []
-        for index in range(self.tasks):
-            kind = tasks[-1] if index % self.alike else self._draw(generator)
-            task = replace(
-                kind,
-                learning_rates=self._learning_rates(generator),
-                seed=int(torch.randint(2**31, (), generator=generator)),
-            )
-            tasks.append(task)
-        return tasks
-
-    def _draw(self, generator: torch.Generator) -> Task:
-        data, family, widths, depths = _choice(self.architectures, generator)
-        horizon = _choice(self.horizons, generator)
-        weights = torch.tensor([w for _, w in self.bits])
-        bits = self.bits[int(torch.multinomial(weights, 1, generator=generator))][0]
-        total = _log_uniform(self.total_steps, generator)
-        return Task(
-            family=family,
-            data=data,
-            width=_choice(widths, generator),
-            depth=_choice(depths, generator),
-            horizon=horizon,
-            steps=max(2, round(total / horizon)),
-            batch=_choice(self.batches, generator),
-            bits=bits,
-            learning_rates=(),
-            fine_tuning=_uniform(generator) < self.fine_tuning,
-            seed=0,
-        )
-
-    def _learning_rates(self, generator: torch.Generator) -> tuple[float, ...]:
-        return tuple(_log_uniform(self.learning_rates, generator) for _ in range(self.members))
 
 
 def _pretrain(models: Sequence[nn.Module], x: Tensor, y: Tensor, order: Tensor) -> None:
@@ -329,19 +254,11 @@ def _pretrain(models: Sequence[nn.Module], x: Tensor, y: Tensor, order: Tensor) 
             scheduler.step()
 
 
-def _choice(options: Sequence[T], generator: torch.Generator) -> T:
-    return options[int(torch.randint(len(options), (), generator=generator))]
+def mixed_seed(seed: int, step: int) -> int:
+    """One seed out of two, so that neighbouring runs do not share tasks.
 
-
-def _log_uniform(ends: tuple[float, float], generator: torch.Generator) -> float:
-    low, high = (math.log(end) for end in ends)
-    return math.exp(low + (high - low) * _uniform(generator))
-
-
-def _uniform(generator: torch.Generator) -> float:
-    return float(torch.rand((), generator=generator))
-
-
-def _mixed(seed: int, step: int) -> int:
-    """One seed out of two, so that neighbouring runs do not share tasks."""
+    Example:
+        >>> mixed_seed(1, 0), mixed_seed(0, 1)
+        (1012348, 20264)
+    """
     return (seed * 1_000_003 + step * 7_919 + 12_345) % 2**63

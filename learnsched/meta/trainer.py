@@ -24,13 +24,14 @@ from learnsched.files import write, write_text
 from learnsched.meta import distribution
 from learnsched.meta.estimators import Estimator, ParametricRollout
 from learnsched.meta.inner import InnerLoop
+from learnsched.meta.mix import Mix
 from learnsched.meta.rollout import (
+    PolicyRollout,
     learning_rates,
-    policy_rollout,
     run_forward,
     terminal_settings,
 )
-from learnsched.meta.tasks import Mix, Task
+from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies.learned import LearnedPolicy
 
@@ -214,7 +215,7 @@ class MetaTrainer:
         """The inner loop of a task, under the policy's learning rate, and the policy's settings."""
         inner = task.build(self.data[task.data], device=self.device, **options)
         inner.rates = learning_rates(self.policy, inner.run).to(self.device)
-        return inner, policy_rollout(self.policy, inner.run, len(task.learning_rates))
+        return inner, PolicyRollout(self.policy, inner.run, len(task.learning_rates))
 
     def _apply(self, gradient: Tensor) -> None:
         sizes = [p.numel() for p in self._parameters.values()]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from learnsched.annealed import MODES
 from learnsched.noise import noise_shape
-from learnsched.policies.straight_through import geometric
+from learnsched.policies.geometric import geometric
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
 # Logistic noise of scale 1/3 step.

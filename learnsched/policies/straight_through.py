@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from learnsched.noise import noise_shape
+from learnsched.policies.geometric import geometric
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
 
@@ -94,15 +95,3 @@ class StraightThrough:
             weight_backward_std=geometric(*self._weight, progress),
             activation_backward_std=geometric(*self._activation, progress),
         )
-
-
-def geometric(start: float, end: float | None, progress: float) -> float:
-    """From start to end, by equal factors over equal shares of the run; the start if there is no end.
-
-    Example:
-        >>> geometric(4.0, 1.0, 0.5)
-        2.0
-    """
-    if end is None or start <= 0 or progress == 0:
-        return start
-    return end if progress == 1 or end <= 0 else start ** (1 - progress) * end**progress

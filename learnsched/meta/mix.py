@@ -1,0 +1,101 @@
+"""Mixes: distributions of tasks, from which every outer step of meta-training draws its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+
+from learnsched.meta.tasks import Task, mixed_seed
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A distribution of tasks.
+
+    Attributes:
+        architectures: (data, family, widths, depths) to draw from.
+        horizons: epochs to draw from.
+        total_steps: fewest and most optimizer steps of a run, drawn log-uniformly.
+        batches: examples a step, to draw from.
+        bits: from keys of :data:`learnsched.meta.tasks.BITS` to their weight.
+        learning_rates: smallest and largest, drawn log-uniformly for each member.
+        fine_tuning: probability to start from a float network.
+        members: members of a task.
+        tasks: tasks of an outer step.
+        alike: tasks in a row that differ in learning rates and seeds only, so that as many ranks
+            finish together.
+
+    Example:
+        >>> mix = Mix(architectures=(("digits", "mlp", (8,), (2, 3)),), horizons=(4, 6),
+        ...           total_steps=(20, 60), batches=(32,), bits=(("ternary/2-bit", 1.0),),
+        ...           learning_rates=(0.005, 0.05), fine_tuning=0.2, members=8, tasks=2)
+        >>> [task.family for task in mix.sample(seed=0, outer_step=3)]
+        ['mlp', 'mlp']
+    """
+
+    architectures: tuple[tuple[str, str, tuple[int, ...], tuple[int, ...]], ...]
+    horizons: tuple[int, ...]
+    total_steps: tuple[int, int]
+    batches: tuple[int, ...]
+    bits: tuple[tuple[str, float], ...]
+    learning_rates: tuple[float, float]
+    fine_tuning: float
+    members: int
+    tasks: int
+    alike: int = 2
+
+    def sample(self, seed: int, outer_step: int) -> list[Task]:
+        """The tasks of an outer step; the same for the same arguments."""
+        generator = torch.Generator().manual_seed(mixed_seed(seed, outer_step))
+        tasks: list[Task] = []
+        for index in range(self.tasks):
+            kind = tasks[-1] if index % self.alike else self._draw(generator)
+            task = replace(
+                kind,
+                learning_rates=self._learning_rates(generator),
+                seed=int(torch.randint(2**31, (), generator=generator)),
+            )
+            tasks.append(task)
+        return tasks
+
+    def _draw(self, generator: torch.Generator) -> Task:
+        data, family, widths, depths = _choice(self.architectures, generator)
+        horizon = _choice(self.horizons, generator)
+        weights = torch.tensor([w for _, w in self.bits])
+        bits = self.bits[int(torch.multinomial(weights, 1, generator=generator))][0]
+        total = _log_uniform(self.total_steps, generator)
+        return Task(
+            family=family,
+            data=data,
+            width=_choice(widths, generator),
+            depth=_choice(depths, generator),
+            horizon=horizon,
+            steps=max(2, round(total / horizon)),
+            batch=_choice(self.batches, generator),
+            bits=bits,
+            learning_rates=(),
+            fine_tuning=_uniform(generator) < self.fine_tuning,
+            seed=0,
+        )
+
+    def _learning_rates(self, generator: torch.Generator) -> tuple[float, ...]:
+        return tuple(_log_uniform(self.learning_rates, generator) for _ in range(self.members))
+
+
+def _choice(options: Sequence[T], generator: torch.Generator) -> T:
+    return options[int(torch.randint(len(options), (), generator=generator))]
+
+
+def _log_uniform(ends: tuple[float, float], generator: torch.Generator) -> float:
+    low, high = (math.log(end) for end in ends)
+    return math.exp(low + (high - low) * _uniform(generator))
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator))
