@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,22 +97,20 @@ def variants(policy: LearnedPolicy) -> list[Method]:
         keep[list(columns)] = 0
         return lambda settings: settings * keep.to(settings)
 
-    def alike(settings: Tensor) -> Tensor:
-        # Not the fractions: a mean would let every layer freeze with the first one.
-        same = settings.mean(-2, keepdim=True).expand_as(settings).clone()
-        same[..., FRACTION] = settings[..., FRACTION]
-        return same
-
     whole = field.learned(policy)
     shared: dict[str, Any] = {"noise": whole.noise, "partition": whole.partition, "learned": policy}
-    return [
+    found = [
         whole,
         Ablated("without early freezing", **shared, change=without(FRACTION)),
         Ablated("without forward noise", **shared, change=without(*FORWARD_STDS)),
         Unscheduled("with constant backward noise", **shared),
         Blind("without telemetry", **shared),
-        Ablated("noise alike in all layers", **shared, change=alike),
     ]
+    if policy.shared_noise:
+        apart = LearnedPolicy.from_config({**policy.config(), "shared_noise": False})
+        apart.network = policy.network
+        found.append(replace(whole, name="noise of its own in each layer", learned=apart))
+    return found
 
 
 def table(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:

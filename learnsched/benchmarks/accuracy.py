@@ -127,7 +127,8 @@ def _curve(base: BaseCurves, task: Task) -> BaseCurve:
 def _digest(policy: LearnedPolicy, curve: BaseCurve) -> str:
     """A hash of a learned policy: base curve, what it sees and has seen, and weights."""
     seen = sorted(asdict(policy.domain).items())
-    digest = hashlib.sha256(repr((_numbers(curve), policy.open_loop, seen)).encode())
+    choices = (policy.open_loop, policy.shared_noise)
+    digest = hashlib.sha256(repr((_numbers(curve), choices, seen)).encode())
     for name, value in sorted(policy.network.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().contiguous().numpy().tobytes())
