@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -16,6 +17,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from learnsched import load_pretrained, plan, plot_comparison, plot_schedule  # noqa: E402
 from learnsched.benchmarks.comparison import by_task, table  # noqa: E402
+from learnsched.figure_style import DASHES, MARKERS, paper_style, save_figure  # noqa: E402
 from learnsched.files import write_text  # noqa: E402
 from learnsched.plotting import plot_learning_curve  # noqa: E402
 from meta_train import example_run  # noqa: E402
@@ -31,8 +33,44 @@ def main() -> None:
     stored = json.loads((HERE / "held_out.json").read_text())
     plot_comparison(by_task(stored["records"]), HERE / "held_out.png")
     write_text(HERE / "held_out.md", table(stored["records"]) + "\n")
-    lines = (HERE / "default" / "log.jsonl").read_text().splitlines()
-    plot_learning_curve([json.loads(line) for line in lines], HERE / "learning_curve.png")
+    plot_learning_curve(_log("default/log.jsonl"), HERE / "learning_curve.png")
+    plot_seeds(
+        {
+            "seed 0, without warm-up (the default's network)": _log("default/log.jsonl"),
+            "seed 1": _log("meta_seeds/seed-1.jsonl"),
+            "seed 2": _log("meta_seeds/seed-2.jsonl"),
+            "seed 3, on from the default, shared noise": _log(
+                "meta_seeds/shared-noise-seed-3.jsonl"
+            ),
+        },
+        HERE / "meta_seeds.png",
+    )
+
+
+def _log(name: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (HERE / name).read_text().splitlines()]
+
+
+def plot_seeds(logs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+    """What the validation error of each run of meta-training falls by from its start."""
+    from matplotlib.figure import Figure
+
+    with paper_style():
+        figure = Figure(figsize=(5.4, 3.0), layout="constrained")
+        panel = figure.subplots()
+        for number, (name, log) in enumerate(logs.items()):
+            checks = [entry for entry in log if "validation_error" in entry]
+            gains = [100 * (checks[0]["validation_error"] - c["validation_error"]) for c in checks]
+            panel.plot(
+                [c["step"] for c in checks], gains, color=str(0.15 * number), label=name,
+                marker=MARKERS[number], linestyle=DASHES[number], markerfacecolor="white",
+            )  # fmt: skip
+        panel.axhline(0, color="0.6", linewidth=0.6)
+        panel.set(
+            xlabel="outer step", ylabel="validation accuracy gained / points", ylim=(-3.5, 1.5)
+        )
+        figure.legend(loc="outside lower center", ncols=1)
+        save_figure(figure, path)
 
 
 if __name__ == "__main__":
