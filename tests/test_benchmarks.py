@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from learnsched.benchmarks import gradient, stability
+from learnsched.benchmarks import environment, gradient, stability
 from learnsched.benchmarks.comparison import summary, table
 from learnsched.benchmarks.held_out import QUICK_TASKS, compare
 from learnsched.benchmarks.methods import hand_coded
@@ -146,3 +146,23 @@ def test_gains_are_paired_over_the_learning_rates():
     assert gains(records, "new", "old").splitlines() == [
         "| task | new − old |", "| --- | --- |", "| a | +4.0 ± 1.2 |",
     ]  # fmt: skip
+
+
+def test_a_commit_is_marked_where_code_was_changed_and_not_where_results_were(
+    tmp_path, monkeypatch
+):
+    package = tmp_path / "learnsched" / "benchmarks"
+    package.mkdir(parents=True)
+    results = tmp_path / "results.json"
+    for path in (package / "code.py", results):
+        path.write_text("1")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(environment, "__file__", str(package / "environment.py"))
+    commit = environment.describe()["commit"]
+    assert len(commit) == 12
+    results.write_text("2")
+    assert environment.describe()["commit"] == commit
+    (package / "code.py").write_text("2")
+    assert environment.describe()["commit"] == f"{commit}-dirty"

@@ -46,14 +46,27 @@ def stored_records(path: Path | None) -> list[dict[str, Any]]:
 
 
 def _commit() -> str:
-    """The commit of the source tree, with a mark if it was changed; empty outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit of the checkout, with a mark if its code was changed; empty outside a checkout.
+
+    Results are no code: those that a program writes as it goes do not put a mark on its next ones.
+    """
+    code = [":/learnsched", ":/meta_train.py", ":/setup.cfg"]
     try:
-        result = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
+        commit = _git("describe", "--always", "--abbrev=12")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", *code)
     except (OSError, subprocess.CalledProcessError):
         return ""
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(
+        ["git", *arguments],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return result.stdout.strip()
 
 
