@@ -39,9 +39,7 @@ def main() -> None:
             "seed 0, without warm-up (the default's network)": _log("default/log.jsonl"),
             "seed 1": _log("meta_seeds/seed-1/log.jsonl"),
             "seed 2": _log("meta_seeds/seed-2/log.jsonl"),
-            "seed 3, on from the default, shared noise": _log(
-                "meta_seeds/seed-3/log.jsonl"
-            ),
+            "seed 3, on from the default, shared noise": _log("meta_seeds/seed-3/log.jsonl"),
         },
         HERE / "meta_seeds.png",
     )

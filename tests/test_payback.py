@@ -22,9 +22,11 @@ def test_the_price_counts_every_run():
         "validation": [{"learning_rates": [0.01] * 3}, {"learning_rates": [0.02] * 2}],
     }
     log = [{"step": 0, "validation_error": 0.5}, {"step": 1}, {"step": 2, "validation_error": 0.4}]
-    cost = price(curves, trainer, log, GRADIENT)
+    cost = price(curves, [(trainer, log)], GRADIENT)
     assert (cost.curves, cost.unrolled, cost.validation) == (120, 2 * 4 * 8, 2 * 5)
     # 34 s for 17 runs side by side are 2 s a run.
+    twice = price(curves, [(trainer, log)] * 2, GRADIENT)
+    assert (twice.curves, twice.unrolled, twice.validation) == (120, 2 * 64, 20)
     assert cost.factor == 4.0
     assert cost.total == 120 + 4 * 64 + 10
     assert "Paid after 13 networks." in text(cost, everything=36.0, ours=6.0)  # 386 / 30

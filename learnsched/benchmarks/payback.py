@@ -1,9 +1,9 @@
 """After how many networks has meta-training paid? Its price and a search's, in training runs.
 
-    python -m learnsched.benchmarks.payback [--figures figures] [--run figures/default]
+    python -m learnsched.benchmarks.payback [--figures figures] [--runs FOLDER ...]
 
-Reads what other programs measured: ``curve_search.json`` (runs behind the base curves), the folder of
-the meta-training run (its task mix and log), ``gradient.json`` (what a run under differentiation
+Reads what other programs measured: ``curve_search.json`` (runs behind the base curves), the folders of
+meta-training runs (task mix and log; all that are shipped), ``gradient.json`` (what a run under differentiation
 costs, in ordinary ones) and ``methods.jsonl`` (what a search for each new network costs instead).
 """
 
@@ -51,28 +51,28 @@ class Price:
 
 def price(
     curves: Mapping[str, Any],
-    trainer: Mapping[str, Any],
-    log: Sequence[Mapping[str, Any]],
+    runs: Sequence[tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]],
     gradient: Sequence[Mapping[str, Any]],
 ) -> Price:
-    """The price of a meta-training run.
+    """The price of meta-training.
 
     Args:
         curves: content of ``curve_search.json``.
-        trainer: the trainer's configuration, as in the run's ``config.json``.
-        log: the run's log.
+        runs: of each, the trainer's configuration, as in its ``config.json``, and the log.
         gradient: rows of ``gradient.json``.
 
     Raises:
         ValueError: no row tells what an unrolled run costs.
     """
-    mix = trainer["mix"]
-    validated = sum("validation_error" in entry for entry in log)
-    members = sum(len(task["learning_rates"]) for task in trainer["validation"])
+    unrolled = validation = 0
+    for trainer, log in runs:
+        unrolled += log[-1]["step"] * trainer["mix"]["tasks"] * trainer["mix"]["members"]
+        validated = sum("validation_error" in entry for entry in log)
+        validation += validated * sum(len(t["learning_rates"]) for t in trainer["validation"])
     return Price(
         curves=sum(found["runs"] for found in curves.values() if "runs" in found),
-        unrolled=log[-1]["step"] * mix["tasks"] * mix["members"],
-        validation=validated * members,
+        unrolled=unrolled,
+        validation=validation,
         factor=unroll_factor(gradient),
     )
 
@@ -118,20 +118,25 @@ def text(cost: Price, everything: float, ours: float) -> str:
     )
 
 
+def _run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Configuration of the trainer and log of a run."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    trainer = json.loads((folder / "config.json").read_text())["trainer"]
+    return trainer, [json.loads(line) for line in lines]
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--figures", type=Path, default=Path("figures"), help="measured results")
-    parser.add_argument("--run", type=Path, help="folder of the meta-training run")
+    parser.add_argument("--runs", type=Path, nargs="+", help="folders of meta-training runs")
     options = parser.parse_args()
-    folder = options.run or options.figures / "default"
-    lines = (folder / "log.jsonl").read_text().splitlines()
+    shipped = [options.figures / "default", *sorted(options.figures.glob("meta_seeds/*"))]
     cost = price(
         json.loads((options.figures / "curve_search.json").read_text()),
-        json.loads((folder / "config.json").read_text())["trainer"],
-        [json.loads(line) for line in lines],
+        [_run(folder) for folder in options.runs or shipped],
         json.loads((options.figures / "gradient.json").read_text())["rows"],
     )
     records = read(options.figures / "methods.jsonl")
