@@ -4,7 +4,8 @@
 
 Reads what other programs measured: ``curve_search.json`` (runs behind the base curves), the folders of
 meta-training runs (task mix and log; all that are shipped), ``gradient.json`` (what a run under
-differentiation costs, in ordinary ones) and ``methods.jsonl`` (what a search for each new network costs instead).
+differentiation costs, in ordinary ones) and ``methods.jsonl`` (what a search for each new network
+costs instead).
 """
 
 from __future__ import annotations
