@@ -17,6 +17,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from learnsched import load_pretrained, plan, plot_comparison, plot_schedule  # noqa: E402
 from learnsched.benchmarks.comparison import by_task, table  # noqa: E402
+from learnsched.benchmarks.environment import read_lines  # noqa: E402
 from learnsched.figure_style import DASHES, MARKERS, paper_style, save_figure  # noqa: E402
 from learnsched.files import write_text  # noqa: E402
 from learnsched.plotting import plot_learning_curve  # noqa: E402
@@ -33,20 +34,14 @@ def main() -> None:
     stored = json.loads((HERE / "held_out.json").read_text())
     plot_comparison(by_task(stored["records"]), HERE / "held_out.png")
     write_text(HERE / "held_out.md", table(stored["records"]) + "\n")
-    plot_learning_curve(_log("default/log.jsonl"), HERE / "learning_curve.png")
-    plot_seeds(
-        {
-            "seed 0, without warm-up (the default's network)": _log("default/log.jsonl"),
-            "seed 1": _log("meta_seeds/seed-1/log.jsonl"),
-            "seed 2": _log("meta_seeds/seed-2/log.jsonl"),
-            "seed 3, on from the default, shared noise": _log("meta_seeds/seed-3/log.jsonl"),
-        },
-        HERE / "meta_seeds.png",
-    )
-
-
-def _log(name: str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (HERE / name).read_text().splitlines()]
+    first = read_lines(HERE / "default" / "log.jsonl")
+    plot_learning_curve(first, HERE / "learning_curve.png")
+    later = [read_lines(HERE / "meta_seeds" / f"seed-{seed}" / "log.jsonl") for seed in (1, 2, 3)]
+    labels = (
+        "seed 0, before the warm-up", "seed 1", "seed 2",
+        "seed 3, on from seed 0, shared noise: the default",
+    )  # fmt: skip
+    plot_seeds(dict(zip(labels, [first, *later], strict=True)), HERE / "meta_seeds.png")
 
 
 def plot_seeds(logs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
@@ -64,9 +59,7 @@ def plot_seeds(logs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) ->
                 marker=MARKERS[number], linestyle=DASHES[number], markerfacecolor="white",
             )  # fmt: skip
         panel.axhline(0, color="0.6", linewidth=0.6)
-        panel.set(
-            xlabel="outer step", ylabel="validation accuracy gained / points", ylim=(-3.5, 1.5)
-        )
+        panel.set(xlabel="outer step", ylabel="validation accuracy gained / points")
         figure.legend(loc="outside lower center", ncols=1)
         save_figure(figure, path)
 

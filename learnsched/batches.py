@@ -13,6 +13,8 @@ from learnsched.modules import BATCH_NORMS
 
 # Runs a model on a batch.
 Forward = Callable[[nn.Module, Any], object]
+# Tensors, each with a copy of its values.
+Kept = list[tuple[Tensor, Tensor]]
 
 
 def batch_norms(model: nn.Module) -> list[Any]:
@@ -21,22 +23,38 @@ def batch_norms(model: nn.Module) -> list[Any]:
     return [m for m in norms if m.track_running_stats]
 
 
-def put_back(kept: list[tuple[Tensor, Tensor]]) -> None:
-    """Give tensors the values that were kept of them, in place: pairs of both."""
+def keep(tensors: Iterable[Tensor]) -> Kept:
+    """Tensors and copies of their values, for :func:`put_back`."""
+    return [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+
+def put_back(kept: Kept) -> None:
+    """Give tensors the values that were kept of them, in place."""
     for tensor, value in kept:
         tensor.copy_(value)
 
 
 @contextmanager
-def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norms use batch statistics; everything else, dropout too, stays as in evaluation."""
+def put_back_on_failure(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Whatever fails inside, the tensors have the values from before."""
+    kept = keep(tensors)
+    try:
+        yield
+    except BaseException:
+        put_back(kept)
+        raise
+
+
+def run_with_batch_statistics(model: nn.Module, batches: Iterable[Any], run: Forward) -> None:
+    """Run the batches; batch norms use theirs, all else, dropout too, stays as in evaluation."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     for module in model.modules():
         if isinstance(module, BATCH_NORMS):
             module.train()
     try:
-        yield
+        for batch in batches:
+            run(model, batch)
     finally:
         for module, flag in flags.items():
             module.training = flag

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learnsched.batches import Forward, batch_norms, batch_statistics, checked, on_first, put_back
+from learnsched.batches import (
+    Forward,
+    batch_norms,
+    checked,
+    keep,
+    on_first,
+    put_back,
+    put_back_on_failure,
+    run_with_batch_statistics,
+)
 from learnsched.layers import quantized_layers
 from learnsched.quantizers import ActivationQuantizer
 
@@ -47,17 +56,12 @@ def calibrate_(
     activations = [a for layer in quantized_layers(model) for a in layer.activations]
     run = forward or on_first
     batches = checked(batches, model, run)
-    scales = [(a.scale, a.scale.clone()) for a in activations]
-    statistics = [(b, b.clone()) for module in batch_norms(model) for b in module.buffers()]
+    statistics = keep(b for module in batch_norms(model) for b in module.buffers())
     hooks = {a: _Fit() for a in activations}
     handles = [a.register_forward_pre_hook(hook) for a, hook in hooks.items()]
     try:
-        with batch_statistics(model):
-            for batch in batches:
-                run(model, batch)
-    except BaseException:
-        put_back(scales)
-        raise
+        with put_back_on_failure(a.scale for a in activations):
+            run_with_batch_statistics(model, batches, run)
     finally:
         for handle in handles:
             handle.remove()

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from learnsched.execution import RECURRENT, Execution, execution
+from learnsched.layers import is_quantized
 from learnsched.levels import LevelSet
 from learnsched.modules import BATCH_NORMS, QUANTIZED_TYPES
-from learnsched.quantizers import ActivationQuantizer, WeightQuantizer
 from learnsched.scales import ScaleRule
 
 # Level set and scale rule of each module to quantize, by name.
@@ -95,7 +95,7 @@ def _check_request(
         raise ValueError("nothing to do: give weight=, activation= or overrides= a level set")
     if isinstance(skip, str) or any(s not in ("first", "last") for s in skip):
         raise ValueError(f"skip takes a sequence of 'first' and 'last', got {skip!r}")
-    if any(isinstance(m, WeightQuantizer | ActivationQuantizer) for m in model.modules()):
+    if is_quantized(model):
         raise ValueError("the model is quantized already; start again from the float model")
     if any(map(is_lazy, model.parameters())):
         raise ValueError("the model has lazy modules; run a batch through it first")

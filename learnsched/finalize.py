@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from learnsched.batches import Forward, batch_norms, batch_statistics, checked, on_first, put_back
+from learnsched.batches import (
+    Forward,
+    batch_norms,
+    checked,
+    on_first,
+    put_back_on_failure,
+    run_with_batch_statistics,
+)
 from learnsched.layers import Layer, quantized_layers
 from learnsched.modules import QuantizedLayer
 from learnsched.quantizers import NOISE_BUFFERS
@@ -83,17 +90,12 @@ def reestimate_batch_norm_(
 def _reestimate(model: nn.Module, batches: Iterator[Any], run: Forward) -> nn.Module:
     norms = batch_norms(model)
     momenta = [module.momentum for module in norms]
-    statistics = [(b, b.clone()) for module in norms for b in module.buffers()]
     try:
-        for module in norms:
-            module.reset_running_stats()
-            module.momentum = None  # a cumulative mean
-        with batch_statistics(model):
-            for batch in batches:
-                run(model, batch)
-    except BaseException:
-        put_back(statistics)
-        raise
+        with put_back_on_failure(b for module in norms for b in module.buffers()):
+            for module in norms:
+                module.reset_running_stats()
+                module.momentum = None  # a cumulative mean
+            run_with_batch_statistics(model, batches, run)
     finally:
         for module, momentum in zip(norms, momenta, strict=True):
             module.momentum = momentum
@@ -153,13 +155,9 @@ def finalize_(
                     f"the scale of the activation after {layer.info.name} has become {scale:g}, which "
                     "must be positive and finite; learn scales at a lower rate"
                 )
-    kept = [(t, t.detach().clone()) for layer in layers for t in _tensors(layer)]
-    try:
+    with put_back_on_failure(t for layer in layers for t in _tensors(layer)):
         _harden(model, layers)
         return model if batches is None else _reestimate(model, batches, run)
-    except BaseException:
-        put_back(kept)
-        raise
 
 
 def _tensors(layer: Layer) -> Iterator[Tensor]:

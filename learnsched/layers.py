@@ -26,6 +26,18 @@ class Layer:
         return (*own, *self.activations)
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Whether ``quantize_`` has converted something of a model.
+
+    Example:
+        >>> import learnsched as ls
+        >>> net = nn.Linear(8, 4)
+        >>> is_quantized(net), is_quantized(ls.quantize_(net, ls.ternary()))
+        (False, True)
+    """
+    return any(isinstance(m, WeightQuantizer | ActivationQuantizer) for m in model.modules())
+
+
 def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
     """The quantized layers of a model, from the input.
 

@@ -107,8 +107,9 @@ def variants(policy: LearnedPolicy) -> list[Method]:
         Blind("without telemetry", **shared),
     ]
     if policy.shared_noise:
-        apart = LearnedPolicy.from_config({**policy.config(), "shared_noise": False})
-        apart.network = policy.network
+        apart = LearnedPolicy(
+            policy.network, policy.base, policy.domain, open_loop=policy.open_loop
+        )
         found.append(replace(whole, name="noise of its own in each layer", learned=apart))
     return found
 

@@ -45,6 +45,19 @@ def stored_records(path: Path | None) -> list[dict[str, Any]]:
     return records
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, such as a run's log; empty lines are none.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "log.jsonl"
+        >>> _ = path.write_text('{"step": 1}\\n{"step": 2}\\n')
+        >>> read_lines(path)
+        [{'step': 1}, {'step': 2}]
+    """
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
 def _commit() -> str:
     """The commit of the checkout, with a mark if its code was changed; empty outside a checkout.
 

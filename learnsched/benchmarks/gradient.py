@@ -166,7 +166,7 @@ def measure(
     rows = []
     for name, estimator in ESTIMATORS.items():
         start = time.perf_counter()
-        ours = project(basis, estimator(inner, PolicyRollout(policy, inner.run, seeds)).gradient)
+        ours = project(basis, estimator(inner, rollout()).gradient)
         rows.append(
             {
                 "estimator": name,

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from learnsched.benchmarks.environment import read_lines
 from learnsched.benchmarks.gradient import BUDGET
 from learnsched.benchmarks.records import HAND_CODED, LEARNED, read
 from learnsched.benchmarks.statistics import Record, by_cell
@@ -121,9 +122,8 @@ def text(cost: Price, everything: float, ours: float) -> str:
 
 def _run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Configuration of the trainer and log of a run."""
-    lines = (folder / "log.jsonl").read_text().splitlines()
     trainer = json.loads((folder / "config.json").read_text())["trainer"]
-    return trainer, [json.loads(line) for line in lines]
+    return trainer, read_lines(folder / "log.jsonl")
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from learnsched.benchmarks.cells import GRIDS
+from learnsched.benchmarks.environment import read_lines
 from learnsched.files import write_text
 
 # What a method is to the comparison: the learned one, the same before meta-training, hand-coded, a
@@ -62,7 +63,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
         [{'cell': 'digits', 'method': 'RPR'}]
     """
     if folder.is_file():
-        records = [json.loads(line) for line in folder.read_text().splitlines() if line]
+        records = read_lines(folder)
     else:
         records = [json.loads(path.read_text()) for path in (folder / "records").glob("*/*.json")]
     order = [cell.name for cell in GRIDS["full"].cells]

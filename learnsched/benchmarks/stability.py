@@ -30,7 +30,7 @@ import torch
 
 from learnsched.benchmarks import held_out
 from learnsched.benchmarks import methods as field
-from learnsched.benchmarks.environment import write_results
+from learnsched.benchmarks.environment import read_lines, write_results
 from learnsched.benchmarks.search import Budget
 from learnsched.data import DataSet
 from learnsched.figure_style import paper_style, save_figure
@@ -160,9 +160,8 @@ def stored(folder: Path) -> list[dict[str, Any]]:
     found = []
     for name in VARIANTS:
         for path in sorted(folder.glob(f"{name}-*/log.jsonl")):
-            log = [json.loads(line) for line in path.read_text().splitlines()]
             seed = int(path.parent.name.removeprefix(f"{name}-"))
-            found.append({"variant": name, "seed": seed, "log": log})
+            found.append({"variant": name, "seed": seed, "log": read_lines(path)})
     return found
 
 

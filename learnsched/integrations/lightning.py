@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
-from learnsched.quantizers import ActivationQuantizer, WeightQuantizer
+from learnsched.layers import is_quantized
 from learnsched.schedule import Policy
 from learnsched.scheduler import QuantizationScheduler
 
@@ -50,8 +50,7 @@ class QuantizationCallback(Callback):
             options = {"epochs": trainer.max_epochs, **self.options}
             if options["epochs"] in (None, -1):
                 raise ValueError("give the Trainer max_epochs, or the callback epochs")
-            quantizers = WeightQuantizer | ActivationQuantizer
-            if not any(isinstance(module, quantizers) for module in pl_module.modules()):
+            if not is_quantized(pl_module):
                 raise ValueError(
                     "the module has no quantized layers yet: call learnsched.quantize_ in its __init__, "
                     "since Lightning sets up callbacks before it calls setup() and configure_model()"
