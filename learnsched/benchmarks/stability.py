@@ -8,7 +8,7 @@
 Inner runs take 300 to 800 optimizer steps on networks of four layers, 16 to 32 channels wide. All
 variants have the same tasks, outer optimizer and average of the meta-parameters. ``stabilised`` damps
 the second order, leaves chaotic runs to evolution strategies and clips the gradient of every member;
-``clipped`` only clips, and ``plain`` backpropagates and clips nothing. ``evolution`` does not
+``hybrid`` weighs damped backpropagation and evolution strategies by their errors; ``clipped`` only clips, and ``plain`` backpropagates and clips nothing. ``evolution`` does not
 backpropagate through runs at all: it follows the error itself with 32 pairs a member, which is for a
 GPU (``--device cuda``). A run that was interrupted goes on. The bound to beat is that of the strongest
 hand-coded methods, tuned on the validation tasks, then run on the same seeds as the learned schedule
@@ -36,6 +36,7 @@ from learnsched.data import DataSet
 from learnsched.figure_style import paper_style, save_figure
 from learnsched.meta.estimators import Estimator
 from learnsched.meta.evolution import EvolutionStrategies
+from learnsched.meta.guarded import Guarded
 from learnsched.meta.mix import Mix
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.tasks import Task
@@ -62,7 +63,14 @@ class Variant:
 
 
 VARIANTS = {
-    "stabilised": Variant(PRESETS["standard"].estimator, clip=1.0),
+    "stabilised": Variant(
+        Guarded(
+            Unrolled(damping=0.5),
+            EvolutionStrategies(pairs=3, std=0.15, relative_std=0.5, by_layer=False),
+        ),
+        clip=1.0,
+    ),
+    "hybrid": Variant(PRESETS["standard"].estimator, clip=1.0),
     "clipped": Variant(Unrolled(), clip=1.0),
     "plain": Variant(Unrolled(), clip=math.inf),
     "evolution": Variant(
@@ -194,6 +202,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 # Of each variant: dashes and shade.
 _LINES = {
     "stabilised": ("-", "0.0"),
+    "hybrid": ("-.", "0.0"),
     "clipped": ("--", "0.35"),
     "plain": (":", "0.55"),
     "evolution": ("-", "0.65"),

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from learnsched.meta.estimators import Estimator
 from learnsched.meta.evolution import EvolutionStrategies
-from learnsched.meta.guarded import Guarded
 from learnsched.meta.hybrid import Hybrid
 from learnsched.meta.mix import Mix
 from learnsched.meta.tasks import BITS, Task
@@ -254,9 +253,13 @@ PRESETS: dict[str, Preset] = {
             average=0.9,
         ),
         base=_BASE,
-        estimator=Guarded(Unrolled(damping=0.5), _EVOLUTION),
+        estimator=Hybrid(Unrolled(damping=0.5), replace(_EVOLUTION, pairs=6)),
     ),
 }
+# No backpropagation through runs: the error itself is followed, which has no derivative.
+PRESETS["evolution"] = replace(
+    PRESETS["standard"], estimator=replace(_EVOLUTION, pairs=8, objective="error")
+)
 PRESETS["long"] = replace(
     PRESETS["standard"],
     steps=1000,
@@ -266,7 +269,6 @@ PRESETS["long"] = replace(
         decay=200.0,
         average=0.97,
     ),
-    estimator=Hybrid(Unrolled(damping=0.5), replace(_EVOLUTION, pairs=6)),
 )
 
 # One network for all level sets of activations.
