@@ -42,6 +42,7 @@ def run(name, *arguments):
         "first_layer",
         "follow_loss",
         "warm_up",
+        "selection",
     ],
 )
 def test_a_quick_run_writes_its_rows(name, tmp_path):

@@ -108,6 +108,7 @@ SLOW = {
     "follow_loss": benchmark("follow_loss"),
     "warm_up": benchmark("warm_up"),
     "stability": benchmark("stability"),
+    "selection": benchmark("selection"),
     "payback": module("learnsched.benchmarks.payback"),
     "embed_card": ["-c", EMBED],
 }

@@ -8,7 +8,8 @@
 Inner runs take 300 to 800 optimizer steps on networks of four layers, 16 to 32 channels wide. All
 variants have the same tasks, outer optimizer and average of the meta-parameters. ``stabilised`` damps
 the second order, leaves chaotic runs to evolution strategies and clips the gradient of every member;
-``hybrid`` weighs damped backpropagation and evolution strategies by their errors; ``clipped`` only clips, and ``plain`` backpropagates and clips nothing. ``evolution`` does not
+``hybrid`` weighs damped backpropagation and evolution strategies by their errors, and clips, too;
+``clipped`` only clips, and ``plain`` backpropagates and clips nothing. ``evolution`` does not
 backpropagate through runs at all: it follows the error itself with 32 pairs a member, which is for a
 GPU (``--device cuda``). A run that was interrupted goes on. The bound to beat is that of the strongest
 hand-coded methods, tuned on the validation tasks, then run on the same seeds as the learned schedule

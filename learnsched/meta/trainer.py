@@ -22,17 +22,11 @@ from torch import Tensor
 from learnsched.data import DataSet, load
 from learnsched.files import write, write_text
 from learnsched.meta import distribution
-from learnsched.meta.estimators import Estimator, ParametricRollout
-from learnsched.meta.inner import InnerLoop
+from learnsched.meta.estimators import Estimator
 from learnsched.meta.mix import Mix
-from learnsched.meta.rollout import (
-    PolicyRollout,
-    learning_rates,
-    run_forward,
-    terminal_settings,
-)
 from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
+from learnsched.meta.validation import begin, hard_errors
 from learnsched.policies.learned import LearnedPolicy
 
 
@@ -197,7 +191,7 @@ class MetaTrainer:
 
     def _task_gradient(self, task: Task) -> dict[str, Tensor]:
         """The clipped gradient of a task, a mean over members, flat over parameters."""
-        inner, rollout = self._started(task)
+        inner, rollout = begin(self.policy, task, self.data[task.data], self.device)
         estimate = self.estimator(inner, rollout)
         norms = estimate.norms
         finite = norms.isfinite() & estimate.loss.isfinite()
@@ -210,12 +204,6 @@ class MetaTrainer:
             "norms": torch.where(finite, norms, math.inf).cpu(),
             "losses": estimate.loss.cpu(),
         }
-
-    def _started(self, task: Task, **options: Any) -> tuple[InnerLoop, ParametricRollout]:
-        """The inner loop of a task, under the policy's learning rate, and the policy's settings."""
-        inner = task.build(self.data[task.data], device=self.device, **options)
-        inner.rates = learning_rates(self.policy, inner.run).to(self.device)
-        return inner, PolicyRollout(self.policy, inner.run, len(task.learning_rates))
 
     def _apply(self, gradient: Tensor) -> None:
         sizes = [p.numel() for p in self._parameters.values()]
@@ -252,13 +240,7 @@ class MetaTrainer:
             parameter.copy_(values[name])
 
     def _task_error(self, task: Task) -> dict[str, Tensor]:
-        inner, rollout = self._started(task, membership_width=0.0)
-        validation = self.data[task.data].validation
-        x, y = (part.to(self.device) for part in (validation.x, validation.y))
-        with torch.no_grad():
-            states, table, _ = run_forward(inner, rollout)
-            last = terminal_settings(table[-1], inner.run, inner.run.horizon - 1)
-            return {"error": 1 - inner.accuracy(states[-1], last, x, y).mean().cpu()}
+        return {"error": hard_errors(self.policy, task, self.data[task.data], self.device).mean()}
 
     def _open(self) -> None:
         """Start a run in the folder, or take up the one that is there."""
