@@ -28,6 +28,7 @@ from learnsched.benchmarks.report_tables import (
     method_table,
     names,
     network_table,
+    rates_line,
     search_table,
 )
 from learnsched.benchmarks.statistics import (
@@ -137,6 +138,7 @@ def page(records: Sequence[Record], shares: Mapping[str, Mapping[str, float]]) -
         parts += [
             f"## {name.capitalize()} against the best hand-coded method",
             learned_table(cells, name),
+            rates_line(cells, name),
         ]
         found = against_best(cells, name)
         if found is not None:

@@ -171,6 +171,15 @@ def learned_table(cells: Cells, name: str) -> str:
     return markdown(table)
 
 
+def rates_line(cells: Cells, name: str) -> str:
+    """The learning rates that a method was given in its search, over the cells."""
+    rates = [rows[name]["learning_rate"] for rows in cells.values() if name in rows]
+    return (
+        f"Its learning rates, the best of each cell's search: {np.median(rates):.2g} in the median, "
+        f"from {min(rates):.2g} to {max(rates):.2g}."
+    )
+
+
 def claims_table(cells: Cells) -> str:
     """Each claim of a paper as a margin over the cells that have both methods."""
     table = [["claim", "cells", "ahead in", "mean margin / points", "p (signed rank)"]]
