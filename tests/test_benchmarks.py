@@ -74,8 +74,8 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path):
 def test_a_schedule_made_for_one_task_starts_at_the_base_and_stays_in_its_ranges():
     run = RunInfo((LayerInfo("a", 9, 3, 4), LayerInfo("b", 9, 3, 4)), horizon=7)
     base = plan(BaseCurve(), run).table.float()
-    torch.testing.assert_close(tables(base, torch.zeros(3, 5, 4, 2)), base.expand(3, -1, -1, -1))
-    moved = tables(base, 3 * torch.randn(20, 5, 4, 2, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(tables(base, torch.zeros(3, 5, 4)), base.expand(3, -1, -1, -1))
+    moved = tables(base, 3 * torch.randn(20, 5, 4, generator=torch.Generator().manual_seed(0)))
     fraction = moved[..., FIELDS.index("fraction")]
     assert float(moved.min()) == 0
     assert float(fraction.max()) <= 1

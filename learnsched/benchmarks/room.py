@@ -4,9 +4,9 @@
                        [--tasks NAME ...] [--steps N] [--quick] [--seed N] [--json PATH]
 
 What limits a learned schedule: what it must generalize over, or what any schedule can do? Here nothing
-has to generalize. Knots of every output and layer are optimized for one task by evolution strategies, on
-the error of the hard networks, from the artefact's base curve on; every step has fresh seeds. The result
-is compared on further seeds, each schedule at its best of eight learning rates.
+has to generalize. Knots of every output, the same for all layers, are optimized for one task by
+evolution strategies, on the error of the hard networks, from the learned schedule on; every step has
+fresh seeds. The result is compared on further seeds, each schedule at its best of eight learning rates.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ from learnsched.benchmarks.search import Budget
 from learnsched.benchmarks.transfer import measure
 from learnsched.data import load
 from learnsched.intervals import interval
+from learnsched.learning_rate import learning_rate_factor
 from learnsched.meta import distribution
 from learnsched.meta.evolution import LEARNED_FIELDS, hats, regression, valid
-from learnsched.meta.rollout import run_forward, table_rollout
+from learnsched.meta.rollout import learning_rates, run_forward, table_rollout
 from learnsched.meta.tasks import Task
 from learnsched.policies import LearnedPolicy
 from learnsched.schedule import (
     BACKWARD_STDS,
     FIELDS,
     FRACTION,
+    Policy,
     RunInfo,
     Schedule,
     Setting,
@@ -60,9 +62,11 @@ class Tabulated:
 
     Attributes:
         rows: settings of every epoch and layer.
+        start: the policy whose learning rate it is made for.
     """
 
     rows: tuple[tuple[Setting, ...], ...]
+    start: Policy
     noise = "normal"
     partition = "settled"
     metrics = ()
@@ -76,21 +80,26 @@ class Tabulated:
         """The epoch's row."""
         return self.rows[epoch], None
 
+    def learning_rate_factor(self, run: RunInfo, progress: float) -> float:
+        """That of the start."""
+        return learning_rate_factor(self.start, run, progress)
+
 
 def tables(base: Tensor, coordinates: Tensor) -> Tensor:
     """Schedules of coordinates around a base schedule.
 
     Args:
         base: shape ``(horizon, layers, len(FIELDS))``.
-        coordinates: shape ``(..., len(LEARNED_FIELDS), knots, layers)``; 0 is the base schedule. One
-            unit is a change by .1 of a forward std or fraction, of 30 % of a backward std.
+        coordinates: shape ``(..., len(LEARNED_FIELDS), knots)``; 0 is the base schedule. One unit is a
+            change by .1 of a forward std or fraction, of 30 % of a backward std.
 
     Returns:
         shape ``(..., horizon, layers, len(FIELDS))``.
     """
-    knots = hats(len(base), coordinates.shape[-2]).to(base)
-    offset = base.new_zeros(*coordinates.shape[:-3], *base.shape)
-    offset[..., list(LEARNED_FIELDS)] = torch.einsum("kt,...okl->...tlo", knots, coordinates)
+    knots = hats(len(base), coordinates.shape[-1]).to(base)
+    offset = base.new_zeros(*coordinates.shape[:-2], *base.shape)
+    every = torch.einsum("kt,...ok->...to", knots, coordinates)
+    offset[..., list(LEARNED_FIELDS)] = every.unsqueeze(-2)
     moved = base + _STD * offset
     backward = list(BACKWARD_STDS)
     moved[..., backward] = (base * torch.exp(_RELATIVE_STD * offset))[..., backward]
@@ -105,7 +114,7 @@ def specialized(task: Task, start: LearnedPolicy, steps: int, pairs: int, seed: 
 
     Args:
         task: its seed is not used for training.
-        start: the learned policy whose base curve training starts from.
+        start: the learned policy whose plan the search starts from.
         steps: of Adam.
         pairs: antithetic pairs of each of four networks.
         seed: of the networks and the perturbations.
@@ -113,13 +122,14 @@ def specialized(task: Task, start: LearnedPolicy, steps: int, pairs: int, seed: 
     data = load(task.data)
     task = replace(task, learning_rates=_RATES, runs=0)
     run = task.build(data).run
-    base = plan(start.base, run).table.float()
-    point = torch.zeros(len(LEARNED_FIELDS), _KNOTS, len(run.layers), requires_grad=True)
-    optimizer = torch.optim.Adam([point], lr=0.15)
+    base = plan(start, run).table.float()
+    point = torch.zeros(len(LEARNED_FIELDS), _KNOTS, requires_grad=True)
+    optimizer = torch.optim.Adam([point], lr=0.1)
     generator = torch.Generator().manual_seed(seed)
     seen = []
     for step in range(steps):
         inner = replace(task, seed=500_000 + 1000 * seed + step).build(data)
+        inner.rates = learning_rates(start, inner.run)
         noise = torch.randn(pairs, len(_RATES), *point.shape, generator=generator)
         around = tables(base, point.detach() + torch.cat([noise, -noise])).flatten(0, 1)
         many = inner.repeated(2 * pairs)
@@ -132,7 +142,7 @@ def specialized(task: Task, start: LearnedPolicy, steps: int, pairs: int, seed: 
         seen.append(point.detach().clone())
     mean = torch.stack(seen[steps // 2 :]).mean(0)
     rows = tables(base, mean).double().tolist()
-    return Tabulated(tuple(tuple(Setting(*values) for values in row) for row in rows))
+    return Tabulated(tuple(tuple(Setting(*values) for values in row) for row in rows), start)
 
 
 def records_of(
