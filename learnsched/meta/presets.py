@@ -256,9 +256,13 @@ PRESETS: dict[str, Preset] = {
         estimator=Hybrid(Unrolled(damping=0.5), replace(_EVOLUTION, pairs=6)),
     ),
 }
-# No backpropagation through runs: the error itself is followed, which has no derivative.
+# To go on from a good network: no backpropagation through runs, the error itself is followed, which has
+# no derivative. Where a gradient is noise Adam steps as far, and with the rate of `standard` that
+# noise carried the network away.
 PRESETS["evolution"] = replace(
-    PRESETS["standard"], estimator=replace(_EVOLUTION, pairs=8, objective="error")
+    PRESETS["standard"],
+    trainer=replace(PRESETS["standard"].trainer, learning_rate=0.0005, decay=1000.0),
+    estimator=replace(_EVOLUTION, pairs=8, objective="error"),
 )
 PRESETS["long"] = replace(
     PRESETS["standard"],
