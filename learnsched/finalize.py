@@ -110,8 +110,9 @@ def finalize_(
 
     Args:
         model: converted by ``quantize_``, trained under a scheduler or by any other means. Averages
-            of weights (``torch.optim.swa_utils.AveragedModel``, of buffers too or not) lie between
-            levels: they are projected anew, with a warning.
+            of weights (``torch.optim.swa_utils.AveragedModel``, of buffers too or not, or what it
+            wraps) lie between levels: they are projected anew, with a warning; so are other values
+            written over frozen weights after the end of training.
         loader: training batches to re-estimate batch norm statistics from; None keeps them.
         forward: runs the model on a batch of any other kind, see :func:`calibrate_`.
 
@@ -170,10 +171,7 @@ def _tensors(layer: Layer) -> Iterator[Tensor]:
 
 def _harden(model: nn.Module, layers: Iterable[Layer]) -> None:
     """Noise 0 and every weight frozen on its level, checked."""
-    weights = [layer.weight for layer in layers if layer.weight is not None]
-    averaged = any(isinstance(module, AveragedModel) for module in model.modules())
-    if averaged or any(weight.weight_quantizer.is_averaged for weight in weights):
-        _release_averages(layers)
+    _take_moved(model, layers)
     for layer in layers:
         for quantizer in layer.quantizers:
             for name in NOISE_BUFFERS:
@@ -205,21 +203,38 @@ def integer_weights(model: nn.Module) -> dict[str, IntegerWeights]:
     return result
 
 
-def _release_averages(layers: Iterable[Layer]) -> None:
-    """Free averaged weights of what their model had frozen when it was copied."""
-    released = []
-    for layer in layers:
-        if layer.weight is None:
-            continue
-        try:
-            _check_on_levels(layer.info.name, layer.weight)
-        except RuntimeError:
-            layer.weight.weight_quantizer.release_()
-            released.append(layer.info.name)
-    if released:
+def _take_moved(model: nn.Module, layers: Iterable[Layer]) -> None:
+    """Free frozen weights that hold other values since, if these are meant: averages, or a copy."""
+    quantizers = [
+        (layer.info.name, layer.weight.weight_quantizer, layer.weight.weight)
+        for layer in layers
+        if layer.weight is not None
+    ]
+    averaged = any(isinstance(module, AveragedModel) for module in model.modules())
+    # In the middle of a run, an optimizer that the scheduler does not know has moved them.
+    ended = all(bool(quantizer.membership.all()) for _, quantizer, _ in quantizers)
+    taken: list[str] = []
+    put_back: list[str] = []
+    for name, quantizer, weight in quantizers:
+        if quantizer.is_averaged:
+            quantizer.release_()
+            taken.append(name)
+        elif quantizer.is_moved(weight):
+            if averaged or ended:
+                quantizer.take_(weight)
+            (taken if averaged or ended else put_back).append(name)
+    if taken:
         warnings.warn(
-            f"averages of quantized weights lie between the levels: those of {released} are projected "
-            "anew, each with the scale of its average. Compare with the model that was not averaged",
+            f"averages of quantized weights lie between the levels, and so do other values written "
+            f"over them: those of {taken} are projected anew. Compare with the model that was not "
+            "averaged",
+            stacklevel=5,
+        )
+    if put_back:
+        warnings.warn(
+            f"frozen weights of {put_back} were moved since the scheduler's last step(), and go back "
+            "to their levels. If an optimizer did that, give it to the scheduler; if they are averages, "
+            "finalize the AveragedModel itself",
             stacklevel=5,
         )
 

@@ -222,11 +222,32 @@ class WeightQuantizer(_Quantizer):
         marks = (self.membership, self.scale_held)
         return any(bool(((mark > 0) & (mark < 1)).any()) for mark in marks)
 
+    def is_moved(self, weight: Tensor) -> bool:
+        """Whether frozen entries of the parameter are 1 % of a level step or more off their levels."""
+        scale = self.scale(weight)
+        # Averages over buffers have taken what is held off its levels, too.
+        distance = (weight - self._hard(self.held, scale)).abs()
+        return bool(((distance > 0.01 * self.levels.step * scale) & (self.membership > 0)).any())
+
     @torch.no_grad()
     def release_(self) -> None:
         """Free every weight and scale, so that the next :meth:`freeze_` starts anew."""
         self.membership.zero_()
         self.scale_held.zero_()
+
+    @torch.no_grad()
+    def take_(self, weight: Tensor) -> None:
+        """Free what is frozen for other values, under the scale, held or fitted, that is nearer to them.
+
+        An average of weights that have been on their levels for long is nearly on them still, under the
+        scale that is held; to fit a scale to it would take it for a float weight.
+        """
+        self.membership.zero_()
+        as_held = self.error(weight)
+        marks = self.scale_held.clone()
+        self.scale_held.zero_()
+        if bool(as_held < self.error(weight)):
+            self.scale_held.copy_(marks)
 
     @torch.no_grad()
     def error(self, weight: Tensor) -> Tensor:

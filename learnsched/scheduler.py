@@ -382,9 +382,14 @@ class QuantizationScheduler:
     def _is_finalized(self) -> bool:
         """Whether a std that the last settings made positive is 0, or all is frozen before its time."""
         last = self.history.settings[-1]
-        weights = [layer.weight for layer in self._layers if layer.weight is not None]
-        early = any(s.fraction < 1 for s in last)
-        if weights and early and all(bool(w.weight_quantizer.membership.all()) for w in weights):
+        frozen = [
+            (s.fraction, layer.weight.weight_quantizer.membership)
+            for layer, s in zip(self._layers, last, strict=True)
+            if layer.weight is not None
+        ]
+        # A fraction below 1 may be all of a small weight.
+        early = any(round(fraction * marks.numel()) < marks.numel() for fraction, marks in frozen)
+        if early and all(bool(marks.all()) for _, marks in frozen):
             return True
         for layer, s in zip(self._layers, last, strict=True):
             for quantizer in layer.quantizers:

@@ -292,6 +292,12 @@ def test_accumulated_gradients_count_optimizer_steps_and_train_as_whole_batches_
 # -- copies, averages, files
 
 
+def nearest(rule, weight, held):
+    """The weight on its levels, at the scale of the rule or the held one, whichever is nearer."""
+    found = [ls.ternary().quantize(weight / s) * s for s in (held, rule(weight, ls.ternary()))]
+    return min(found, key=lambda projected: float((weight - projected).detach().norm()))
+
+
 def test_averages_of_weights_are_projected_anew_with_a_warning():
     model = network()
     optimizer = adam(model)
@@ -302,17 +308,17 @@ def test_averages_of_weights_are_projected_anew_with_a_warning():
         average.update_parameters(model)
     trained = finished(model)
     before = [p.clone() for p in average.parameters()]
-    with pytest.warns(UserWarning, match=r"between the levels: those of \['0', '3', '7'\]"):
+    scales = [layer.weight.weight_quantizer.held_scale for layer in quantized_layers(model)]
+    with pytest.warns(UserWarning, match=r"those of \['0', '3', '7'\] are projected anew"):
         ls.finalize_(average, batches(99))
     projected = codes(average)
     assert any(not torch.equal(trained[k], projected[k]) for k in trained)
-    for layer, old in zip(
-        quantized_layers(average), (before[0], before[4], before[8]), strict=True
+    for layer, old, held in zip(
+        quantized_layers(average), (before[0], before[4], before[8]), scales, strict=True
     ):
-        # The same as quantizing the averages as a float model.
-        rule, levels = layer.weight.weight_quantizer.rule, ls.ternary()
-        scale = rule(old, levels)
-        assert torch.equal(layer.weight.weight, levels.quantize(old / scale) * scale)
+        assert torch.equal(
+            layer.weight.weight, nearest(layer.weight.weight_quantizer.rule, old, held)
+        )
     state = {k: v.clone() for k, v in average.state_dict().items()}
     ls.finalize_(average)  # neither warns nor changes anything
     assert_same(dict(average.state_dict()), state)
@@ -351,6 +357,74 @@ def test_an_average_of_buffers_too_is_projected_anew_without_its_wrapper():
     for layer, weight in zip(quantized_layers(inner), old, strict=True):
         scale = layer.weight.weight_quantizer.rule(weight, ls.ternary())
         assert torch.equal(layer.weight.weight, ls.ternary().quantize(weight / scale) * scale)
+
+
+def averaged(epochs_more=0):
+    """A trained model and its average, of parameters alone, both before ``finalize_``."""
+    model = network()
+    optimizer = adam(model)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.6))
+    scheduler = scheduled(model, optimizer)
+    for epoch in range(EPOCHS):
+        train(model, optimizer, scheduler, data=lambda _, e=epoch: batches(e), epochs=1)
+        average.update_parameters(model)
+    for _ in range(epochs_more):
+        average.update_parameters(model)
+    return model, average
+
+
+def test_an_average_is_the_same_without_its_wrapper():
+    _, average = averaged()
+    inner = copy.deepcopy(average.module)
+    fresh = network()
+    fresh.load_state_dict(average.module.state_dict())
+    for one in (average, inner, fresh):
+        with pytest.warns(UserWarning, match="averages of quantized weights"):
+            ls.finalize_(one)
+    assert_same(codes(inner), codes(average.module))
+    assert_same(codes(fresh), codes(average.module))
+
+
+def test_an_average_that_has_come_to_the_levels_is_its_model_again():
+    model, average = averaged(epochs_more=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ls.finalize_(average)
+        ls.finalize_(model)
+    for ours, theirs in zip(quantized_layers(average), quantized_layers(model), strict=True):
+        assert torch.equal(ours.weight.weight, theirs.weight.weight)
+
+
+def test_values_written_over_frozen_weights_are_taken_after_the_end_alone():
+    model = network()
+    best = [layer.weight.weight.clone() for layer in quantized_layers(model)]
+    optimizer = adam(model)
+    scheduler = scheduled(model, optimizer)
+    train(model, optimizer, scheduler, epochs=EPOCHS - 2)
+    middle = copy.deepcopy(model)
+    train(model, optimizer, scheduler, epochs=2)
+
+    def write(one):
+        with torch.no_grad():
+            for layer, values in zip(quantized_layers(one), best, strict=True):
+                layer.weight.weight.copy_(values)
+
+    write(model)
+    with pytest.warns(UserWarning, match="other values written"):
+        ls.finalize_(model)
+    for layer, values in zip(quantized_layers(model), best, strict=True):
+        quantizer = layer.weight.weight_quantizer
+        assert torch.equal(
+            layer.weight.weight, nearest(quantizer.rule, values, quantizer.held_scale)
+        )
+    held = [layer.weight.weight_quantizer.held.clone() for layer in quantized_layers(middle)]
+    marks = [layer.weight.weight_quantizer.membership > 0 for layer in quantized_layers(middle)]
+    write(middle)
+    with pytest.warns(UserWarning, match="go back to their levels"):
+        ls.finalize_(middle)
+    for layer, values, frozen in zip(quantized_layers(middle), held, marks, strict=True):
+        assert bool(frozen.any())
+        assert torch.equal(layer.weight.weight[frozen], values[frozen])
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

@@ -548,6 +548,45 @@ def test_a_step_after_finalize_is_refused_and_changes_nothing(weight):
     assert_equal(scheduler.state_dict(), state)
 
 
+def test_a_fraction_below_one_that_is_all_of_a_small_weight_is_no_finalize():
+    model = ls.quantize_(nn.Sequential(nn.Linear(10, 1)), ls.ternary())
+    rows = tuple(Setting(fraction=fraction) for fraction in (0.0, 0.96, 0.98, 1.0))
+    scheduler = ls.QuantizationScheduler(model, Scripted(rows), epochs=4)
+    for _ in range(4):
+        scheduler.step()
+    assert bool((model[0].weight_quantizer.membership == 1).all())
+
+
+def test_the_fraction_of_a_layer_without_a_weight_says_nothing_of_finalize():
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU())
+    ls.quantize_(
+        model,
+        ls.ternary(),
+        ls.unsigned(2),
+        overrides={"2": None, "3": ls.LayerConfig(activation=ls.unsigned(2))},
+    )
+
+    @dataclasses.dataclass(frozen=True)
+    class Apart:
+        noise: str = "normal"
+        partition: str = "settled"
+        metrics: tuple = ()
+
+        def begin(self, run):
+            return None
+
+        def settings(self, run, epoch, telemetry, state):
+            return [
+                Setting(fraction=1.0 if layer.weight_levels else 0.1 * epoch)
+                for layer in run.layers
+            ], None
+
+    scheduler = ls.QuantizationScheduler(model, Apart(), epochs=5)
+    for _ in range(5):
+        scheduler.step()
+    assert scheduler.epoch == 5
+
+
 def test_a_step_after_finalize_is_refused_where_there_never_was_noise():
     model = network()
     scheduler = ls.QuantizationScheduler(model, policies.StraightThrough(), 6)
