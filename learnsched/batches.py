@@ -54,7 +54,15 @@ def run_with_batch_statistics(model: nn.Module, batches: Iterable[Any], run: For
             module.train()
     try:
         for batch in batches:
-            run(model, batch)
+            try:
+                run(model, batch)
+            except ValueError as error:
+                if "more than 1 value per channel" in str(error):
+                    raise ValueError(
+                        "a batch is too small for statistics of batch norm, as the last one of a loader "
+                        f"may be: use drop_last=True ({error})"
+                    ) from error
+                raise
     finally:
         for module, flag in flags.items():
             module.training = flag

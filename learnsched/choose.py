@@ -5,12 +5,11 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
-from learnsched.execution import RECURRENT, Execution, execution
+from learnsched.execution import RECURRENT, Example, Execution, execution
 from learnsched.layers import is_quantized
 from learnsched.levels import LevelSet
 from learnsched.modules import BATCH_NORMS, QUANTIZED_TYPES
@@ -50,7 +49,7 @@ def choose(
     base: LayerConfig,
     skip: Sequence[str],
     overrides: Mapping[str, LayerConfig | None],
-    example_input: Tensor | tuple[Any, ...] | None,
+    example_input: Example | None,
 ) -> tuple[Execution, Chosen]:
     """What the example input shows of the model, and what is chosen of it to quantize.
 
@@ -117,6 +116,7 @@ def _configure(
     weights = [name for name, module in order[: found.executed] if type(module) in QUANTIZED_TYPES]
     real = {weights[0 if end == "first" else -1] for end in skip if weights}
     unmatched = set(overrides)
+    of_weights: set[str] = set()  # patterns that match one
     configs: Chosen = {}
     following = base
     for name, module in order:
@@ -134,6 +134,7 @@ def _configure(
             config = following
         if is_weight:
             following = config or base
+            of_weights.update(matches)
         if config is None:
             continue
         if isinstance(module, RECURRENT):
@@ -147,6 +148,14 @@ def _configure(
         if levels is not None:
             rule = config.weight_scale if is_weight else config.activation_scale
             configs[name] = levels, rule
+    for pattern, own in overrides.items():
+        weight_alone = own is not None and own.weight is not None and own.activation is None
+        if weight_alone and pattern not in of_weights | unmatched:
+            raise ValueError(
+                f"the override {pattern!r} has a level set for weights and none for activations, and "
+                "matches activations alone, which would stay real; give the name of the weight's layer, "
+                "or None to keep these activations real"
+            )
     if unmatched:
         raise ValueError(
             f"no module matches {sorted(unmatched)}; the modules that can be quantized are "

@@ -7,13 +7,13 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from learnsched.choose import Chosen, LayerConfig, choose
-from learnsched.execution import Execution
+from learnsched.execution import Example, Execution, reached
 from learnsched.levels import LevelSet
 from learnsched.modules import (
     ACTIVATIONS,
@@ -41,7 +41,7 @@ def quantize_(
     activation_scale: ScaleRule | None = None,
     skip: Sequence[Literal["first", "last"]] = (),
     overrides: Mapping[str, LayerConfig | None] | None = None,
-    example_input: Tensor | tuple[Any, ...] | None = None,
+    example_input: Example | None = None,
 ) -> nn.Module:
     """Quantize the Linear, convolution and ReLU-like modules of a model, in place.
 
@@ -61,8 +61,9 @@ def quantize_(
         overrides: from a pattern of module names (as in :mod:`fnmatch`) to the configuration of the
             weight layers that match, and of the activations after them, or to None to keep those
             weights real. The first match decides. Activations can be matched by their own names.
-        example_input: one input, or a tuple of inputs, to find the order of execution with; without
-            it the order of registration is taken.
+        example_input: one input, a tuple of inputs, or inputs by name, to find the order of execution
+            with, and what the model computes past its modules; without it the order of registration
+            is taken, and nothing is found.
 
     Returns:
         ``model`` itself.
@@ -72,8 +73,9 @@ def quantize_(
             not of real numbers of 16 bits or more.
         ValueError: nothing is asked for, a pattern matches nothing, no weight or no activation can
             be quantized though asked for, a weight is empty, on the meta device, computed, recurrent,
-            or shared with a module that is not quantized alike, a level of weights lies outside its
-            own cell, or the model is quantized already. The model is as it was.
+            or shared with a module that is not quantized alike, a layer's ``forward`` was replaced, a
+            level of weights lies outside its own cell, or the model is quantized already. The model is
+            as it was.
 
     Example:
         >>> from learnsched import ternary, unsigned
@@ -85,7 +87,9 @@ def quantize_(
     """
     base = LayerConfig(weight, activation, weight_scale, activation_scale)
     found, chosen = choose(model, base, skip, dict(overrides or {}), example_input)
-    _convert(model, found, chosen)
+    placed = _convert(model, found, chosen)
+    if example_input is not None:
+        _warn_of_idle(model, example_input, found, placed)
     return model
 
 
@@ -106,7 +110,8 @@ def _group(order: list[tuple[str, nn.Module]], chosen: Chosen) -> list[_Group]:
     return [group for group in groups if group.members]
 
 
-def _convert(model: nn.Module, found: Execution, chosen: Chosen) -> None:
+def _convert(model: nn.Module, found: Execution, chosen: Chosen) -> dict[str, nn.Module]:
+    """Quantizers in their places, by the name of the module that they are in or took the place of."""
     modules = dict(found.order)
     of_weight: dict[nn.Parameter, WeightQuantizer] = {}
     quantizers: dict[str, WeightQuantizer | ActivationQuantizer] = {}
@@ -141,6 +146,22 @@ def _convert(model: nn.Module, found: Execution, chosen: Chosen) -> None:
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
+    return dict(quantizers)
+
+
+def _warn_of_idle(
+    model: nn.Module, example_input: Example, found: Execution, placed: Mapping[str, nn.Module]
+) -> None:
+    """Warn where the model went through a module, and now passes its quantizer by."""
+    executed = {name for name, _ in found.order[: found.executed]}
+    now = reached(model, example_input, placed.values())
+    idle = [name for name, module in placed.items() if name in executed and module not in now]
+    if idle:
+        warnings.warn(
+            f"the model does not call the quantizers of {idle}: it keeps these modules elsewhere than "
+            "in its attributes, as in a plain list, and calls those. Use nn.ModuleList or nn.Sequential",
+            stacklevel=3,
+        )
 
 
 def _warn(model: nn.Module, found: Execution, chosen: Chosen) -> None:
@@ -188,6 +209,18 @@ def _warn(model: nn.Module, found: Execution, chosen: Chosen) -> None:
             "leaves its input as it is; use what it returns: x = self.relu(x)",
             stacklevel=4,
         )
+    overwritten = [
+        name
+        for name, module in order
+        if name in chosen and name in found.overwritten and type(module) in CLIPPING
+    ]
+    if overwritten:
+        warnings.warn(
+            f"the model uses the input of {overwritten} again, after they have changed it in place; a "
+            "quantized activation leaves its input as it is. Use what it returns where that is meant, "
+            "or make them inplace=False",
+            stacklevel=4,
+        )
     hooked = [
         name
         for name, module in order
@@ -221,6 +254,11 @@ def _own_weight(model: nn.Module, name: str, module: nn.Module, chosen: Chosen) 
         raise ValueError(
             f"the weight of {name} is computed from others, as by weight_norm or pruning; remove "
             f"that, {keep}"
+        )
+    if "forward" in vars(module):
+        raise ValueError(
+            f"the forward of {name} was replaced on the module itself, as hooks of accelerate do, which "
+            f"passes a quantizer by; take that away until after quantize_, {keep}"
         )
     if weight.dtype not in _DTYPES:
         raise TypeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ class Execution:
         borrowed: names of layers that are reached and whose weights the model computes with itself,
             too.
         unused: names of in-place activations that the model calls without using what they return.
+        overwritten: names of in-place activations whose input the model uses again, as they left it.
     """
 
     order: list[tuple[str, nn.Module]]
@@ -40,14 +41,19 @@ class Execution:
     functions: tuple[str, ...] = ()
     borrowed: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    overwritten: tuple[str, ...] = ()
 
 
-def execution(model: nn.Module, example_input: Tensor | tuple[Any, ...] | None) -> Execution:
+# One input, a tuple of inputs, or inputs by name.
+Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+def execution(model: nn.Module, example_input: Example | None) -> Execution:
     """Run the example input through the model, which stays as it is.
 
     Args:
         model: any module.
-        example_input: one input, or a tuple of inputs; None takes the order of registration.
+        example_input: what it takes; None takes the order of registration.
     """
     wanted = {
         module: name
@@ -82,20 +88,17 @@ def execution(model: nn.Module, example_input: Tensor | tuple[Any, ...] | None) 
         # What is returned is the input itself; only as another object can its uses be told apart.
         returned = output.view_as(output)
         seen.returned[id(returned)] = (in_place[module], returned)
+        if id(output) not in seen.rectified:  # which a second ReLU does not change
+            seen.inputs[id(output)] = (in_place[module], output)
+        seen.rectified[id(returned)] = returned
         return returned
 
     handles = [module.register_forward_pre_hook(enter) for module in wanted]
     handles += [module.register_forward_hook(leave) for module in wanted]
-    training = [module for module in model.modules() if module.training]
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     try:
-        model.eval()
-        # Compiled, the model would hand its weights to a graph, outside of its modules.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), seen:
-            seen.use(model(*inputs))
+        with seen:
+            seen.use(_run(model, example_input))
     finally:
-        for module in training:
-            module.training = True
         for handle in handles:
             handle.remove()
     every = {**executed, **wanted}
@@ -105,7 +108,38 @@ def execution(model: nn.Module, example_input: Tensor | tuple[Any, ...] | None) 
         tuple(dict.fromkeys(seen.functions)),
         tuple(name for name in seen.borrowed if name in executed.values()),
         tuple(dict.fromkeys(name for name, _ in seen.returned.values())),
+        tuple(seen.overwritten),
     )
+
+
+def reached(
+    model: nn.Module, example_input: Example, modules: Iterable[nn.Module]
+) -> set[nn.Module]:
+    """Which of the modules the example input reaches; the model stays as it is."""
+    found: set[nn.Module] = set()
+    handles = [m.register_forward_pre_hook(lambda module, _: found.add(module)) for m in modules]
+    try:
+        _run(model, example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _run(model: nn.Module, example_input: Example) -> Any:
+    """What the model makes of the example input, in evaluation."""
+    training = [module for module in model.modules() if module.training]
+    named = example_input if isinstance(example_input, Mapping) else {}
+    unnamed = example_input if isinstance(example_input, tuple) else (example_input,)
+    inputs = () if isinstance(example_input, Mapping) else unnamed
+    try:
+        model.eval()
+        # Compiled, the model would hand its weights to a graph, outside of its modules.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            return model(*inputs, **named)
+    finally:
+        for module in training:
+            module.training = True
 
 
 class _Calls(TorchFunctionMode):
@@ -117,6 +151,9 @@ class _Calls(TorchFunctionMode):
         self.functions: list[str] = []
         self.borrowed: dict[str, None] = {}
         self.returned: dict[int, tuple[str, Tensor]] = {}  # by in-place activations, unused so far
+        self.inputs: dict[int, tuple[str, Tensor]] = {}  # of in-place activations
+        self.rectified: dict[int, Tensor] = {}  # what they returned
+        self.overwritten: dict[str, None] = {}
         self._weights = weights
 
     def use(self, value: Any) -> None:
@@ -127,6 +164,14 @@ class _Calls(TorchFunctionMode):
             for part in value.values() if isinstance(value, Mapping) else value:
                 self.use(part)
 
+    def use_input(self, value: Any) -> None:
+        """Note that the input of an in-place activation is used after it, alone or in a collection."""
+        if isinstance(value, Tensor) and id(value) in self.inputs:
+            self.overwritten[self.inputs[id(value)][0]] = None
+        elif isinstance(value, list | tuple):
+            for part in value:
+                self.use_input(part)
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -136,6 +181,8 @@ class _Calls(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         self.use((args, kwargs or {}))
+        if isinstance(result, Tensor | tuple | list):  # not a shape or a dtype
+            self.use_input(args)
         if not self.inside:
             if func in _ACTIVATION_FUNCTIONS:
                 self.functions.append(func.__name__)

@@ -97,7 +97,8 @@ class LevelSet:
         if len(self.thresholds) > _COMPARISONS:
             # bfloat16 cannot tell 254.5 from 254
             wide = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-            return torch.bucketize(wide, wide.new_tensor(self.thresholds), right=True)
+            found = torch.bucketize(wide, wide.new_tensor(self.thresholds), right=True)
+            return torch.where(x.isnan(), 0, found)
         codes = torch.zeros_like(x, dtype=torch.int64)
         for threshold in self.thresholds:
             codes = codes + (x >= threshold)
@@ -107,7 +108,7 @@ class LevelSet:
         """The hard staircase: the level that each entry of ``x`` falls to, to the bit.
 
         Args:
-            x: any shape, in units of the scale.
+            x: any shape, in units of the scale. NaN, which is above no threshold, takes the lowest.
 
         Returns:
             tensor of the same shape and dtype.

@@ -223,6 +223,17 @@ class QuantizationScheduler:
                     f"the metric {name!r} is {numbers[name]}: the policy is shown no change instead",
                     stacklevel=2,
                 )
+        lost = [
+            layer.info.name
+            for layer in self._layers
+            if layer.weight is not None and not bool(layer.weight.weight.isfinite().all())
+        ]
+        if lost:
+            warnings.warn(
+                f"weights of {lost} are not finite: training has diverged, or a batch held NaN, which a "
+                "hard activation turns into its lowest level. finalize_ will refuse them",
+                stacklevel=2,
+            )
         run = self._run
         if run.steps_per_epoch is None and counted:
             run = replace(run, steps_per_epoch=counted)

@@ -801,3 +801,77 @@ def test_signed_levels_quantize_what_a_relu_puts_out(act):
 def test_signs_take_the_place_of_a_relu(levels):
     model = ls.quantize_(nn.Sequential(nn.Linear(8, 6), nn.ReLU()), activation=levels)
     assert bool((model(torch.randn(40, 8)) < 0).any())
+
+
+def test_the_input_of_an_in_place_activation_that_is_used_again_is_warned_of():
+    class Skip(nn.Module):
+        def __init__(self, inplace):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(8, 2)
+            self.inner = nn.Sequential(nn.ReLU(inplace=inplace), nn.Linear(4, 4))
+
+        def forward(self, x):
+            before = self.norm(self.first(x))
+            return self.last(torch.cat([self.inner(before), before], dim=1))
+
+    x = torch.randn(4, 8)
+    with pytest.warns(UserWarning, match=r"uses the input of \['inner\.0'\] again") as caught:
+        ls.quantize_(Skip(inplace=True), ls.ternary(), ls.unsigned(2), example_input=x)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ls.quantize_(Skip(inplace=False), ls.ternary(), ls.unsigned(2), example_input=x)
+        ls.quantize_(Skip(inplace=True), ls.ternary(), example_input=x)
+
+
+def test_modules_that_a_model_keeps_in_a_list_too_are_warned_of():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.norm, self.fc2 = nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+            self.relu = nn.ReLU()
+            self.layers = [self.fc1, self.norm, self.relu, self.fc2]
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model = Listed()
+    with pytest.warns(UserWarning, match=r"does not call the quantizers of \['relu'\]") as caught:
+        ls.quantize_(model, ls.ternary(), ls.unsigned(2), example_input=torch.randn(2, 8))
+    assert caught[0].filename == __file__
+    assert all(module.training for module in model.modules())
+
+
+def test_a_forward_of_the_modules_own_is_refused():
+    model = mlp()
+    model[3].forward = lambda x, layer=model[3]: F.linear(x, layer.weight)
+    with pytest.raises(ValueError, match="the forward of 3 was replaced on the module itself"):
+        ls.quantize_(model, ls.ternary())
+    assert type(model[0]) is nn.Linear
+    ls.quantize_(model, ls.ternary(), overrides={"3": None})
+    assert names(model) == ["0", "5"]
+
+
+def test_an_override_of_weights_that_matches_activations_alone_is_refused():
+    binary = ls.LayerConfig(weight=ls.binary())
+    with pytest.raises(ValueError, match="override '2' has a level set for weights"):
+        ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2), overrides={"2": binary})
+    model = ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2), overrides={"[34]": binary})
+    assert isinstance(model[2], ActivationQuantizer)
+    assert isinstance(model[4], nn.ReLU)  # one pattern of a layer and what follows it
+
+
+def test_an_example_input_may_have_names():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = nn.Linear(4, 2), nn.Linear(8, 4)
+
+        def forward(self, *, pixels, scale=1.0):
+            return self.last(self.first(pixels * scale))
+
+    x = {"pixels": torch.randn(2, 8), "scale": torch.tensor(2.0)}
+    model = ls.quantize_(Named(), ls.ternary(), example_input=x)
+    assert names(model) == ["first", "last"]

@@ -77,12 +77,18 @@ def test_real_layers_are_shown(tmp_path):
 
 
 def test_what_is_no_export(tmp_path):
-    pytest.importorskip("onnx")
+    onnx = pytest.importorskip("onnx")
     (tmp_path / "text.onnx").write_text("no")
     (tmp_path / "empty.onnx").write_text("")
     for name in ("text.onnx", "empty.onnx"):
         with pytest.raises(FolderError, match="no ONNX file"):
             inspect(tmp_path / name)
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    x, y = (onnx.helper.make_tensor_value_info(name, 1, [1, 2]) for name in "xy")
+    graph = onnx.helper.make_graph([node], "g", [x], [y])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "other.onnx")
+    with pytest.raises(FolderError, match="has no linear layer or convolution"):
+        inspect(tmp_path / "other.onnx")
     with pytest.raises(FileNotFoundError):
         inspect(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError):

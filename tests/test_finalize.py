@@ -455,3 +455,11 @@ def test_batches_of_any_kind_are_run_by_forward():
         with pytest.raises(RuntimeError):
             fit(two, [*dictionaries, {"x": torch.ones(2, 3), "shift": 0}], forward=run)
         assert_same_state(two, before)
+
+
+def test_a_batch_that_is_too_small_for_its_statistics_is_named():
+    model = ls.quantize_(nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU()), ls.ternary())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="drop_last=True"):
+        ls.finalize_(model, [torch.randn(4, 8), torch.randn(1, 8)])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

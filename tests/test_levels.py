@@ -237,3 +237,10 @@ def test_bits_out_of_range_are_refused(make, bits):
 def test_power_of_two_needs_a_positive_finite_maximum(max_abs):
     with pytest.raises(ValueError, match="positive, finite max_abs"):
         power_of_two(3, max_abs=max_abs)
+
+
+@pytest.mark.parametrize("levels", [ternary(), unsigned(2), unsigned(8), signed(8)])
+def test_nan_takes_the_lowest_level(levels):
+    x = torch.tensor([math.nan, math.inf, -math.inf])
+    assert levels.codes(x).tolist() == [0, len(levels.values) - 1, 0]
+    assert levels.quantize(x).tolist() == [levels.values[0], levels.values[-1], levels.values[0]]

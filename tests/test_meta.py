@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from learnsched.data import load
+from learnsched.data import DataSet, Split, load, reduced
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.rollout import PolicyRollout, run_forward, table_rollout, terminal_settings
 from learnsched.meta.tasks import Task
@@ -177,7 +177,7 @@ def test_meta_training_runs_under_the_learning_rate_of_the_base_curve(tmp_path):
     assert seen
 
 
-def small_trainer(folder, **changes):
+def small_trainer(folder, data=None, **changes):
     preset = PRESETS["quick"]
     mix = dataclasses.replace(
         preset.trainer.mix,
@@ -190,7 +190,7 @@ def small_trainer(folder, **changes):
     config = dataclasses.replace(preset.trainer, mix=mix, **changes)
     torch.manual_seed(0)
     policy = LearnedPolicy(MetaNetwork(), preset.base, preset.domain)
-    return MetaTrainer(policy, config, folder, {"digits": DIGITS})
+    return MetaTrainer(policy, config, folder, data or {"digits": DIGITS})
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path):
@@ -275,3 +275,28 @@ def test_gradients_that_are_not_finite_are_dropped_and_counted(tmp_path):
     trainer.run(1)
     assert trainer.log[1]["dropped"] == 2  # one member of each of two tasks
     assert all(bool(p.isfinite().all()) for p in trainer.policy.network.parameters())
+
+
+def test_a_run_is_not_resumed_on_data_of_other_sizes(tmp_path):
+    small_trainer(tmp_path).run(1)
+    smaller = reduced(DIGITS, 100, 50, 50)
+    with pytest.raises(FileExistsError, match="another configuration"):
+        small_trainer(tmp_path, data={"digits": smaller})
+    with pytest.raises(KeyError, match=r"data lacks digits.*it has mine"):
+        small_trainer(tmp_path / "other", data={"mine": smaller})
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "dtype"),
+    [
+        ("cnn1d", (1, 40), torch.float32),
+        ("cnn2d", (3, 8, 8), torch.float32),
+        ("residual", (1, 8, 6), torch.float32),
+        ("mlp", (40,), torch.float64),
+    ],
+)
+def test_data_that_a_family_cannot_take_are_refused(family, shape, dtype):
+    split = Split(torch.zeros(20, *shape, dtype=dtype), torch.arange(20) % 2)
+    data = DataSet("mine", split, split, split, classes=2)
+    with pytest.raises(ValueError, match=f"{family} takes inputs of torch.float32"):
+        dataclasses.replace(SMALL, family=family, data="mine").build(data)

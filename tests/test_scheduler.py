@@ -1005,3 +1005,13 @@ def test_counts_may_be_numpys():
     state = scheduler.state_dict()
     assert type(state["epochs"]) is int
     assert type(state["steps_per_epoch"]) is int
+
+
+def test_weights_that_are_not_finite_are_named_at_the_end_of_their_epoch():
+    model = network()
+    scheduler = ls.QuantizationScheduler(model, policies.StraightThrough(), epochs=3)
+    with torch.no_grad():
+        model[3].weight[0, 0] = math.nan
+    with pytest.warns(UserWarning, match=r"weights of \['3'\] are not finite") as caught:
+        scheduler.step()
+    assert caught[0].filename == __file__

@@ -146,7 +146,7 @@ def inspect(path: str | os.PathLike[str]) -> Report:
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
-        FolderError: it is none of these, or was altered.
+        FolderError: it is none of these, was altered, or has no layers.
         ExportError: it is an ONNX file, and onnx is not installed.
 
     Example:
@@ -241,6 +241,11 @@ def _file_report(path: Path) -> Report:
                     _packed(shape, out),
                 )
             )
+    if not layers:
+        raise FolderError(
+            f"{path} has no linear layer or convolution ({', '.join(_PRODUCTS)}) of the kind that "
+            "export_onnx and export_qonnx write; export the network with one of them"
+        )
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     kind = "QONNX" if any("qonnx" in domain for domain in opsets) else "ONNX"
     version = f"{kind}, opset {opsets.get('', '?')}"

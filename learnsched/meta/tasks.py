@@ -132,7 +132,9 @@ class Task:
             prepare: called with each quantized network; what it makes a parameter is trained too.
 
         Raises:
-            ValueError: the family or the optimizer is unknown.
+            ValueError: the family or the optimizer is unknown, or the data are not what the family
+                takes: float32 of shape ``(features,)`` for ``cnn1d``, ``(1, side, side)`` for
+                ``cnn2d``, ``residual`` and ``vgg``, any shape for ``mlp``.
         """
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(
@@ -234,12 +236,22 @@ class Task:
         }
         if self.family not in makers:
             raise ValueError(f"unknown family {self.family!r}; choose one of {', '.join(makers)}")
+        self._check_inputs(data)
         models = []
         with torch.random.fork_rng(devices=[]):  # initialisation draws from the global generator
             for member in range(len(self.learning_rates)):
                 torch.manual_seed(mixed_seed(self.seed, member % runs))
                 models.append(makers[self.family]())
         return models
+
+    def _check_inputs(self, data: DataSet) -> None:
+        shape, dtype = data.shape, data.train.x.dtype
+        wanted = {"mlp": shape, "cnn1d": (shape[-1],)}.get(self.family, (1, shape[-1], shape[-1]))
+        if shape != wanted or dtype != torch.float32:
+            raise ValueError(
+                f"{self.family} takes inputs of torch.float32 and shape {wanted}, those of {data.name} "
+                f"are of {dtype} and shape {shape}; convert them, or choose another family"
+            )
 
 
 def _pretrain(models: Sequence[nn.Module], x: Tensor, y: Tensor, order: Tensor) -> None:

@@ -64,8 +64,12 @@ class TrainerConfig:
 
     def load_data(self) -> dict[str, DataSet]:
         """The data sets of the mix and of validation, by name."""
-        names = {a[0] for a in self.mix.architectures} | {t.data for t in self.validation}
-        return {name: load(name) for name in sorted(names)}
+        return {name: load(name) for name in sorted(self.data_names)}
+
+    @property
+    def data_names(self) -> set[str]:
+        """Of the data sets of the mix and of validation."""
+        return {a[0] for a in self.mix.architectures} | {t.data for t in self.validation}
 
 
 class MetaTrainer:
@@ -80,7 +84,8 @@ class MetaTrainer:
         device: where inner runs train.
 
     Raises:
-        FileExistsError: the folder holds a run of another configuration.
+        FileExistsError: the folder holds a run of another configuration, or on other data.
+        KeyError: a data set of the mix or of validation is missing.
         ValueError: the folder's checkpoint is damaged.
 
     Example:
@@ -109,6 +114,12 @@ class MetaTrainer:
         *,
         device: str | torch.device = "cpu",
     ) -> None:
+        missing = config.data_names - data.keys()
+        if missing:
+            raise KeyError(
+                f"data lacks {', '.join(sorted(missing))}, which the mix or validation names; "
+                f"it has {', '.join(data) or 'nothing'}"
+            )
         self.policy = policy
         self.config = config
         self.folder = Path(folder)
@@ -249,6 +260,7 @@ class MetaTrainer:
                 "policy": self.policy.config(),
                 "trainer": asdict(self.config),
                 "estimator": repr(self.estimator),
+                "data": {name: _sizes(self.data[name]) for name in sorted(self.config.data_names)},
             },
             indent=1,
         )
@@ -259,6 +271,7 @@ class MetaTrainer:
             later = {f.name: f.default for f in fields(Task) if f.default is not MISSING}
             tasks = stored["trainer"]["validation"]
             stored["trainer"]["validation"] = [later | task for task in tasks]
+            stored.setdefault("data", json.loads(config)["data"])
             if stored != json.loads(config):
                 raise FileExistsError(
                     f"{self.folder} holds a run of another configuration ({path}); "
@@ -321,3 +334,8 @@ class MetaTrainer:
         self.step, self.seconds = scalars["step"], scalars["seconds"]
         self.best_error, self.best_step = scalars["best_error"], scalars["best_step"]
         self._typical_norm, self._log = scalars["typical_norm"], scalars["log"]
+
+
+def _sizes(data: DataSet) -> dict[str, Any]:
+    """What tells data sets of a name apart; not their values, which may be rounded elsewhere."""
+    return {"train": len(data.train), "shape": list(data.shape), "classes": data.classes}
