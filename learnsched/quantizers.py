@@ -21,6 +21,8 @@ from learnsched.levels import LevelSet
 from learnsched.noise import noise_shape
 from learnsched.scales import ScaleRule
 
+_EXTRA = "_extra_state"  # as torch calls it in a state_dict
+
 NOISE_BUFFERS = ("forward_std", "backward_std", "forward_mean", "backward_mean")
 
 
@@ -94,9 +96,29 @@ class _Quantizer(nn.Module):
         own |= {prefix + name: getattr(self, name) for name in learned}
         if own.keys().isdisjoint(state_dict):
             state_dict = {**state_dict, **own}
+        if prefix + _EXTRA not in state_dict:  # nor do older states know the level set
+            state_dict = {**state_dict, prefix + _EXTRA: self.get_extra_state()}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def get_extra_state(self) -> Tensor:
+        """Levels, then thresholds: what states must have alike to be exchanged."""
+        return torch.tensor([*self.levels.values, *self.levels.thresholds], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse the state of another level set.
+
+        Raises:
+            ValueError: that is what it is.
+        """
+        own = self.get_extra_state()
+        if state.shape != own.shape or not torch.equal(state.to(own), own):
+            raise ValueError(
+                f"this state was saved with the levels {state[: len(state) // 2 + 1].tolist()}, the "
+                f"quantizer of {self.layer_name!r} has {list(self.levels.values)}; quantize the model "
+                "with the same level sets as before, then load it"
+            )
 
     def extra_repr(self) -> str:
         return f"levels={self.levels.name}, noise={self.noise.name}"

@@ -875,3 +875,23 @@ def test_an_example_input_may_have_names():
     x = {"pixels": torch.randn(2, 8), "scale": torch.tensor(2.0)}
     model = ls.quantize_(Named(), ls.ternary(), example_input=x)
     assert names(model) == ["first", "last"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [(ls.ternary(), ls.unsigned(4)), (ls.signed(4), ls.unsigned(2)), (ls.binary(), ls.unsigned(2))],
+)
+def test_the_state_of_another_level_set_is_refused(other):
+    saved = ls.quantize_(mlp(1), ls.ternary(), ls.unsigned(2)).state_dict()
+    model = ls.quantize_(mlp(), *other)
+    with pytest.raises(ValueError, match="this state was saved with the levels"):
+        model.load_state_dict(saved)
+
+
+def test_a_state_that_does_not_tell_its_level_set_is_loaded():
+    saved = ls.quantize_(mlp(1), ls.ternary(), ls.unsigned(2)).state_dict()
+    older = {key: value for key, value in saved.items() if not key.endswith("_extra_state")}
+    assert len(older) < len(saved)
+    model = ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2))
+    model.load_state_dict(older)
+    assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
