@@ -140,6 +140,16 @@ def test_regression_recovers_slopes_exactly_without_noise_or_ridge():
     torch.testing.assert_close(regression(noise, difference, 0.0), slopes)
 
 
+@pytest.mark.parametrize(("pairs", "ridge"), [(3, 1.0), (6, 1.0), (8, 0.01), (32, 0.1)])
+def test_regression_is_unbiased_with_few_pairs_and_a_ridge(pairs, ridge):
+    generator = torch.Generator().manual_seed(0)
+    slopes = torch.randn(15, generator=generator, dtype=torch.float64)
+    noise = torch.randn(pairs, 20_000, 15, generator=generator, dtype=torch.float64)
+    found = regression(noise, noise @ slopes, ridge)
+    error = found.std(0) / 20_000**0.5
+    assert bool(((found.mean(0) - slopes).abs() < 5 * error).all())
+
+
 def test_a_repeated_inner_loop_trains_every_copy_alike():
     inner = SMALL.build(DIGITS)
     policy = LearnedPolicy(MetaNetwork())

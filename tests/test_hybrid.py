@@ -7,7 +7,7 @@ import torch
 
 from learnsched.data import load
 from learnsched.meta.estimators import clipped
-from learnsched.meta.evolution import EvolutionStrategies
+from learnsched.meta.evolution import EvolutionStrategies, regression
 from learnsched.meta.hybrid import Hybrid, share_of_precise
 from learnsched.meta.rollout import PolicyRollout
 from learnsched.meta.tasks import Task
@@ -37,6 +37,18 @@ def test_without_bias_the_weights_are_the_inverse_variances():
 def test_a_bias_gives_the_weight_to_the_unbiased_estimate():
     share = share_of_precise(estimates(0.1, bias=2.0), estimates(1.0, seed=1))
     assert float(share.max()) < 0.01
+
+
+def test_evolution_of_a_linear_loss_leaves_an_unbiased_precise_estimate_its_weight():
+    generator = torch.Generator().manual_seed(0)
+    members, coordinates = 64, 15
+    slopes = torch.randn(coordinates, generator=generator)
+    noise = torch.randn(6, members, coordinates, generator=generator)
+    difference = noise @ slopes + torch.randn(6, members, generator=generator)
+    unbiased = regression(noise, difference, 1.0)
+    precise = slopes + 0.1 * torch.randn(members, coordinates, generator=generator)
+    share = share_of_precise(precise.unflatten(1, (5, 3)), unbiased.unflatten(1, (5, 3)))
+    assert float(share.mean()) > 0.6
 
 
 def test_weights_are_shares_and_exact_estimates_are_trusted():

@@ -238,6 +238,9 @@ def valid(settings: Tensor, fraction: Tensor | None = None) -> Tensor:
 def regression(noise: Tensor, difference: Tensor, ridge: float) -> Tensor:
     """Slopes of loss differences on perturbations, for each member.
 
+    Fewer pairs than coordinates, and the ridge, shrink least squares: to the right size on average, over
+    the directions, they are brought by the share that would be left of a linear loss.
+
     Args:
         noise: shape ``(pairs, members, coordinates)``.
         difference: shape ``(pairs, members)``.
@@ -251,7 +254,9 @@ def regression(noise: Tensor, difference: Tensor, ridge: float) -> Tensor:
     gram = design.transpose(1, 2) @ design
     penalty = ridge * pairs * torch.eye(count).to(gram)
     right = design.transpose(1, 2) @ difference.T.unsqueeze(-1)
-    return torch.linalg.solve(gram + penalty, right).squeeze(-1)
+    solved = torch.linalg.solve(gram + penalty, torch.cat([right, gram], dim=2))
+    left = solved[..., 1:].diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    return solved[..., 0] / left
 
 
 def hats(horizon: int, knots: int) -> Tensor:
