@@ -74,6 +74,7 @@ def _options() -> argparse.Namespace:
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         reason = str(error).splitlines()[0]
         parser.error(f"--device must be cpu or cuda, got {options.device!r}: {reason}")
+    options.device = distribution.own_device(options.device)
     return options
 
 
@@ -136,7 +137,13 @@ def _trainer(preset: Preset, options: argparse.Namespace) -> MetaTrainer:
     torch.manual_seed(options.seed)
     network = MetaNetwork()
     if options.source:
-        network = copy.deepcopy(load_pretrained(options.source).network).requires_grad_(True)
+        source = load_pretrained(options.source)
+        if source.base != preset.base:
+            raise ValueError(
+                f"{options.source} adds to other base curves than preset {options.preset}: what it has "
+                "learned holds for its own; leave --from out, or take the preset that it was made with"
+            )
+        network = copy.deepcopy(source.network).requires_grad_(True)
     # Differences between layers that a network learned did harm (figures/meta_training.md).
     policy = LearnedPolicy(
         network.to(options.device), preset.base, preset.domain, shared_noise=True

@@ -14,7 +14,12 @@ from learnsched.calibration import calibrate_
 from learnsched.choose import LayerConfig
 from learnsched.conversion_report import report
 from learnsched.convert import quantize_
-from learnsched.finalize import finalize_, integer_weights, reestimate_batch_norm_
+from learnsched.finalize import (
+    finalize_,
+    integer_weights,
+    reestimate_batch_norm_,
+    remove_quantizers_,
+)
 from learnsched.kernels import show_config
 from learnsched.learned_quantizers import (
     learn_noise_,
@@ -82,6 +87,7 @@ __all__ = [
     "quantize_",
     "quantize_once",
     "reestimate_batch_norm_",
+    "remove_quantizers_",
     "report",
     "sample_concrete_",
     "save_artefact",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +26,8 @@ from learnsched.modules import (
 from learnsched.quantizers import ActivationQuantizer, PReLUQuantizer, WeightQuantizer
 from learnsched.scales import LeastSquares, ScaleRule, default_weight_rule, unit_normal_scale
 
+# Layers with weights that a product is formed with, and that stay as they are.
+_REAL = (nn.Conv3d, nn.ConvTranspose3d, nn.Bilinear)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # A search of a tenth of a second, the same for all activations of a level set.
@@ -75,7 +77,7 @@ def quantize_(
             be quantized though asked for, a weight is empty, on the meta device, computed, recurrent,
             or shared with a module that is not quantized alike, a layer's ``forward`` was replaced, a
             level of weights lies outside its own cell, or the model is quantized already. The model is
-            as it was.
+            as it was, unless it fails itself on the example input once it is quantized.
 
     Example:
         >>> from learnsched import ternary, unsigned
@@ -124,7 +126,8 @@ def _convert(model: nn.Module, found: Execution, chosen: Chosen) -> dict[str, nn
             quantizers[name] = of_weight[weight]
         else:
             quantizers[name] = _activation_quantizer(model, module, *config)
-    _warn(model, found, chosen)
+    for note in _notes(model, found, chosen):
+        warnings.warn(note, stacklevel=3)
     # All that can fail comes before this line: from here on the model changes.
     placed: set[nn.Module] = set()
     for index, group in enumerate(_group(found.order, chosen)):
@@ -164,86 +167,66 @@ def _warn_of_idle(
         )
 
 
-def _warn(model: nn.Module, found: Execution, chosen: Chosen) -> None:
-    order, executed = found.order, found.executed
+def _notes(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[str]:
+    """What a user should know of what is chosen, before it is converted."""
+    order = found.order
+    activations = [n for n, module in order if n in chosen and type(module) in ACTIVATIONS]
+    modules = dict(order)
     normalized = {
         name
         for (_, before), (name, _) in zip(order, order[1:], strict=False)
         if isinstance(before, BATCH_NORMS)
     }
-    uncalibrated = [
-        name
-        for name, module in order
-        if name in chosen and type(module) in ACTIVATIONS and name not in normalized
-    ]
-    if uncalibrated:
-        warnings.warn(
+    if uncalibrated := [name for name in activations if name not in normalized]:
+        yield (
             f"no batch norm precedes {uncalibrated}: their scale is a guess until "
-            "learnsched.calibrate_(model, batches) has seen data",
-            stacklevel=4,
+            "learnsched.calibrate_(model, batches) has seen data"
         )
-    idle = [name for name, _ in order[executed:] if name in chosen]
-    if idle:
-        warnings.warn(
+    if idle := [name for name, _ in order[found.executed :] if name in chosen]:
+        yield (
             f"the example input did not reach {idle}: if the model computes with their weights itself "
-            "(F.linear), it trains in full precision there; call the modules instead",
-            stacklevel=4,
+            "(F.linear), it trains in full precision there; call the modules instead"
         )
-    borrowed = [name for name in found.borrowed if name in chosen]
-    if borrowed:
-        warnings.warn(
+    if borrowed := [name for name in found.borrowed if name in chosen]:
+        yield (
             f"the model computes with the weights of {borrowed} outside of their modules too, in full "
-            "precision; call the modules instead",
-            stacklevel=4,
+            "precision; call the modules instead"
         )
-    if found.functions and any(type(module) in ACTIVATIONS for n, module in order if n in chosen):
-        warnings.warn(
+    if found.functions and activations:
+        yield (
             f"the model calls {', '.join(found.functions)} as functions, whose results stay real; use "
-            "modules (nn.ReLU) for what is to be quantized",
-            stacklevel=4,
+            "modules (nn.ReLU) for what is to be quantized"
         )
-    unused = [name for name in found.unused if name in chosen]
-    if unused:
-        warnings.warn(
+    if unused := [name for name in found.unused if name in chosen]:
+        yield (
             f"the model calls {unused} for what they do to their input, and a quantized activation "
-            "leaves its input as it is; use what it returns: x = self.relu(x)",
-            stacklevel=4,
+            "leaves its input as it is; use what it returns: x = self.relu(x)"
         )
-    overwritten = [
-        name
-        for name, module in order
-        if name in chosen and name in found.overwritten and type(module) in CLIPPING
-    ]
-    if overwritten:
-        warnings.warn(
+    if overwritten := [
+        n for n in found.overwritten if n in chosen and type(modules[n]) in CLIPPING
+    ]:
+        yield (
             f"the model uses the input of {overwritten} again, after they have changed it in place; a "
             "quantized activation leaves its input as it is. Use what it returns where that is meant, "
-            "or make them inplace=False",
-            stacklevel=4,
+            "or make them inplace=False"
         )
-    hooked = [
-        name
-        for name, module in order
-        if name in chosen
-        and type(module) in ACTIVATIONS
-        and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-    ]
-    if hooked:
-        warnings.warn(
+    if hooked := [name for name in activations if _has_hooks(modules[name])]:
+        yield (
             f"{hooked} have hooks, which stay with the modules that are replaced; register them after "
-            "quantize_",
-            stacklevel=4,
+            "quantize_"
         )
-    foreign = [
-        f"{name} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if isinstance(module, KNOWN) and type(module) not in KNOWN
-    ]
-    if foreign:
-        warnings.warn(
-            f"{foreign} stay real: what a subclass computes with its weight is not known",
-            stacklevel=4,
-        )
+    named = [(f"{n} ({type(module).__name__})", module) for n, module in model.named_modules()]
+    if foreign := [
+        n for n, module in named if isinstance(module, KNOWN) and type(module) not in KNOWN
+    ]:
+        yield f"{foreign} stay real: what a subclass computes with its weight is not known"
+    asked = any(type(modules[name]) in QUANTIZED_TYPES for name in chosen)
+    if asked and (real := [name for name, module in named if isinstance(module, _REAL)]):
+        yield f"{real} stay real: of such layers no quantized kind is known"
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _own_weight(model: nn.Module, name: str, module: nn.Module, chosen: Chosen) -> nn.Parameter:

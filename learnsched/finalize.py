@@ -21,7 +21,7 @@ from learnsched.batches import (
     run_with_batch_statistics,
 )
 from learnsched.layers import Layer, quantized_layers
-from learnsched.modules import QuantizedLayer
+from learnsched.modules import QUANTIZED_TYPES, QuantizedLayer
 from learnsched.quantizers import NOISE_BUFFERS
 
 
@@ -113,7 +113,9 @@ def finalize_(
             of weights (``torch.optim.swa_utils.AveragedModel``, of buffers too or not, or what it
             wraps) lie between levels: they are projected anew, with a warning; so are other values
             written over frozen weights after the end of training.
-        loader: training batches to re-estimate batch norm statistics from; None keeps them.
+        loader: training batches to re-estimate batch norm statistics from; None keeps them. Of
+            data-parallel processes each takes its own batches: give all of them the same ones, or
+            finalize in one and save that.
         forward: runs the model on a batch of any other kind, see :func:`calibrate_`.
 
     Returns:
@@ -201,6 +203,40 @@ def integer_weights(model: nn.Module) -> dict[str, IntegerWeights]:
         if layer.weight is not None:
             result[layer.info.name] = _check_on_levels(layer.info.name, layer.weight)
     return result
+
+
+@torch.no_grad()
+def remove_quantizers_(model: nn.Module) -> nn.Module:
+    """Turn the quantized layers of a finished model into plain ones, weights on their levels.
+
+    What the model computes stays the same, and its ``state_dict`` is that of the float model, a third as
+    large. Activations keep their quantizers, which compute them. It can be trained no further.
+
+    Args:
+        model: finalized.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        RuntimeError: the model is not finalized. It is as it was.
+        ValueError: the model has no quantized layers.
+
+    Example:
+        >>> from learnsched import quantize_, ternary
+        >>> net = finalize_(quantize_(nn.Sequential(nn.Linear(8, 4)), ternary()))
+        >>> remove_quantizers_(net)
+        Sequential(
+          (0): Linear(in_features=8, out_features=4, bias=True)
+        )
+    """
+    integer_weights(model)
+    plain: dict[type[nn.Module], type[nn.Module]] = {q: p for p, q in QUANTIZED_TYPES.items()}
+    for module in model.modules():
+        if type(module) in plain:
+            del module.weight_quantizer
+            module.__class__ = plain[type(module)]
+    return model
 
 
 def _take_moved(model: nn.Module, layers: Iterable[Layer]) -> None:

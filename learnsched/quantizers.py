@@ -110,7 +110,7 @@ class _Quantizer(nn.Module):
         """Refuse the state of another level set.
 
         Raises:
-            ValueError: that is what it is.
+            ValueError: the state belongs to another level set.
         """
         own = self.get_extra_state()
         if state.shape != own.shape or not torch.equal(state.to(own), own):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from learnsched.annealed import MODES
-from learnsched.history import History, as_numbers
+from learnsched.history import History
 from learnsched.incremental import PARTITIONS
 from learnsched.layers import quantized_layers
 from learnsched.learning_rate import learning_rate_factor
@@ -27,6 +27,7 @@ from learnsched.schedule import FIELDS, Policy, RunInfo, Setting, ask, terminal
 from learnsched.telemetry import relative
 
 _STATE_VERSION = 2
+UNWRAPPED = "the model is not wrapped in DistributedDataParallel"
 # A std that no dtype of a network rounds to 0.
 _VISIBLE = 1e-4
 
@@ -42,7 +43,8 @@ class QuantizationScheduler:
             are averaged over its ranks, so that all get the same settings: call :meth:`step` on each.
         policy: what makes the settings, from :mod:`learnsched.policies` or ``load_pretrained``.
         epochs: the horizon, at least 1.
-        steps_per_epoch: optimizer steps in an epoch, ``len(loader)``. A learned policy reads it; if
+        steps_per_epoch: optimizer steps in an epoch: ``len(loader)``, or where gradients of several
+            batches are accumulated, ``ceil(len(loader) / batches)``. A learned policy reads it; if
             None, it is counted in the first epoch: steps of ``optimizer`` if given, otherwise forward
             passes in training mode.
         fine_tuning: whether training starts from a trained float network.
@@ -109,9 +111,9 @@ class QuantizationScheduler:
         self._process_group: Any = model.process_group if parallel else None
         if policy.metrics and not parallel and several_ranks():
             warnings.warn(
-                "the model is not wrapped in DistributedDataParallel yet: the settings of ranks that "
-                "step with metrics of their own will differ. Wrap it before you make the scheduler, or "
-                "give step() metrics that are averaged over the ranks",
+                f"{UNWRAPPED} yet: the settings of ranks that step with metrics of their own will "
+                "differ. Wrap it before you make the scheduler, or give step() metrics that are "
+                "averaged over the ranks",
                 stacklevel=2,
             )
         self.policy = policy
@@ -153,6 +155,12 @@ class QuantizationScheduler:
             self._counts.clear()
         optimizer.register_step_post_hook(
             functools.partial(self._after_optimizer, self._new_count())
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({type(self.policy).__name__}, epoch {self.epoch} of {self.epochs}, "
+            f"{len(self._layers)} layers)"
         )
 
     @property
@@ -209,14 +217,14 @@ class QuantizationScheduler:
                 f"finalize_ was called after {self.epoch} of {self.epochs} epochs, which ended the "
                 "noise and froze all weights; call it after the last step()"
             )
-        numbers = as_numbers(metrics)
+        numbers, counted = over_ranks(metrics, self._counted(), self._process_group)
         missing = [name for name in self.policy.metrics if name not in numbers]
         if missing:
+            where = "" if self._process_group is None else " on every rank"
             raise KeyError(
-                f"{type(self.policy).__name__} needs the metric {missing[0]!r}; call "
+                f"{type(self.policy).__name__} needs the metric {missing[0]!r}{where}; call "
                 f"scheduler.step(metrics={{{missing[0]!r}: value}})"
             )
-        numbers, counted = over_ranks(numbers, self._counted(), self._process_group)
         for name in self.policy.metrics:
             if not math.isfinite(numbers[name]):
                 warnings.warn(
@@ -263,7 +271,7 @@ class QuantizationScheduler:
             "counted": self._counted(),
             "seed": self._seed,
             "policy": _description(self.policy),
-            "policy_state": self._state,
+            "policy_state": _snapshot(self._state),
             "settings": torch.tensor(
                 [[[getattr(s, f) for f in FIELDS] for s in row] for row in self.history.settings],
                 dtype=torch.float64,
@@ -302,6 +310,7 @@ class QuantizationScheduler:
             )
             steps = steps if steps is None else _count_of("steps_per_epoch", steps)
             self._check_whole(epoch, settings, metrics, state)
+            state = _as_own(state, self._state)
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"this is no whole state of a scheduler: {error!r}") from error
         # All that can fail comes before this line.
@@ -443,6 +452,28 @@ def _count_forward(count: Tensor, model: nn.Module, inputs: Any) -> None:
     # A gradient of torch.func may not change what it did not make.
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         count.add_(int(model.training))
+
+
+def _snapshot(state: Any) -> Any:
+    """A policy's state with tensors of its own."""
+    if isinstance(state, Mapping):
+        return {name: _snapshot(value) for name, value in state.items()}
+    return state.detach().clone() if isinstance(state, Tensor) else state
+
+
+def _as_own(state: Any, own: Any) -> Any:
+    """A policy's state on the device and of the dtype of its own, whatever file it comes from.
+
+    Raises:
+        ValueError: a tensor has another shape.
+    """
+    if isinstance(own, Mapping):
+        return {**state, **{name: _as_own(state[name], value) for name, value in own.items()}}
+    if not isinstance(own, Tensor):
+        return state
+    if not isinstance(state, Tensor) or state.shape != own.shape:
+        raise ValueError(f"a tensor of the policy's state must have the shape {tuple(own.shape)}")
+    return state.detach().to(own, copy=True)
 
 
 def _count_of(name: str, value: Any) -> int:

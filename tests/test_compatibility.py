@@ -738,3 +738,29 @@ def test_two_data_parallel_processes_have_the_same_settings_masks_and_codes(tmp_
     assert_same(found, found2)
     shares = [sum(m.sum() for m in row) / sum(m.numel() for m in row) for row in masks]
     assert 0 < shares[2] < 1 == shares[4]
+
+
+def without_a_metric(rank, port, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    wrapped = nn.parallel.DistributedDataParallel(network())
+    scheduler = ls.QuantizationScheduler(wrapped, ls.load_pretrained("default"), EPOCHS)
+    said = []
+    for metrics in ({"train_loss": 1.0} if rank else None, {"train_loss": 1.0 if rank else "much"}):
+        try:
+            scheduler.step(metrics)
+        except (KeyError, TypeError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    torch.save((said, scheduler.epoch), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_metric_that_one_process_lacks_stops_all_of_them(tmp_path):
+    torch.multiprocessing.spawn(without_a_metric, (free_port(), tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first == second
+    said, epoch = first
+    assert epoch == 0
+    assert "needs the metric 'train_loss' on every rank" in said[0]
+    assert "on rank 0, the metric 'train_loss' must be a number" in said[1]

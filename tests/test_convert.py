@@ -895,3 +895,10 @@ def test_a_state_that_does_not_tell_its_level_set_is_loaded():
     model = ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2))
     model.load_state_dict(older)
     assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
+
+
+def test_layers_of_a_kind_that_is_not_quantized_are_named():
+    model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Flatten(), nn.Linear(16, 2))
+    with pytest.warns(UserWarning, match=r"\['0 \(Conv3d\)'\] stay real") as caught:
+        ls.quantize_(model, ls.ternary())
+    assert caught[0].filename == __file__

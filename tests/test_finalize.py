@@ -463,3 +463,41 @@ def test_a_batch_that_is_too_small_for_its_statistics_is_named():
     with pytest.raises(ValueError, match="drop_last=True"):
         ls.finalize_(model, [torch.randn(4, 8), torch.randn(1, 8)])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_plain_layers_compute_the_same_and_load_where_the_float_model_does():
+    torch.manual_seed(0)
+
+    def build():
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.ConvTranspose2d(4, 2, 2),
+            nn.Flatten(),
+            nn.Linear(98, 3),
+        )
+
+    model, x = build(), torch.randn(6, 1, 8, 8)
+    with pytest.raises(ValueError, match="no quantized layers"):
+        ls.remove_quantizers_(model)
+    ls.quantize_(model, ls.ternary(), ls.unsigned(2))
+    with pytest.raises(RuntimeError, match="call learnsched.finalize_"):
+        ls.remove_quantizers_(model)
+    ls.finalize_(model, [x]).eval()
+    expected = model(x)
+    weights = {
+        name: found.integers * found.scale for name, found in ls.integer_weights(model).items()
+    }
+    assert ls.remove_quantizers_(model) is model
+    assert torch.equal(model(x), expected)
+    assert [type(m) for m in (model[0], model[3], model[5])] == [
+        nn.Conv2d,
+        nn.ConvTranspose2d,
+        nn.Linear,
+    ]
+    for name, weight in weights.items():
+        assert torch.equal(model.get_submodule(name).weight, weight)
+    fresh = build()
+    assert fresh.load_state_dict(model.state_dict(), strict=False).missing_keys == []
+    assert not [k for k in model.state_dict() if "weight_quantizer" in k]

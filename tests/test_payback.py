@@ -22,13 +22,26 @@ def test_the_price_counts_every_run():
         "validation": [{"learning_rates": [0.01] * 3}, {"learning_rates": [0.02] * 2}],
     }
     log = [{"step": 0, "validation_error": 0.5}, {"step": 1}, {"step": 2, "validation_error": 0.4}]
-    cost = price(curves, [(trainer, log)], GRADIENT)
+    config = {
+        "trainer": trainer,
+        "estimator": "Guarded(unrolled=Unrolled(), ...pairs=3)",
+    }
+    cost = price(curves, [(config, log)], GRADIENT)
     assert (cost.curves, cost.unrolled, cost.validation) == (120, 2 * 4 * 8, 2 * 5)
     # 34 s for 17 runs side by side are 2 s a run.
-    twice = price(curves, [(trainer, log)] * 2, GRADIENT)
+    twice = price(curves, [(config, log)] * 2, GRADIENT)
     assert (twice.curves, twice.unrolled, twice.validation) == (120, 2 * 64, 20)
     assert cost.factor == 4.0
     assert cost.total == 120 + 4 * 64 + 10
+    evolution = {"trainer": trainer, "estimator": "EvolutionStrategies(pairs=3, std=0.1)"}
+    hybrid = {
+        "trainer": trainer,
+        "estimator": "Hybrid(unrolled=Unrolled(), ...pairs=6)",
+    }
+    for other, unrolled, perturbed in ((evolution, 0, 7 * 64), (hybrid, 64, 13 * 64)):
+        found = price(curves, [(other, log)], GRADIENT)
+        assert (found.unrolled, found.perturbed) == (unrolled, perturbed)
+        assert found.total == 120 + 4 * unrolled + perturbed + 10
     assert "Paid after 13 networks." in text(cost, everything=36.0, ours=6.0)  # 386 / 30
 
 

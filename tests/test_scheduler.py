@@ -1015,3 +1015,37 @@ def test_weights_that_are_not_finite_are_named_at_the_end_of_their_epoch():
     with pytest.warns(UserWarning, match=r"weights of \['3'\] are not finite") as caught:
         scheduler.step()
     assert caught[0].filename == __file__
+
+
+def test_a_state_is_a_snapshot_and_takes_the_type_of_the_schedulers_own():
+    def made():
+        return ls.QuantizationScheduler(network(), learned(), epochs=4, steps_per_epoch=2)
+
+    scheduler = made()
+    scheduler.step({"train_loss": 1.0})
+    state = scheduler.state_dict()
+    before = copy.deepcopy(state["policy_state"])
+    other = made()
+    other.load_state_dict({**state, "policy_state": {k: v.double() for k, v in before.items()}})
+    for one in (scheduler, other):
+        one.step({"train_loss": 0.5})
+    assert_equal(state["policy_state"], before)
+    assert scheduler.get_last_setting() == other.get_last_setting()
+    broken = {**state, "policy_state": {k: v[:1] for k, v in before.items()}}
+    with pytest.raises(ValueError, match="must have the shape"):
+        made().load_state_dict(broken)
+
+
+def test_the_state_of_another_network_of_the_same_shape_is_refused():
+    states = [
+        ls.QuantizationScheduler(network(), learned(seed), epochs=3, steps_per_epoch=2)
+        for seed in (3, 4)
+    ]
+    with pytest.raises(ValueError, match="this state has policy"):
+        states[0].load_state_dict(states[1].state_dict())
+
+
+def test_a_scheduler_tells_where_it_is():
+    scheduler = ls.QuantizationScheduler(network(), policies.StraightThrough(), epochs=3)
+    scheduler.step()
+    assert repr(scheduler) == "QuantizationScheduler(StraightThrough, epoch 1 of 3, 2 layers)"

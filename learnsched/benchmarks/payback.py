@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,19 +37,21 @@ class Price:
     Attributes:
         curves: runs of the searches for the base curves.
         unrolled: runs that were differentiated.
+        perturbed: runs of evolution strategies.
         validation: runs of validation.
         factor: ordinary runs that one unrolled run costs.
     """
 
     curves: int
     unrolled: int
+    perturbed: int
     validation: int
     factor: float
 
     @property
     def total(self) -> float:
         """All of it in ordinary runs."""
-        return self.curves + self.factor * self.unrolled + self.validation
+        return self.curves + self.factor * self.unrolled + self.perturbed + self.validation
 
 
 def price(
@@ -60,20 +63,27 @@ def price(
 
     Args:
         curves: content of ``curve_search.json``.
-        runs: of each, the trainer's configuration, as in its ``config.json``, and the log.
+        runs: content of each ``config.json``, and the log.
         gradient: rows of ``gradient.json``.
 
     Raises:
         ValueError: no row tells what an unrolled run costs.
     """
-    unrolled = validation = 0
-    for trainer, log in runs:
-        unrolled += log[-1]["step"] * trainer["mix"]["tasks"] * trainer["mix"]["members"]
+    unrolled = perturbed = validation = 0
+    for config, log in runs:
+        trainer, estimator = config["trainer"], config["estimator"]
+        gradients = log[-1]["step"] * trainer["mix"]["tasks"] * trainer["mix"]["members"]
+        if "Unrolled" in estimator:
+            unrolled += gradients
+        # That of Guarded was asked next to never under 2-bit activations.
+        if pairs := re.match(r"(?:EvolutionStrategies|Hybrid).*?pairs=(\d+)", estimator):
+            perturbed += gradients * (1 + 2 * int(pairs[1]))
         validated = sum("validation_error" in entry for entry in log)
         validation += validated * sum(len(t["learning_rates"]) for t in trainer["validation"])
     return Price(
         curves=sum(found["runs"] for found in curves.values() if "runs" in found),
         unrolled=unrolled,
+        perturbed=perturbed,
         validation=validation,
         factor=unroll_factor(gradient),
     )
@@ -112,8 +122,8 @@ def text(cost: Price, everything: float, ours: float) -> str:
     networks = math.ceil(cost.total / (everything - ours))
     return (
         f"Base curves: {cost.curves:,} runs. Meta-training: {cost.unrolled:,} unrolled runs, each as "
-        f"long as {cost.factor:.1f} ordinary ones, and {cost.validation:,} of validation. In all "
-        f"{cost.total:,.0f} runs.\n"
+        f"long as {cost.factor:.1f} ordinary ones, {cost.perturbed:,} of evolution strategies, and "
+        f"{cost.validation:,} of validation. In all {cost.total:,.0f} runs.\n"
         f"A search of every hand-coded method: {everything:.0f} runs for each network; of the learned "
         f"schedule's learning rate: {ours:.0f}.\n"
         f"Paid after {networks} networks."
@@ -121,9 +131,9 @@ def text(cost: Price, everything: float, ours: float) -> str:
 
 
 def _run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Configuration of the trainer and log of a run."""
-    trainer = json.loads((folder / "config.json").read_text())["trainer"]
-    return trainer, read_lines(folder / "log.jsonl")
+    """Configuration and log of a run."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config, read_lines(folder / "log.jsonl")
 
 
 def main() -> None:
@@ -134,7 +144,8 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, default=Path("figures"), help="measured results")
     parser.add_argument("--runs", type=Path, nargs="+", help="folders of meta-training runs")
     options = parser.parse_args()
-    shipped = [options.figures / "default", *sorted(options.figures.glob("meta_seeds/*"))]
+    shipped = [options.figures / name for name in ("default", "population")]
+    shipped += sorted(options.figures.glob("meta_seeds/*"))
     cost = price(
         json.loads((options.figures / "curve_search.json").read_text()),
         [_run(folder) for folder in options.runs or shipped],

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from learnsched.layers import is_quantized
 from learnsched.schedule import Policy
-from learnsched.scheduler import QuantizationScheduler
+from learnsched.scheduler import UNWRAPPED, QuantizationScheduler
 
 
 class QuantizationCallback(Callback):
@@ -55,7 +55,9 @@ class QuantizationCallback(Callback):
                     "the module has no quantized layers yet: call learnsched.quantize_ in its __init__, "
                     "since Lightning sets up callbacks before it calls setup() and configure_model()"
                 )
-            self.scheduler = QuantizationScheduler(pl_module, self.policy, **options)
+            with warnings.catch_warnings():  # what ranks step with is averaged here
+                warnings.filterwarnings("ignore", UNWRAPPED)
+                self.scheduler = QuantizationScheduler(pl_module, self.policy, **options)
             self._module = pl_module
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

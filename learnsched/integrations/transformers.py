@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import TrainerCallback
 from learnsched.files import write
 from learnsched.layers import quantized_layers
 from learnsched.schedule import Policy
-from learnsched.scheduler import QuantizationScheduler
+from learnsched.scheduler import UNWRAPPED, QuantizationScheduler
 
 
 class QuantizationCallback(TrainerCallback):
@@ -83,7 +84,9 @@ class QuantizationCallback(TrainerCallback):
 
     def _schedule(self, args: Any, model: Any) -> None:
         options = {"epochs": math.ceil(args.num_train_epochs), **self.options}
-        self.scheduler = QuantizationScheduler(model, self.policy, **options)
+        with warnings.catch_warnings():  # the loss that the Trainer logs is averaged over ranks
+            warnings.filterwarnings("ignore", UNWRAPPED)
+            self.scheduler = QuantizationScheduler(model, self.policy, **options)
         self._model = model
 
     def _schedule_anew(self, args: Any, model: Any, *, resumed: bool) -> None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -19,6 +20,14 @@ def start() -> None:
     """Join the process group that torchrun prepared, if this process was started by it."""
     if "RANK" in os.environ and dist.is_available() and not dist.is_initialized():
         dist.init_process_group("gloo")
+
+
+def own_device(name: str) -> str:
+    """The device of this process: of several GPUs each takes its own, by its place on its machine."""
+    local = os.environ.get("LOCAL_RANK")
+    if name != "cuda" or local is None or not torch.cuda.device_count():
+        return name
+    return f"cuda:{int(local) % torch.cuda.device_count()}"
 
 
 def stop() -> None:

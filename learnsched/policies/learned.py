@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -68,7 +69,11 @@ class LearnedPolicy:
         self.metrics: tuple[str, ...] = () if open_loop else ("train_loss",)
 
     def __repr__(self) -> str:
-        return f"LearnedPolicy({self.config()})"
+        # Another network is another policy, whose states are not to be mixed up.
+        digest = hashlib.sha256()
+        for parameter in self.network.parameters():
+            digest.update(parameter.detach().cpu().float().contiguous().numpy().data)
+        return f"LearnedPolicy({self.config()}, network {digest.hexdigest()[:16]})"
 
     def config(self) -> dict[str, Any]:
         """All but the network's parameters, as JSON data."""
