@@ -482,7 +482,7 @@ def test_plain_layers_compute_the_same_and_load_where_the_float_model_does():
     with pytest.raises(ValueError, match="no quantized layers"):
         ls.remove_quantizers_(model)
     ls.quantize_(model, ls.ternary(), ls.unsigned(2))
-    with pytest.raises(RuntimeError, match="call learnsched.finalize_"):
+    with pytest.raises(RuntimeError, match=r"call learnsched\.finalize_"):
         ls.remove_quantizers_(model)
     ls.finalize_(model, [x]).eval()
     expected = model(x)
