@@ -93,3 +93,12 @@ def test_the_names_are_found():
     for found in (exported(), list(shown()), list(others())):
         assert len(found) >= 10
     assert {"learnsched.ternary", "learnsched.policies.LearnedPolicy"} <= set(NAMES)
+
+
+def test_the_readme_names_every_preset():
+    from learnsched.meta.presets import PRESETS
+
+    [listed] = re.findall(
+        r"^Presets: (.*?)\n\n", (ROOT / "README.md").read_text(), re.DOTALL | re.M
+    )
+    assert set(PRESETS) <= set(re.findall(r"`([a-z-]+)`", listed))
