@@ -36,10 +36,11 @@ def main() -> None:
     write_text(HERE / "held_out.md", table(stored["records"]) + "\n")
     first = read_lines(HERE / "default" / "log.jsonl")
     plot_learning_curve(first, HERE / "learning_curve.png")
-    later = [read_lines(HERE / "meta_seeds" / f"seed-{seed}" / "log.jsonl") for seed in (1, 2, 3)]
+    later = [read_lines(HERE / "meta_seeds" / f"seed-{seed}" / "log.jsonl") for seed in range(1, 7)]
     labels = (
-        "seed 0, before the warm-up", "seed 1", "seed 2",
-        "seed 3, on from seed 0, shared noise: the default",
+        "seed 0, before the warm-up", "seed 1", "seed 2", "seed 3, on from seed 0, shared noise",
+        "seed 4, on from seed 3, hybrid", "seed 5, on from seed 3, evolution strategies",
+        "seed 6, the same with a sixth of the outer learning rate",
     )  # fmt: skip
     plot_seeds(dict(zip(labels, [first, *later], strict=True)), HERE / "meta_seeds.png")
 
@@ -55,12 +56,12 @@ def plot_seeds(logs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) ->
             checks = [entry for entry in log if "validation_error" in entry]
             gains = [100 * (checks[0]["validation_error"] - c["validation_error"]) for c in checks]
             panel.plot(
-                [c["step"] for c in checks], gains, color=str(0.15 * number), label=name,
-                marker=MARKERS[number], linestyle=DASHES[number], markerfacecolor="white",
+                [c["step"] for c in checks], gains, color=str(0.1 * number), label=name,
+                marker=MARKERS[number], linestyle=DASHES[number % len(DASHES)], markerfacecolor="white",
             )  # fmt: skip
         panel.axhline(0, color="0.6", linewidth=0.6)
         panel.set(xlabel="outer step", ylabel="validation accuracy gained / points")
-        figure.legend(loc="outside lower center", ncols=1)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=7)
         save_figure(figure, path)
 
 
