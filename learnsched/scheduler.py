@@ -19,11 +19,11 @@ from learnsched.history import History
 from learnsched.incremental import PARTITIONS
 from learnsched.layers import quantized_layers
 from learnsched.learning_rate import learning_rate_factor
-from learnsched.levels import LevelSet
-from learnsched.noise import noise_shape
+from learnsched.noise import NoiseShape, noise_shape
 from learnsched.quantizers import WeightQuantizer
 from learnsched.ranks import over_ranks, several_ranks
 from learnsched.schedule import FIELDS, Policy, RunInfo, Setting, ask, terminal
+from learnsched.scheduler_state import as_own, check_whole, description, snapshot, spelled
 from learnsched.telemetry import relative
 
 _STATE_VERSION = 2
@@ -83,29 +83,12 @@ class QuantizationScheduler:
         optimizer: torch.optim.Optimizer | None = None,
         seed: int = 0,
     ) -> None:
-        if isinstance(policy, type) or not isinstance(policy, Policy):
-            raise TypeError(
-                f"policy must have begin() and settings(), got {policy!r}; see "
-                "learnsched.policies and learnsched.load_pretrained"
-            )
-        if isinstance(policy.metrics, str):
-            raise TypeError(
-                f"the policy's metrics must be a tuple of names, got the string {policy.metrics!r}"
-            )
+        noise, mode = _checked(policy)
         if optimizer is not None:
             _check_optimizer(optimizer)
         epochs = _count_of("epochs", epochs)
         if steps_per_epoch is not None:
             steps_per_epoch = _count_of("steps_per_epoch", steps_per_epoch)
-        noise = noise_shape(policy.noise)
-        if policy.partition not in PARTITIONS:
-            raise ValueError(
-                f"the policy's partition is {policy.partition!r}; it must be one of "
-                f"{', '.join(PARTITIONS)}"
-            )
-        mode = getattr(policy, "mode", "expectation")
-        if mode not in MODES:
-            raise ValueError(f"the policy's mode is {mode!r}; it must be one of {', '.join(MODES)}")
         self._layers = quantized_layers(model)
         parallel = isinstance(model, DistributedDataParallel)
         self._process_group: Any = model.process_group if parallel else None
@@ -270,8 +253,8 @@ class QuantizationScheduler:
             "steps_per_epoch": self._run.steps_per_epoch,
             "counted": self._counted(),
             "seed": self._seed,
-            "policy": _description(self.policy),
-            "policy_state": _snapshot(self._state),
+            "policy": description(self.policy),
+            "policy_state": snapshot(self._state),
             "settings": torch.tensor(
                 [[[getattr(s, f) for f in FIELDS] for s in row] for row in self.history.settings],
                 dtype=torch.float64,
@@ -292,7 +275,7 @@ class QuantizationScheduler:
             "layers": list(self.history.layers),
             "levels": self._levels(),
             "fine_tuning": self._run.fine_tuning,
-            "policy": _description(self.policy),
+            "policy": description(self.policy),
         }
         for name, value in expected.items():
             if state_dict.get(name) != value:
@@ -309,8 +292,8 @@ class QuantizationScheduler:
                 operator.index(state_dict[key]) for key in ("epoch", "seed", "counted")
             )
             steps = steps if steps is None else _count_of("steps_per_epoch", steps)
-            self._check_whole(epoch, settings, metrics, state)
-            state = _as_own(state, self._state)
+            check_whole(epoch, self.epochs, len(self._layers), settings, metrics)
+            state = as_own(state, self._state)
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"this is no whole state of a scheduler: {error!r}") from error
         # All that can fail comes before this line.
@@ -330,23 +313,6 @@ class QuantizationScheduler:
         if self._counter is not None and epoch > 0:
             self._counter.remove()
         self._set_noise(self.get_last_setting())
-
-    def _check_whole(
-        self, epoch: int, settings: Sequence[Any], metrics: Sequence[Any], state: Any
-    ) -> None:
-        """Whether the parts of a state fit each other and this scheduler, with a ValueError if not."""
-        rows, layers = min(epoch + 1, self.epochs), len(self._layers)
-        if not 0 <= epoch <= self.epochs or len(metrics) != epoch:
-            raise ValueError(f"epoch {epoch} of {self.epochs}, with {len(metrics)} rows of metrics")
-        if [len(row) for row in settings] != [layers] * rows:
-            raise ValueError(f"settings must be of {rows} epochs and {layers} layers")
-        own = self._state
-        if (state is None) != (own is None):
-            raise ValueError(f"the policy's state is {state!r}")
-        if isinstance(own, Mapping) and not (
-            isinstance(state, Mapping) and own.keys() <= state.keys()
-        ):
-            raise ValueError(f"the policy's state needs {', '.join(own)}")
 
     def _ask(
         self, run: RunInfo, epoch: int, metrics: Sequence[Mapping[str, float]]
@@ -397,7 +363,7 @@ class QuantizationScheduler:
 
     def _levels(self) -> list[list[str]]:
         """The level sets of each layer, in words: the model's own state does not tell them."""
-        return [[_spelled(q.levels) for q in layer.quantizers] for layer in self._layers]
+        return [[spelled(q.levels) for q in layer.quantizers] for layer in self._layers]
 
     def _is_finalized(self) -> bool:
         """Whether a std that the last settings made positive is 0, or all is frozen before its time."""
@@ -454,28 +420,6 @@ def _count_forward(count: Tensor, model: nn.Module, inputs: Any) -> None:
         count.add_(int(model.training))
 
 
-def _snapshot(state: Any) -> Any:
-    """A policy's state with tensors of its own."""
-    if isinstance(state, Mapping):
-        return {name: _snapshot(value) for name, value in state.items()}
-    return state.detach().clone() if isinstance(state, Tensor) else state
-
-
-def _as_own(state: Any, own: Any) -> Any:
-    """A policy's state on the device and of the dtype of its own, whatever file it comes from.
-
-    Raises:
-        ValueError: a tensor has another shape.
-    """
-    if isinstance(own, Mapping):
-        return {**state, **{name: _as_own(state[name], value) for name, value in own.items()}}
-    if not isinstance(own, Tensor):
-        return state
-    if not isinstance(state, Tensor) or state.shape != own.shape:
-        raise ValueError(f"a tensor of the policy's state must have the shape {tuple(own.shape)}")
-    return state.detach().to(own, copy=True)
-
-
 def _count_of(name: str, value: Any) -> int:
     """A whole number of at least 1, as a plain one: NumPy's are welcome."""
     try:
@@ -487,19 +431,34 @@ def _count_of(name: str, value: Any) -> int:
     return count
 
 
+def _checked(policy: Policy) -> tuple[NoiseShape, str]:
+    """Noise shape and mode of a policy, if it is one.
+
+    Raises:
+        TypeError: it is no policy.
+        ValueError: its noise, partition or mode is unknown.
+    """
+    if isinstance(policy, type) or not isinstance(policy, Policy):
+        raise TypeError(
+            f"policy must have begin() and settings(), got {policy!r}; see "
+            "learnsched.policies and learnsched.load_pretrained"
+        )
+    if isinstance(policy.metrics, str):
+        raise TypeError(
+            f"the policy's metrics must be a tuple of names, got the string {policy.metrics!r}"
+        )
+    noise = noise_shape(policy.noise)
+    if policy.partition not in PARTITIONS:
+        raise ValueError(
+            f"the policy's partition is {policy.partition!r}; it must be one of "
+            f"{', '.join(PARTITIONS)}"
+        )
+    mode = getattr(policy, "mode", "expectation")
+    if mode not in MODES:
+        raise ValueError(f"the policy's mode is {mode!r}; it must be one of {', '.join(MODES)}")
+    return noise, mode
+
+
 def _check_optimizer(optimizer: object) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
-
-
-def _spelled(levels: LevelSet) -> str:
-    if len(levels.values) <= 4:
-        return f"{levels.name} {levels.values} from {levels.thresholds}"
-    low, high = levels.values[0], levels.values[-1]
-    return f"{levels.name} {len(levels.values)} from {low:g} to {high:g}"
-
-
-def _description(policy: Policy) -> str:
-    """Of a policy and its parameters, if it has a ``repr`` of its own."""
-    described = type(policy).__repr__ is not object.__repr__
-    return repr(policy) if described else type(policy).__name__
