@@ -1,4 +1,4 @@
-"""What a scheduler's state tells of policies and level sets, snapshots of it, and checks of one loaded."""
+"""What a scheduler's state tells of policies and level sets, snapshots of it, checks of a loaded one."""
 
 from __future__ import annotations
 
