@@ -252,13 +252,12 @@ def _take_moved(model: nn.Module, layers: Iterable[Layer]) -> None:
     taken: list[str] = []
     put_back: list[str] = []
     for name, quantizer, weight in quantizers:
-        if quantizer.is_averaged:
-            quantizer.release_()
+        moved = quantizer.is_moved(weight)
+        if quantizer.is_averaged or (moved and (averaged or ended)):
+            quantizer.take_(weight)
             taken.append(name)
-        elif quantizer.is_moved(weight):
-            if averaged or ended:
-                quantizer.take_(weight)
-            (taken if averaged or ended else put_back).append(name)
+        elif moved:
+            put_back.append(name)
     if taken:
         warnings.warn(
             f"averages of quantized weights lie between the levels, and so do other values written "

@@ -266,7 +266,7 @@ class WeightQuantizer(_Quantizer):
         """
         self.membership.zero_()
         as_held = self.error(weight)
-        marks = self.scale_held.clone()
+        marks = (self.scale_held > 0).to(self.scale_held)
         self.scale_held.zero_()
         if bool(as_held < self.error(weight)):
             self.scale_held.copy_(marks)
