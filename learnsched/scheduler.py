@@ -41,6 +41,8 @@ class QuantizationScheduler:
     Args:
         model: converted by ``quantize_``. If it is wrapped by ``DistributedDataParallel``, metrics
             are averaged over its ranks, so that all get the same settings: call :meth:`step` on each.
+            Its ``broadcast_buffers=False`` saves sending what is frozen, twice the size of the weights,
+            at every pass: that is alike on all ranks anyway.
         policy: what makes the settings, from :mod:`learnsched.policies` or ``load_pretrained``.
         epochs: the horizon, at least 1.
         steps_per_epoch: optimizer steps in an epoch: ``len(loader)``, or where gradients of several
