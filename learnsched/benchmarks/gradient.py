@@ -26,7 +26,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -173,6 +173,7 @@ def measure(
                 "seconds": time.perf_counter() - start,
                 "cosines": _cosine(ours, truth).tolist(),
                 "cosine_of_mean": float(_cosine(ours.mean(0), truth.mean(0))),
+                "interval": interval_of_mean(ours, truth),
                 "norms": ours.norm(dim=1).tolist(),
                 "outliers": _outliers(ours),
                 "mean": ours.mean(0).tolist(),
@@ -197,6 +198,28 @@ def measure(
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     return torch.cosine_similarity(a, b, dim=-1)
+
+
+def interval_of_mean(ours: Tensor, truth: Tensor, draws: int = 2000) -> list[float]:
+    """The 95 % interval of the cosine of the means, over seeds drawn with replacement.
+
+    Near an optimum the mean gradient is small, and which way it points may hang on a few seeds.
+
+    Args:
+        ours: gradients, shape ``(seeds, coordinates)``.
+        truth: those of the reference for the same seeds.
+        draws: of the bootstrap, by percentiles.
+
+    Example:
+        >>> along = torch.ones(8, 2)
+        >>> [round(end, 3) for end in interval_of_mean(along, 2 * along)]
+        [1.0, 1.0]
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(ours), (draws, len(ours)), generator=generator)
+    cosines = _cosine(ours.cpu()[drawn].mean(1), truth.cpu()[drawn].mean(1))
+    low, high = cosines.quantile(torch.tensor([0.025, 0.975]).to(cosines)).tolist()
+    return [low, high]
 
 
 def _outliers(gradients: Tensor) -> float:
@@ -227,7 +250,7 @@ def table(rows: Sequence[dict[str, Any]], *, head: bool = True) -> str:
                 *run,
                 found["estimator"],
                 f"{fmean(found['cosines']):.2f}",
-                f"{found['cosine_of_mean']:.2f}",
+                _with_interval(found),
                 f"{ratio:.2g}",
                 f"{100 * found['outliers']:.0f} %",
                 f"{found['seconds']:.0f}",
@@ -238,6 +261,12 @@ def table(rows: Sequence[dict[str, Any]], *, head: bool = True) -> str:
         cosines = (f"{limit:.2f}" for limit in limits)
         cells.append([*run, "(a perfect one)", *cosines, "1", "0 %", f"{reference['seconds']:.0f}"])
     return markdown(cells, head=head)
+
+
+def _with_interval(found: Mapping[str, Any]) -> str:
+    """The cosine of the mean; rows that are older have no interval."""
+    ends = ", ".join(f"{end:.2f}" for end in found.get("interval", ()))
+    return f"{found['cosine_of_mean']:.2f}" + (f" [{ends}]" if ends else "")
 
 
 def _median(values: Sequence[float]) -> float:
