@@ -11,6 +11,7 @@ from torch import nn
 
 import learnsched as ls
 from learnsched import policies
+from learnsched.learning_rate import learning_rate_factor, warm_cosine
 from learnsched.noise import NOISES
 from learnsched.policies.incremental import IDENTITY_STD, PUBLISHED_FRACTIONS
 from learnsched.schedule import LayerInfo, RunInfo, Setting, plan
@@ -509,3 +510,17 @@ def test_the_learning_rate_restarts_when_the_fraction_rises(bits, start):
         assert policy.restarted(edge) == pytest.approx(1)
         assert policy.restarted((edge + following) / 2) == pytest.approx(0.5, abs=1e-6)
         assert policy.restarted(following - 1e-6) == pytest.approx(0, abs=1e-6)
+
+
+def test_inq_restarts_the_learning_rate_where_asked():
+    run = RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=8, steps_per_epoch=4)
+    plain, anew = (
+        policies.IncrementalQuantization(5, restarts=restarts) for restarts in (False, True)
+    )
+    factors = [learning_rate_factor(anew, run, step / 32) for step in range(33)]
+    starts = [step for step in range(32) if factors[step] == pytest.approx(1)]
+    frozen = plan(anew, run)["fraction"].flatten().tolist()
+    rises = [4 * epoch for epoch in range(8) if epoch == 0 or frozen[epoch] > frozen[epoch - 1]]
+    assert starts == rises == [0, 8, 16, 24]
+    assert factors[32] == 0
+    assert learning_rate_factor(plain, run, 0.25) == warm_cosine(0.25)

@@ -36,6 +36,8 @@ class IncrementalQuantization:
         start: share of the run before the first fraction is frozen, in [0, 1).
         activation_forward_std: constant std of the activations' forward noise, in level steps.
         activation_backward_std: std of the activations' backward noise, in level steps.
+        restarts: whether ``learning_rate_factor`` starts anew with each fraction, as in the paper;
+            otherwise it is one cosine.
 
     Raises:
         ValueError: fractions decrease, leave [0, 1] or do not end at 1, or the paper has none for so
@@ -60,6 +62,7 @@ class IncrementalQuantization:
     activation_forward_std: float = 0.0
     noise: str = "uniform"
     metrics: tuple[str, ...] = ()
+    restarts: bool = False
 
     def __post_init__(self) -> None:
         if self.partition not in PARTITIONS:
@@ -109,6 +112,11 @@ class IncrementalQuantization:
             phase = (progress - self.start) / (1 - self.start) * len(self.cumulative)
             passed = (phase + 1e-9) % 1
         return warm_cosine(passed)
+
+    def learning_rate_factor(self, run: RunInfo, progress: float) -> float:
+        """The factor on the learning rate, for :meth:`QuantizationScheduler.learning_rate_factor`."""
+        # The last step of a run has none of the next phase's.
+        return self.restarted(progress) if self.restarts and progress < 1 else warm_cosine(progress)
 
     def begin(self, run: RunInfo) -> None:
         """No state."""
