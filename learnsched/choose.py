@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -151,10 +152,10 @@ def _configure(
     for pattern, own in overrides.items():
         weight_alone = own is not None and own.weight is not None and own.activation is None
         if weight_alone and pattern not in of_weights | unmatched:
-            raise ValueError(
+            warnings.warn(
                 f"the override {pattern!r} has a level set for weights and none for activations, and "
-                "matches activations alone, which would stay real; give the name of the weight's layer, "
-                "or None to keep these activations real"
+                "matches activations alone, which stay real; was the weight's layer meant?",
+                stacklevel=4,
             )
     if unmatched:
         raise ValueError(

@@ -854,10 +854,11 @@ def test_a_forward_of_the_modules_own_is_refused():
     assert names(model) == ["0", "5"]
 
 
-def test_an_override_of_weights_that_matches_activations_alone_is_refused():
+def test_an_override_of_weights_that_matches_activations_alone_is_warned_of():
     binary = ls.LayerConfig(weight=ls.binary())
-    with pytest.raises(ValueError, match="override '2' has a level set for weights"):
+    with pytest.warns(UserWarning, match="override '2' has a level set for weights") as caught:
         ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2), overrides={"2": binary})
+    assert caught[0].filename == __file__
     model = ls.quantize_(mlp(), ls.ternary(), ls.unsigned(2), overrides={"[34]": binary})
     assert isinstance(model[2], ActivationQuantizer)
     assert isinstance(model[4], nn.ReLU)  # one pattern of a layer and what follows it

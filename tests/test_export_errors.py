@@ -220,7 +220,7 @@ def test_real_layers_in_the_ternary_format(tmp_path):
 
     refuse(make(skip=["first"]), r"1\.1 cannot be .*its weight is real; leave it out of skip=")
     refuse(make(skip=["last"]), r"1\.7 cannot be .*its weight is real")
-    real = {"1.3": ls.LayerConfig(ls.ternary())}
+    real = {"1.3": None}
     refuse(
         make(overrides=real),
         r"1\.2 computes with real numbers.*activation comes right after",

@@ -391,8 +391,9 @@ def test_the_configuration_goes_through_json(open_loop, shared_noise):
     assert (twin.open_loop, twin.shared_noise) == (open_loop, shared_noise)
     old = {k: v for k, v in policy.config().items() if k != "shared_noise"}
     assert LearnedPolicy.from_config(old).shared_noise is False
-    assert repr(twin) == repr(policy)
+    assert repr(twin) != repr(policy)  # of another network
     twin.network.load_state_dict(policy.network.state_dict())
+    assert repr(twin) == repr(policy)
     run = run_of(3, 4)
     assert torch.equal(rollout(twin, run), rollout(policy, run))
 
