@@ -210,7 +210,8 @@ def remove_quantizers_(model: nn.Module) -> nn.Module:
     """Turn the quantized layers of a finished model into plain ones, weights on their levels.
 
     What the model computes stays the same, and its ``state_dict`` is that of the float model, a third as
-    large. Activations keep their quantizers, which compute them. It can be neither trained further nor exported.
+    large. Activations keep their quantizers, which compute them. It can be neither trained further nor
+    exported: export it before.
 
     Args:
         model: finalized.
