@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,14 +129,13 @@ def reached(
 def _run(model: nn.Module, example_input: Example) -> Any:
     """What the model makes of the example input, in evaluation."""
     training = [module for module in model.modules() if module.training]
-    named = example_input if isinstance(example_input, Mapping) else {}
-    unnamed = example_input if isinstance(example_input, tuple) else (example_input,)
-    inputs = () if isinstance(example_input, Mapping) else unnamed
     try:
         model.eval()
         # Compiled, the model would hand its weights to a graph, outside of its modules.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            return model(*inputs, **named)
+            if isinstance(example_input, Mapping):
+                return model(**example_input)
+            return model(*example_input if isinstance(example_input, tuple) else (example_input,))
     finally:
         for module in training:
             module.training = True
@@ -158,19 +157,14 @@ class _Calls(TorchFunctionMode):
 
     def use(self, value: Any) -> None:
         """Note that what is returned by in-place activations is used, alone or in a collection."""
-        if isinstance(value, Tensor):
-            self.returned.pop(id(value), None)
-        elif isinstance(value, list | tuple | Mapping):
-            for part in value.values() if isinstance(value, Mapping) else value:
-                self.use(part)
+        for tensor in _tensors(value):
+            self.returned.pop(id(tensor), None)
 
-    def use_input(self, value: Any) -> None:
-        """Note that the input of an in-place activation is used after it, alone or in a collection."""
-        if isinstance(value, Tensor) and id(value) in self.inputs:
-            self.overwritten[self.inputs[id(value)][0]] = None
-        elif isinstance(value, list | tuple):
-            for part in value:
-                self.use_input(part)
+    def use_again(self, value: Any) -> None:
+        """Note that inputs of in-place activations are used after these, alone or in a collection."""
+        for tensor in _tensors(value):
+            if id(tensor) in self.inputs:
+                self.overwritten[self.inputs[id(tensor)][0]] = None
 
     def __torch_function__(
         self,
@@ -182,7 +176,7 @@ class _Calls(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         self.use((args, kwargs or {}))
         if isinstance(result, Tensor | tuple | list):  # not a shape or a dtype
-            self.use_input(args)
+            self.use_again((args, kwargs or {}))
         if not self.inside:
             if func in _ACTIVATION_FUNCTIONS:
                 self.functions.append(func.__name__)
@@ -190,3 +184,12 @@ class _Calls(TorchFunctionMode):
                 used = (a for a in (*args, *(kwargs or {}).values()) if isinstance(a, nn.Parameter))
                 self.borrowed |= {self._weights[w]: None for w in used if w in self._weights}
         return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those of a value, alone or in nested collections."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | Mapping):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)

@@ -364,7 +364,7 @@ class QuantizationScheduler:
                 activation.backward_mean.fill_(s.activation_forward_mean)
 
     def _levels(self) -> list[list[str]]:
-        """The level sets of each layer, in words: the model's own state does not tell them."""
+        """The level sets of each layer, in words, for those who load this state without the model's."""
         return [[spelled(q.levels) for q in layer.quantizers] for layer in self._layers]
 
     def _is_finalized(self) -> bool:

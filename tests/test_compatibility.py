@@ -298,14 +298,22 @@ def nearest(rule, weight, held):
     return min(found, key=lambda projected: float((weight - projected).detach().norm()))
 
 
-def test_averages_of_weights_are_projected_anew_with_a_warning():
+def averaged(decay=0.6, epochs_more=0, **options):
+    """A trained model and its average, both before ``finalize_``."""
     model = network()
     optimizer = adam(model)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), **options)
     scheduler = scheduled(model, optimizer)
     for epoch in range(EPOCHS):
         train(model, optimizer, scheduler, data=lambda _, e=epoch: batches(e), epochs=1)
         average.update_parameters(model)
+    for _ in range(epochs_more):
+        average.update_parameters(model)
+    return model, average
+
+
+def test_averages_of_weights_are_projected_anew_with_a_warning():
+    model, average = averaged(decay=0.8)
     trained = finished(model)
     before = [p.clone() for p in average.parameters()]
     scales = [layer.weight.weight_quantizer.held_scale for layer in quantized_layers(model)]
@@ -343,13 +351,7 @@ def test_averages_taken_after_everything_is_frozen_end_on_the_levels_too(buffers
 
 
 def test_an_average_of_buffers_too_is_projected_anew_without_its_wrapper():
-    model = network()
-    optimizer = adam(model)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
-    scheduler = scheduled(model, optimizer)
-    for epoch in range(EPOCHS):
-        train(model, optimizer, scheduler, data=lambda _, e=epoch: batches(e), epochs=1)
-        average.update_parameters(model)
+    _, average = averaged(decay=0.9, use_buffers=True)
     inner = average.module
     quantizers = [layer.weight.weight_quantizer for layer in quantized_layers(inner)]
     old = [layer.weight.weight.clone() for layer in quantized_layers(inner)]
@@ -363,20 +365,6 @@ def test_an_average_of_buffers_too_is_projected_anew_without_its_wrapper():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ls.finalize_(inner)
-
-
-def averaged(epochs_more=0):
-    """A trained model and its average, of parameters alone, both before ``finalize_``."""
-    model = network()
-    optimizer = adam(model)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.6))
-    scheduler = scheduled(model, optimizer)
-    for epoch in range(EPOCHS):
-        train(model, optimizer, scheduler, data=lambda _, e=epoch: batches(e), epochs=1)
-        average.update_parameters(model)
-    for _ in range(epochs_more):
-        average.update_parameters(model)
-    return model, average
 
 
 def test_an_average_is_the_same_without_its_wrapper():

@@ -43,7 +43,7 @@ from learnsched.meta.evolution import EvolutionStrategies, project, tangent_basi
 from learnsched.meta.guarded import Guarded
 from learnsched.meta.hybrid import Hybrid
 from learnsched.meta.presets import PRESETS
-from learnsched.meta.rollout import PolicyRollout, learning_rates, run_forward
+from learnsched.meta.rollout import begin, run_forward
 from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import LearnedPolicy, MetaNetwork
@@ -144,29 +144,25 @@ def measure(
         seed: of all random numbers.
         device: where inner runs train.
     """
-    inner = cell.task(seeds, seed).build(data, noise=cell.noise, device=device)
     policy = cell.learned_policy()
     policy.network.to(device)
-    inner.rates = learning_rates(policy, inner.run).to(device)
-
-    def rollout() -> Rollout:
-        return PolicyRollout(policy, inner.run, seeds)
+    inner, rollout = begin(policy, cell.task(seeds, seed), data, device, noise=cell.noise)
 
     start = time.perf_counter()
-    table = run_forward(inner, rollout())[1].detach()
+    table = run_forward(inner, rollout)[1].detach()
     basis = tangent_basis(table, _KNOTS, by_layer=False)
     halves = []
     for half in (0, 1):
         reference = EvolutionStrategies(
             pairs // 2, knots=_KNOTS, by_layer=False, seed=2 * seed + half, ridge=0.01
         )
-        halves.append(project(basis, reference(inner, rollout()).gradient))
+        halves.append(project(basis, reference(inner, rollout).gradient))
     reference_seconds = time.perf_counter() - start
     truth = (halves[0] + halves[1]) / 2
     rows = []
     for name, estimator in ESTIMATORS.items():
         start = time.perf_counter()
-        ours = project(basis, estimator(inner, rollout()).gradient)
+        ours = project(basis, estimator(inner, rollout).gradient)
         rows.append(
             {
                 "estimator": name,

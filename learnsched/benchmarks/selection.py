@@ -64,28 +64,27 @@ def fresh(tasks: Sequence[Task], seed: int) -> list[Task]:
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: accuracy under the base curve in %, then the points that each candidate gains."""
-    found = {(r["task"], r["seed"], r["policy"]): 1 - np.asarray(r["errors"]) for r in records}
-    names = [n for n in dict.fromkeys(r["policy"] for r in records) if n != BASE]
-    gains: dict[str, dict[str, list[np.ndarray]]] = {}
-    base: dict[str, list[float]] = {}
-    for (task, seed, name), accuracy in found.items():
-        if name == BASE:
-            base.setdefault(task, []).append(float(accuracy.mean()))
-        elif (task, seed, BASE) in found:
-            gain = accuracy - found[task, seed, BASE]
-            gains.setdefault(task, {}).setdefault(name, []).append(gain)
-    rows = [["task", BASE, *names]]
-    for task, by_name in gains.items():
-        cells = [
-            interval(np.concatenate(by_name[n])).text("+") if n in by_name else "" for n in names
-        ]
-        rows.append([task, f"{100 * np.mean(base[task]):.1f}", *cells])
-    every = [
-        np.concatenate([g for by_name in gains.values() for g in by_name.get(n, [])]) for n in names
+    accuracy = {(r["task"], r["seed"], r["policy"]): 1 - np.asarray(r["errors"]) for r in records}
+    tasks, policies = (list(dict.fromkeys(r[key] for r in records)) for key in ("task", "policy"))
+    names = [name for name in policies if name != BASE]
+
+    def runs(group: Sequence[str], name: str) -> list[tuple[str, int]]:
+        return [(task, seed) for task, seed, policy in accuracy if task in group and policy == name]
+
+    def level(group: Sequence[str]) -> str:
+        return f"{100 * np.mean([accuracy[*run, BASE].mean() for run in runs(group, BASE)]):.1f}"
+
+    def gained(group: Sequence[str], name: str) -> str:
+        both = [run for run in runs(group, name) if (*run, BASE) in accuracy]
+        gains = [accuracy[*run, name] - accuracy[*run, BASE] for run in both]
+        return interval(np.concatenate(gains)).text("+") if gains else ""
+
+    groups = {task: [task] for task in tasks} | {"all runs": tasks}
+    cells = [
+        [label, level(group), *(gained(group, name) for name in names)]
+        for label, group in groups.items()
     ]
-    rows.append(["all runs", f"{100 * np.mean(np.concatenate(list(base.values()))):.1f}",
-                 *(interval(gain).text("+") for gain in every)])  # fmt: skip
-    return markdown(rows)
+    return markdown([["task", BASE, *names], *cells])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from learnsched.data import DataSet
 from learnsched.learning_rate import learning_rate_factor
 from learnsched.meta.estimators import Inner, Rollout
-from learnsched.meta.inner import InnerState
+from learnsched.meta.inner import InnerLoop, InnerState
+from learnsched.meta.tasks import Task
 from learnsched.policies.base_curve import loss_gain
 from learnsched.policies.learned import LearnedPolicy
 from learnsched.schedule import (
@@ -182,3 +185,33 @@ def step_by_step(factor: Callable[[float], float], run: RunInfo) -> Tensor:
     """A factor on the learning rate, by progress, as a column; see :func:`learning_rates`."""
     total = run.horizon * (run.steps_per_epoch or 1)
     return torch.tensor([[factor(step / total)] for step in range(total)])
+
+
+def begin(
+    policy: LearnedPolicy,
+    task: Task,
+    data: DataSet,
+    device: str | torch.device = "cpu",
+    **options: Any,
+) -> tuple[InnerLoop, PolicyRollout]:
+    """The inner loop of a task, under the policy's learning rate, and the policy's settings.
+
+    Args:
+        policy: sets the schedule.
+        task: what is trained.
+        data: its data set.
+        device: where.
+        options: of :meth:`Task.build`.
+
+    Example:
+        >>> from learnsched.data import load
+        >>> from learnsched.policies import MetaNetwork
+        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
+        ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
+        >>> inner, rollout = begin(LearnedPolicy(MetaNetwork()), task, load("digits"))
+        >>> inner.run.horizon, inner.rates.shape
+        (2, torch.Size([4, 1]))
+    """
+    inner = task.build(data, device=device, **options)
+    inner.rates = learning_rates(policy, inner.run).to(device)
+    return inner, PolicyRollout(policy, inner.run, len(task.learning_rates))

@@ -24,9 +24,10 @@ from learnsched.files import write, write_text
 from learnsched.meta import distribution
 from learnsched.meta.estimators import Estimator
 from learnsched.meta.mix import Mix
+from learnsched.meta.rollout import begin
 from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
-from learnsched.meta.validation import begin, hard_errors
+from learnsched.meta.validation import hard_errors
 from learnsched.policies.learned import LearnedPolicy
 
 
@@ -255,15 +256,13 @@ class MetaTrainer:
 
     def _open(self) -> None:
         """Start a run in the folder, or take up the one that is there."""
-        config = json.dumps(
-            {
-                "policy": self.policy.config(),
-                "trainer": asdict(self.config),
-                "estimator": repr(self.estimator),
-                "data": {name: _sizes(self.data[name]) for name in sorted(self.config.data_names)},
-            },
-            indent=1,
-        )
+        config = {
+            "policy": self.policy.config(),
+            "trainer": asdict(self.config),
+            "estimator": repr(self.estimator),
+            "data": {name: _sizes(self.data[name]) for name in sorted(self.config.data_names)},
+        }
+        text = json.dumps(config, indent=1)
         path = self.folder / "config.json"
         if path.exists():
             stored = json.loads(path.read_text())
@@ -271,15 +270,15 @@ class MetaTrainer:
             later = {f.name: f.default for f in fields(Task) if f.default is not MISSING}
             tasks = stored["trainer"]["validation"]
             stored["trainer"]["validation"] = [later | task for task in tasks]
-            stored.setdefault("data", json.loads(config)["data"])
-            if stored != json.loads(config):
+            stored.setdefault("data", config["data"])
+            if stored != json.loads(text):
                 raise FileExistsError(
                     f"{self.folder} holds a run of another configuration ({path}); "
                     "choose another folder, or the same preset, seed and options as before"
                 )
         elif distribution.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(path, config)
+            write_text(path, text)
         distribution.barrier()
         if (self.folder / "checkpoint.safetensors").exists():
             self._load()

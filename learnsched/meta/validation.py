@@ -2,51 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from learnsched.data import DataSet
-from learnsched.meta.inner import InnerLoop
-from learnsched.meta.rollout import (
-    PolicyRollout,
-    learning_rates,
-    run_forward,
-    terminal_settings,
-)
+from learnsched.meta.rollout import begin, run_forward, terminal_settings
 from learnsched.meta.tasks import Task
 from learnsched.policies.learned import LearnedPolicy
-
-
-def begin(
-    policy: LearnedPolicy,
-    task: Task,
-    data: DataSet,
-    device: str | torch.device = "cpu",
-    **options: Any,
-) -> tuple[InnerLoop, PolicyRollout]:
-    """The inner loop of a task, under the policy's learning rate, and the policy's settings.
-
-    Args:
-        policy: sets the schedule.
-        task: what is trained.
-        data: its data set.
-        device: where.
-        options: of :meth:`Task.build`.
-
-    Example:
-        >>> from learnsched.data import load
-        >>> from learnsched.policies import MetaNetwork
-        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
-        ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
-        >>> inner, rollout = begin(LearnedPolicy(MetaNetwork()), task, load("digits"))
-        >>> inner.run.horizon, inner.rates.shape
-        (2, torch.Size([4, 1]))
-    """
-    inner = task.build(data, device=device, **options)
-    inner.rates = learning_rates(policy, inner.run).to(device)
-    return inner, PolicyRollout(policy, inner.run, len(task.learning_rates))
 
 
 def hard_errors(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learnsched.digest import digest
 from learnsched.policies.base_curve import BaseCurve, loss_gain
 from learnsched.policies.base_curves import BaseCurves
 from learnsched.policies.domain import Domain
@@ -70,10 +70,8 @@ class LearnedPolicy:
 
     def __repr__(self) -> str:
         # Another network is another policy, whose states are not to be mixed up.
-        digest = hashlib.sha256()
-        for parameter in self.network.parameters():
-            digest.update(parameter.detach().cpu().float().contiguous().numpy().data)
-        return f"LearnedPolicy({self.config()}, network {digest.hexdigest()[:16]})"
+        parameters = {n: p.detach().cpu() for n, p in self.network.named_parameters()}
+        return f"LearnedPolicy({self.config()}, network {digest(parameters)[:16]})"
 
     def config(self) -> dict[str, Any]:
         """All but the network's parameters, as JSON data."""

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from learnsched.digest import digest
 from learnsched.files import write, write_text
 from learnsched.policies.features import FEATURE_SCHEMA
 from learnsched.policies.learned import LearnedPolicy
@@ -128,16 +129,6 @@ def save_artefact(policy: LearnedPolicy, path: str | Path, card: Mapping[str, An
     write(path, lambda temporary: temporary.write_bytes(data))
     write_text(path.with_suffix(".json"), text)
     return path
-
-
-def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes of tensors, in the order of their names."""
-    whole = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return whole.hexdigest()
 
 
 def policy_of(

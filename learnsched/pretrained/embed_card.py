@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from learnsched.digest import digest
 from learnsched.policies.features import FEATURE_SCHEMA
 from learnsched.pretrained.artefact import (
     ArtefactError,
-    digest,
     parse_card,
     parse_tensors,
     policy_of,
