@@ -1,7 +1,8 @@
 """How much room is there? A schedule made for one task alone, beside the learned one and its start.
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.room [--artefact default]
-                       [--tasks NAME ...] [--steps N] [--quick] [--seed N] [--json PATH]
+                       [--tasks NAME ...] [--bits BITS ...] [--steps N] [--quick] [--seed N]
+                       [--json PATH]
 
 What limits a learned schedule: what it must generalize over, or what any schedule can do? Here nothing
 has to generalize. Knots of every output, the same for all layers, are optimized for one task by
@@ -33,7 +34,7 @@ from learnsched.learning_rate import learning_rate_factor
 from learnsched.meta import distribution
 from learnsched.meta.evolution import LEARNED_FIELDS, hats, regression, valid
 from learnsched.meta.rollout import learning_rates, run_forward, table_rollout
-from learnsched.meta.tasks import Task
+from learnsched.meta.tasks import BITS, Task
 from learnsched.policies import LearnedPolicy
 from learnsched.schedule import (
     BACKWARD_STDS,
@@ -146,13 +147,12 @@ def specialized(task: Task, start: LearnedPolicy, steps: int, pairs: int, seed: 
 
 
 def records_of(
-    name: str, policy: LearnedPolicy, steps: int, pairs: int, budget: Budget, seed: int
+    task: Task, policy: LearnedPolicy, steps: int, pairs: int, budget: Budget, seed: int
 ) -> list[dict[str, Any]]:
     """Test accuracies of the start, the learned schedule and the specialized one on a task.
 
     The last record holds the specialized ``schedule``, from each output to epochs × layers.
     """
-    task = HELD_OUT[name]
     alone = specialized(task, policy, steps, pairs, seed)
     schedule = Schedule.from_settings(alone.rows, [str(i) for i in range(len(alone.rows[0]))])
     rows = (
@@ -160,7 +160,7 @@ def records_of(
         (field.learned(policy), None),
         (Method("made for the task", alone.noise, alone.partition), alone),
     )
-    records = [{"task": name, **measure(task, method, table, budget)} for method, table in rows]
+    records = [measure(task, method, table, budget) for method, table in rows]
     records[-1]["schedule"] = {output: schedule[output].tolist() for output in FIELDS}
     return records
 
@@ -186,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
     parser.add_argument("--tasks", nargs="*", choices=list(HELD_OUT), default=list(TASKS))
+    parser.add_argument("--bits", nargs="*", choices=BITS, default=["ternary/2-bit"])
     parser.add_argument("--steps", type=int, default=60, help="of the optimization")
     parser.add_argument("--pairs", type=int, default=12, help="of each network")
     parser.add_argument("--quick", action="store_true", help="one task, few steps and seeds")
@@ -202,11 +203,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     records = stored_records(options.json)
     done = {record["task"] for record in records}
-    names = options.tasks[:1] if options.quick else options.tasks
-    todo = [name for name in names if name not in done]
+    tasks = {
+        name if bits == "ternary/2-bit" else f"{name}, {bits}": replace(HELD_OUT[name], bits=bits)
+        for bits in options.bits
+        for name in (options.tasks[:1] if options.quick else options.tasks)
+    }
+    todo = [name for name in tasks if name not in done]
 
     def work(name: str) -> list[dict[str, Any]]:
-        return records_of(name, policy, steps, pairs, budget, options.seed)
+        made = records_of(tasks[name], policy, steps, pairs, budget, options.seed)
+        return [{"task": name, **record} for record in made]
 
     for made in distribution.shared(todo, work):
         records += [record for part in made for record in part]
