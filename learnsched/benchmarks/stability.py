@@ -135,7 +135,8 @@ def trained(
     """The trainer of a variant, at the last checkpoint of its folder or at its start."""
     torch.manual_seed(config.seed)
     preset = PRESETS["standard"]
-    policy = LearnedPolicy(MetaNetwork(), preset.base, replace(preset.domain, steps=(300, 800)))
+    domain = replace(preset.domain, steps=(300, 800))
+    policy = LearnedPolicy(MetaNetwork(), preset.base, domain, shared_noise=True)
     policy.network.to(device)
     config = replace(config, clip=variant.clip)
     return MetaTrainer(policy, config, folder, data, variant.estimator, device=device)
