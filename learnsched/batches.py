@@ -87,7 +87,15 @@ def checked(batches: Iterable[Any], model: nn.Module, run: Forward) -> Iterator[
 
 def on_first(model: nn.Module, batch: Any) -> object:
     """Run a model on a batch that is an input or a tuple that starts with one."""
-    return model(_input(batch, model))
+    try:
+        return model(_input(batch, model))
+    except TypeError as error:
+        if "required positional argument" not in str(error):
+            raise
+        raise TypeError(
+            f"{error}: of a batch the first entry is taken for the input; pass forward, such as "
+            "lambda model, batch: model(*batch)"
+        ) from error
 
 
 def _input(batch: Any, model: nn.Module) -> Tensor:

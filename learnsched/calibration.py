@@ -85,7 +85,8 @@ class _Fit:
 
     def __call__(self, module: ActivationQuantizer, inputs: tuple[Tensor, ...]) -> None:
         self.seen += 1
-        x = module.ahead(inputs[0])
+        # The forward pass comes after this, and must find its input as it is.
+        x = module.ahead(inputs[0].clone())
         if not bool(x.isfinite().all()):
             raise ValueError(
                 f"an activation after {module.layer_name} is not finite, so no scale fits it; look "

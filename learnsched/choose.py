@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from learnsched.execution import RECURRENT, Example, Execution, execution
 from learnsched.layers import is_quantized
 from learnsched.levels import LevelSet
-from learnsched.modules import BATCH_NORMS, QUANTIZED_TYPES
+from learnsched.modules import ACTIVATIONS, BATCH_NORMS, QUANTIZED_TYPES, stays_real
 from learnsched.scales import ScaleRule
 
 # Level set and scale rule of each module to quantize, by name.
@@ -114,7 +114,12 @@ def _configure(
 ) -> Chosen:
     """Level set and scale rule of every module that gets quantized."""
     order = found.order
-    weights = [name for name, module in order[: found.executed] if type(module) in QUANTIZED_TYPES]
+    # An end that stays real in any case is an end all the same.
+    weights = [
+        name
+        for name, module in order[: found.executed]
+        if type(module) in QUANTIZED_TYPES or isinstance(module, RECURRENT) or stays_real(module)
+    ]
     real = {weights[0 if end == "first" else -1] for end in skip if weights}
     unmatched = set(overrides)
     of_weights: set[str] = set()  # patterns that match one
@@ -125,12 +130,18 @@ def _configure(
             continue
         is_weight = type(module) in QUANTIZED_TYPES
         matches = [pattern for pattern in overrides if fnmatch.fnmatchcase(name, pattern)]
+        if stays_real(module):
+            unmatched.difference_update(p for p in matches if overrides[p] is None)
+            following = base
+            continue
         unmatched.difference_update(matches)
         config: LayerConfig | None
         if matches:
             config = overrides[matches[0]]
+        elif name in real:
+            config = None
         elif is_weight:
-            config = None if name in real else base
+            config = base
         else:
             config = following
         if is_weight:
@@ -160,7 +171,7 @@ def _configure(
     if unmatched:
         raise ValueError(
             f"no module matches {sorted(unmatched)}; the modules that can be quantized are "
-            f"{[name for name, m in order if not isinstance(m, BATCH_NORMS)]}"
+            f"{[n for n, m in order if not (isinstance(m, BATCH_NORMS) or stays_real(m))]}"
         )
     return configs
 
@@ -176,12 +187,16 @@ def _check_found(
     asked = [base, *(c for c in overrides.values() if c is not None)]
     if any(c.weight is not None for c in asked) and True not in quantized:
         raise ValueError(
-            f"no weight is left to quantize: no {', '.join(t.__name__ for t in QUANTIZED_TYPES)} "
+            f"no weight is left to quantize: no {_names(QUANTIZED_TYPES)} "
             "remains after skip and overrides"
         )
     if any(c.activation is not None for c in asked) and False not in quantized:
         raise ValueError(
-            "no activation is left to quantize: the model holds no ReLU-like module, or none remains "
-            "after overrides. Activations called as functions (F.relu) are not modules: use nn.ReLU "
-            "instead, or leave activation= out"
+            f"no activation is left to quantize: the model holds none of {_names(ACTIVATIONS)}, or none "
+            "remains after overrides. Activations called as functions (F.relu) are not modules: use "
+            "nn.ReLU instead, or leave activation= out"
         )
+
+
+def _names(types: Iterable[type[nn.Module]]) -> str:
+    return ", ".join(kind.__name__ for kind in types)

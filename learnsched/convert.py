@@ -21,13 +21,12 @@ from learnsched.modules import (
     CLIPPING,
     KNOWN,
     QUANTIZED_TYPES,
+    REAL,
     channel_dim,
 )
 from learnsched.quantizers import ActivationQuantizer, PReLUQuantizer, WeightQuantizer
 from learnsched.scales import LeastSquares, ScaleRule, default_weight_rule, unit_normal_scale
 
-# Layers with weights that a product is formed with, and that stay as they are.
-_REAL = (nn.Conv3d, nn.ConvTranspose3d, nn.Bilinear)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # A search of a tenth of a second, the same for all activations of a level set.
@@ -71,13 +70,14 @@ def quantize_(
         ``model`` itself.
 
     Raises:
-        TypeError: a level set is not a :class:`LevelSet`, a scale rule not a scale rule, or a weight
-            not of real numbers of 16 bits or more.
+        TypeError: a level set is not a :class:`LevelSet`, a scale rule not a scale rule, overrides no
+            mapping, or a weight not of real numbers of 16 bits or more.
         ValueError: nothing is asked for, a pattern matches nothing, no weight or no activation can
-            be quantized though asked for, a weight is empty, on the meta device, computed, recurrent,
-            or shared with a module that is not quantized alike, a layer's ``forward`` was replaced, a
-            level of weights lies outside its own cell, or the model is quantized already. The model is
-            as it was, unless it fails itself on the example input once it is quantized.
+            be quantized though asked for, a weight is empty, on the meta device, computed by hooks (as
+            of pruning; layers with parametrizations stay real, with a warning), recurrent, or shared
+            with a module that is not quantized alike, a layer's ``forward`` was replaced, a level of
+            weights lies outside its own cell, or the model is quantized already. The model is as it
+            was, unless it fails itself on the example input once it is quantized.
 
     Example:
         >>> from learnsched import ternary, unsigned
@@ -88,10 +88,17 @@ def quantize_(
         ['0', '3']
     """
     base = LayerConfig(weight, activation, weight_scale, activation_scale)
-    found, chosen = choose(model, base, skip, dict(overrides or {}), example_input)
-    placed = _convert(model, found, chosen)
-    if example_input is not None:
-        _warn_of_idle(model, example_input, found, placed)
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise TypeError(
+            "overrides map patterns of module names to LayerConfig or None, such as {'head.*': None}; "
+            f"got {overrides!r}"
+        )
+    # Buffers that are made in inference mode could not be changed outside of it.
+    with torch.inference_mode(False):
+        found, chosen = choose(model, base, skip, dict(overrides or {}), example_input)
+        placed = _convert(model, found, chosen)
+        if example_input is not None:
+            _warn_of_idle(model, example_input, found, placed)
     return model
 
 
@@ -219,9 +226,12 @@ def _notes(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[str]:
     if foreign := [
         n for n, module in named if isinstance(module, KNOWN) and type(module) not in KNOWN
     ]:
-        yield f"{foreign} stay real: what a subclass computes with its weight is not known"
+        yield (
+            f"{foreign} stay real: what a subclass computes with its weight is not known (a "
+            "parametrization makes one, too)"
+        )
     asked = any(type(modules[name]) in QUANTIZED_TYPES for name in chosen)
-    if asked and (real := [name for name, module in named if isinstance(module, _REAL)]):
+    if asked and (real := [name for name, module in named if isinstance(module, REAL)]):
         yield f"{real} stay real: of such layers no quantized kind is known"
 
 

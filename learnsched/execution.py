@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from learnsched.modules import ACTIVATIONS, BATCH_NORMS, QUANTIZED_TYPES
+from learnsched.modules import ACTIVATIONS, BATCH_NORMS, QUANTIZED_TYPES, stays_real
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 _ACTIVATION_FUNCTIONS = {
     F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.hardtanh,
     F.hardtanh_, F.leaky_relu, F.leaky_relu_, F.prelu, F.rrelu, F.elu, F.elu_, F.celu, F.selu,
-    F.gelu, F.silu, F.mish,
+    F.gelu, F.silu, F.mish, F.hardswish, F.softplus,
 }  # fmt: skip
 
 
@@ -62,6 +62,7 @@ def execution(model: nn.Module, example_input: Example | None) -> Execution:
         if type(module) in QUANTIZED_TYPES
         or (name and type(module) in ACTIVATIONS)
         or isinstance(module, (*BATCH_NORMS, *RECURRENT))
+        or stays_real(module)
     }
     if example_input is None:
         return Execution([(name, module) for module, name in wanted.items()], len(wanted))

@@ -22,7 +22,7 @@ from learnsched.batches import (
 )
 from learnsched.layers import Layer, quantized_layers
 from learnsched.modules import QUANTIZED_TYPES, QuantizedLayer
-from learnsched.quantizers import NOISE_BUFFERS
+from learnsched.quantizers import NOISE_BUFFERS, ActivationQuantizer
 
 
 @dataclass(frozen=True)
@@ -210,8 +210,9 @@ def remove_quantizers_(model: nn.Module) -> nn.Module:
     """Turn the quantized layers of a finished model into plain ones, weights on their levels.
 
     What the model computes stays the same, and its ``state_dict`` is that of the float model, a third as
-    large. Activations keep their quantizers, which compute them. It can be neither trained further nor
-    exported: export it before.
+    large; where activations are quantized, that of ``quantize_(float_model, activation=levels)``, which
+    loads it. Activations keep their quantizers, which compute them. It can be neither trained further
+    nor exported: export it before.
 
     Args:
         model: finalized.
@@ -237,6 +238,8 @@ def remove_quantizers_(model: nn.Module) -> nn.Module:
         if type(module) in plain:
             del module.weight_quantizer
             module.__class__ = plain[type(module)]
+        elif isinstance(module, ActivationQuantizer):
+            module.is_left_over = True
     return model
 
 

@@ -42,8 +42,8 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
     """The quantized layers of a model, from the input.
 
     Raises:
-        ValueError: the model has none, they were quantized in different calls, or a weight has been
-            parametrized or shared since.
+        ValueError: the model has none, they were quantized in different calls, a weight has been
+            parametrized or shared since, or ``remove_quantizers_`` has finished it.
 
     Example:
         >>> import learnsched as ls
@@ -77,6 +77,11 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
         if isinstance(module, WeightQuantizer | ActivationQuantizer):
             names[module.layer_index] = module.layer_name
         if isinstance(module, ActivationQuantizer):
+            if module.is_left_over:
+                raise ValueError(
+                    "remove_quantizers_ has finished this model: its weights are plain numbers now, and "
+                    "it can be run, but neither trained on, hardened nor exported. Do that before"
+                )
             activations.setdefault(module.layer_index, []).append(module)
     if not names:
         raise ValueError("the model has no quantized layers; call learnsched.quantize_ first")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from learnsched.modules import QUANTIZED_LAYERS
 from learnsched.quantizers import WeightQuantizer
+
+_LEAVE = "leave the context before the optimizer's step"
 
 
 class _Shared:
@@ -28,7 +33,7 @@ class _Shared:
         elif self._made_of is not None and self._made_of[0] != now[0]:
             raise RuntimeError(
                 f"the weight of {quantizer.layer_name or 'a layer'} changed inside quantize_once; "
-                "leave the context before the optimizer's step"
+                f"{_LEAVE}"
             )
         return self._leaf
 
@@ -43,14 +48,15 @@ def quantize_once(model: nn.Module) -> Iterator[None]:
 
     Inside, every forward pass uses the same quantized weights; their gradients add up there, and reach
     the parameters when the context ends. Call ``backward`` inside, the optimizer's ``step`` after it.
-    Within another such context this one changes nothing. Under ``DistributedDataParallel``, run all
+    Within another such context this one changes nothing. Activation checkpointing inside it needs
+    ``use_reentrant=True``. Under ``DistributedDataParallel``, run all
     micro-batches but the last inside its ``no_sync()``, as with any accumulated gradients.
 
     Args:
         model: converted by ``quantize_``.
 
     Raises:
-        RuntimeError: a weight changes inside.
+        RuntimeError: a weight changes inside, or an optimizer that has one takes a step.
 
     Example:
         >>> from learnsched import quantize_, ternary
@@ -66,10 +72,19 @@ def quantize_once(model: nn.Module) -> Iterator[None]:
     shared = [_Shared() for _ in quantizers]
     for quantizer, own in zip(quantizers, shared, strict=True):
         quantizer.shared = own
+    weights = {p for m in model.modules() if isinstance(m, QUANTIZED_LAYERS) for p in [m.weight]}
+
+    def refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        # Gradients reach the weights later: the step would leave them where they are, silently.
+        if any(p in weights for group in optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(f"an optimizer took a step inside quantize_once; {_LEAVE}")
+
+    hook = register_optimizer_step_pre_hook(refuse)
     try:
         yield
         for own in shared:
             own.pull_back()
     finally:
+        hook.remove()
         for quantizer in quantizers:
             quantizer.shared = None

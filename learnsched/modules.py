@@ -103,11 +103,27 @@ QUANTIZED_LAYERS = tuple(QUANTIZED_TYPES.values())
 
 # A staircase contains the clipping of these; the others are computed ahead of it.
 CLIPPING = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
-_SMOOTH = (nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish)
+_SMOOTH = (
+    nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Hardswish, nn.Softplus,
+)  # fmt: skip
 ACTIVATIONS = CLIPPING + _SMOOTH
 # all that quantize_ can turn into something else
 KNOWN = (*QUANTIZED_TYPES, *ACTIVATIONS)
+# Layers with weights that a product is formed with, and that stay as they are.
+REAL = (nn.Conv3d, nn.ConvTranspose3d, nn.Bilinear)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def stays_real(module: nn.Module) -> bool:
+    """Whether it is a layer with weights of no quantized kind: another layer, or a subclass of one.
+
+    Example:
+        >>> [stays_real(m) for m in (nn.Linear(2, 2), nn.Conv3d(1, 1, 1), nn.ReLU())]
+        [False, True, False]
+    """
+    layers = (*QUANTIZED_TYPES, *REAL)
+    return isinstance(module, layers) and type(module) not in QUANTIZED_TYPES
 
 
 def channel_dim(module: nn.Module) -> int:

@@ -63,8 +63,8 @@ def plot_schedule(
     """
     if not isinstance(schedule, Schedule):
         raise TypeError(
-            f"plot_schedule draws a Schedule, got {type(schedule).__name__}; "
-            "learnsched.schedule.plan makes the schedule of a policy"
+            f"plot_schedule draws a Schedule, got {type(schedule).__name__}; learnsched.plan makes the "
+            "schedule of a policy, and a scheduler's history has one: history.plot()"
         )
     table = schedule.table.detach().cpu().double().numpy()
     if not table.size:
@@ -103,6 +103,7 @@ def plot_comparison(
         baseline: method whose mean is drawn through each panel as a dashed line.
 
     Raises:
+        TypeError: a task has no mapping from method to accuracies.
         ValueError: there are no results, an accuracy is not finite or out of range, or no task
             has the baseline.
         FileNotFoundError: the folder of ``path`` does not exist.
@@ -113,6 +114,12 @@ def plot_comparison(
         >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
         ['STE', 'learned']
     """
+    for task, methods in results.items():
+        if not isinstance(methods, Mapping):
+            raise TypeError(
+                "results go from task to method to accuracies, as in "
+                f"{{'digits': {{'STE': [0.81, 0.83]}}}}; {task!r} has {type(methods).__name__}"
+            )
     runs = {
         task: {method: _accuracies(task, method, values) for method, values in methods.items()}
         for task, methods in results.items()

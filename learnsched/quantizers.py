@@ -299,6 +299,8 @@ class ActivationQuantizer(_Quantizer):
     """
 
     scale: Tensor
+    # of a finished network, whose weights have none any more
+    is_left_over = False
 
     def __init__(
         self,

@@ -329,6 +329,7 @@ def plan(
         progress: called with the number of epochs that are planned, after each.
 
     Raises:
+        TypeError: ``run`` is no :class:`RunInfo`.
         TypeError, ValueError: the policy's settings are none, or of another number of layers.
 
     Example:
@@ -337,6 +338,11 @@ def plan(
         >>> plan(StraightThrough(), run)["fraction"].flatten().tolist()
         [0.0, 0.0, 1.0]
     """
+    if not isinstance(run, RunInfo):
+        raise TypeError(
+            f"a schedule is planned for a RunInfo(layers, horizon), got {run!r}; the layers of a "
+            "quantized model are those of learnsched.layers.quantized_layers(model), their info"
+        )
     telemetry = Telemetry.initial(torch.full((len(run.layers),), 0.5))
     state, rows = policy.begin(run), []
     for epoch in range(run.horizon):

@@ -87,7 +87,7 @@ class QuantizationScheduler:
     ) -> None:
         noise, mode = _checked(policy)
         if optimizer is not None:
-            _check_optimizer(optimizer)
+            optimizer = _own_optimizer(optimizer)
         epochs = _count_of("epochs", epochs)
         if steps_per_epoch is not None:
             steps_per_epoch = _count_of("steps_per_epoch", steps_per_epoch)
@@ -133,7 +133,7 @@ class QuantizationScheduler:
         Raises:
             TypeError: it is no optimizer.
         """
-        _check_optimizer(optimizer)
+        optimizer = _own_optimizer(optimizer)
         if self._counter is not None:
             self._counter.remove()
             self._counter = None
@@ -228,8 +228,16 @@ class QuantizationScheduler:
                 stacklevel=2,
             )
         run = self._run
-        if run.steps_per_epoch is None and counted:
+        told = run.steps_per_epoch
+        if told is None and counted:
             run = replace(run, steps_per_epoch=counted)
+        elif told is not None and self.epoch == 0 and counted and _differ(told, counted):
+            warnings.warn(
+                f"the first epoch took {counted} optimizer steps, steps_per_epoch is {told}: schedule "
+                "and learning rate are made for a run of another length. Where gradients are "
+                "accumulated, count the optimizer's steps, not the batches",
+                stacklevel=2,
+            )
         epoch = self.epoch + 1
         if epoch < self.epochs:
             settings, state = self._ask(run, epoch, [*self.history.metrics, numbers])
@@ -422,6 +430,11 @@ def _count_forward(count: Tensor, model: nn.Module, inputs: Any) -> None:
         count.add_(int(model.training))
 
 
+def _differ(told: int, counted: int) -> bool:
+    """Whether steps an epoch are others than was said, but for a few that were skipped."""
+    return abs(counted - told) > max(2, 0.1 * told)
+
+
 def _count_of(name: str, value: Any) -> int:
     """A whole number of at least 1, as a plain one: NumPy's are welcome."""
     try:
@@ -461,6 +474,10 @@ def _checked(policy: Policy) -> tuple[NoiseShape, str]:
     return noise, mode
 
 
-def _check_optimizer(optimizer: object) -> None:
+def _own_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that takes the steps: wrappers, as of Accelerate, call it and not its hooks."""
+    while not hasattr(optimizer, "_optimizer_step_post_hooks") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
+    return optimizer

@@ -335,3 +335,10 @@ def test_what_is_no_history_is_refused(history, tmp_path, spoil):
     path.write_text(json.dumps(spoil(json.loads(path.read_text()))))
     with pytest.raises(ValueError, match=r"h\.json is not the history of a run"):
         History.load(path)
+
+
+def test_the_package_runs_as_a_module():
+    shown = subprocess.run(
+        [sys.executable, "-m", "learnsched", "list"], capture_output=True, text=True, check=True
+    )
+    assert "default" in shown.stdout

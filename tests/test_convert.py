@@ -219,6 +219,7 @@ def test_an_optimizer_made_before_trains_the_quantized_model(kind):
 ACTIVATIONS = [
     nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.Hardtanh(-2, 2), nn.LeakyReLU(), nn.PReLU(6),
     nn.RReLU(), nn.ELU(), nn.CELU(), nn.SELU(), nn.GELU(), nn.SiLU(), nn.Mish(),
+    nn.Hardswish(), nn.Softplus(),
 ]  # fmt: skip
 
 
@@ -342,6 +343,50 @@ def test_without_an_example_the_order_is_that_of_registration():
 def test_first_and_last_are_found_by_execution(skip, expected):
     model = ls.quantize_(Reversed(), ls.ternary(), skip=skip, example_input=torch.zeros(2, 8))
     assert names(model) == expected
+
+
+class NormalizedLinear(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, nn.functional.normalize(self.weight))
+
+
+@pytest.mark.parametrize("end", ["first", "last"])
+def test_an_end_that_stays_real_in_any_case_is_an_end(end):
+    layers = [NormalizedLinear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)]
+    model = nn.Sequential(*(layers if end == "first" else layers[::-1]))
+    with pytest.warns(UserWarning, match="NormalizedLinear.*stay real"):
+        ls.quantize_(model, ls.ternary(), skip=(end,), example_input=torch.zeros(2, 8))
+    assert [type(m).__name__ for m in model if isinstance(m, nn.Linear)].count("Linear") == 0
+
+
+def test_a_volume_s_stem_and_a_recurrent_head_are_ends():
+    stem = nn.Sequential(
+        nn.Conv3d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 2)
+    )
+    with pytest.warns(UserWarning, match="Conv3d.*stay real"):
+        ls.quantize_(
+            stem, ls.ternary(), skip=("first",), overrides={"0": None},
+            example_input=torch.zeros(1, 1, 4, 4, 4),
+        )  # fmt: skip
+    assert names(stem) == ["3", "5"]
+    head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.GRU(8, 2))
+    ls.quantize_(head, ls.ternary(), skip=("last",), example_input=torch.zeros(5, 8))
+    assert names(head) == ["0", "2"]
+
+
+def test_overrides_are_a_mapping():
+    with pytest.raises(TypeError, match=r"got \['0'\]"):
+        ls.quantize_(nn.Sequential(nn.Linear(8, 4)), ls.ternary(), overrides=["0"])
+
+
+def test_a_model_that_is_quantized_in_inference_mode_can_be_trained():
+    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.inference_mode():
+        ls.quantize_(model, ls.ternary(), ls.unsigned(2), example_input=torch.zeros(2, 8))
+    scheduler = ls.QuantizationScheduler(model, ls.policies.StraightThrough(), epochs=2)
+    model(torch.randn(6, 8)).square().mean().backward()
+    scheduler.step()
+    assert scheduler.get_last_setting()[0].fraction == 1
 
 
 def test_the_last_layer_is_one_that_is_executed():

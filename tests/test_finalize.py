@@ -97,6 +97,22 @@ def test_calibration_fits_what_a_smooth_activation_puts_out():
     torch.testing.assert_close(model[3].scale, z.abs().mean().detach())
 
 
+@pytest.mark.parametrize(
+    "kind", [nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Hardswish, nn.ReLU], ids=lambda kind: kind.__name__
+)
+def test_calibration_finds_the_same_scales_of_activations_in_place(kind):
+    def calibrated(inplace):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(8, 8), kind(inplace=inplace), nn.Linear(8, 8), kind(inplace=inplace)
+        )
+        ls.quantize_(model, ls.ternary(), ls.signed(4))
+        ls.calibrate_(model, [3 * torch.randn(40, 8)])
+        return [float(model[i].scale) for i in (1, 3)]
+
+    assert calibrated(True) == calibrated(False)
+
+
 def test_calibration_leaves_batch_norm_flags_hooks_and_gradients_alone():
     model = network().train()
     model[1].eval()
@@ -435,6 +451,26 @@ class TwoInputs(nn.Module):
         return self.net(x + shift)
 
 
+class Sum(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, shift):
+        return self.net(x + shift)
+
+
+def test_a_model_of_two_inputs_asks_for_forward():
+    pairs = [(x, torch.ones(1)) for x in batches()]
+    model = Sum(network())
+    with pytest.raises(TypeError, match=r"'shift': of a batch the first entry.*model\(\*batch\)"):
+        ls.calibrate_(model, pairs)
+    ls.calibrate_(model, pairs, forward=lambda model, batch: model(*batch))
+    one = network()
+    ls.calibrate_(one, [x + 1 for x in batches()])
+    assert_same_state(model.net, state_of(one))
+
+
 def test_batches_of_any_kind_are_run_by_forward():
     one, two = network(), TwoInputs(network())
     dictionaries = [{"x": x, "shift": torch.ones(1)} for x in batches()]
@@ -501,3 +537,20 @@ def test_plain_layers_compute_the_same_and_load_where_the_float_model_does():
     fresh = build()
     assert fresh.load_state_dict(model.state_dict(), strict=False).missing_keys == []
     assert not [k for k in model.state_dict() if "weight_quantizer" in k]
+    again = ls.quantize_(build(), activation=ls.unsigned(2)).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), expected)
+
+
+def test_a_model_whose_quantizers_are_removed_is_neither_trained_nor_exported(tmp_path):
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(4, 8)
+    ls.finalize_(ls.quantize_(model, ls.ternary(), ls.unsigned(2))).eval()
+    ls.remove_quantizers_(model)
+    for use in (
+        lambda: ls.export_onnx(model, x, tmp_path / "net.onnx"),
+        lambda: ls.finalize_(model),
+        lambda: ls.QuantizationScheduler(model, ls.policies.StraightThrough(), 3),
+    ):
+        with pytest.raises(ValueError, match="remove_quantizers_ has finished this model"):
+            use()
+    assert not list(tmp_path.iterdir())

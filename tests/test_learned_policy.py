@@ -327,11 +327,11 @@ def layers_of(*fan_ins):
     [
         (RunInfo(layers_of(10, 20, 30), 10, 20), None),
         (RunInfo(layers_of(3, 20, 1200), 40, 20), None),  # a factor of two is let pass
-        (RunInfo(layers_of(10, 20, 30), 41, 10), r"horizon \(epochs\) 41 to 41 \(seen 6 to 20\)"),
-        (RunInfo(layers_of(10, 20, 30), 2, 100), r"horizon \(epochs\) 2 to 2"),
-        (RunInfo(layers_of(10, 20, 30), 10, 81), r"optimizer steps 810 to 810 \(seen 100 to 400\)"),
+        (RunInfo(layers_of(10, 20, 30), 41, 10), r"horizon \(epochs\) 41 \(seen 6 to 20\)"),
+        (RunInfo(layers_of(10, 20, 30), 2, 100), r"horizon \(epochs\) 2"),
+        (RunInfo(layers_of(10, 20, 30), 10, 81), r"optimizer steps 810 \(seen 100 to 400\)"),
         (RunInfo(layers_of(10, 20, 30), 10, None), None),
-        (RunInfo(layers_of(10), 10, 20), r"depth \(layers\) 1 to 1 \(seen 3 to 5\)"),
+        (RunInfo(layers_of(10), 10, 20), r"depth \(layers\) 1 \(seen 3 to 5\)"),
         (RunInfo(layers_of(10, 20, 1201), 10, 20), r"fan-in 10 to 1201 \(seen 5 to 600\)"),
         (RunInfo(layers_of(2, 20, 30), 10, 20), r"fan-in 2 to 30"),
         (RunInfo(layers_of(0, 20, 0), 10, 20), None),  # activations alone have no fan-in

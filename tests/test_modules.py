@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import learnsched as ls
 from learnsched.annealed import annealed_quantize
@@ -376,6 +377,39 @@ def test_a_weight_that_changes_inside_quantize_once_is_refused_and_the_context_e
     with pytest.raises(RuntimeError, match="the weight of 0 changed inside quantize_once"):
         step_inside()
     assert model[0].weight_quantizer.shared is None
+
+
+def test_an_optimizer_that_steps_inside_quantize_once_is_refused():
+    model, x = two_layers(), weights(8, 6, dtype=torch.float64)
+    other = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step_inside():
+        with ls.quantize_once(model):
+            model(x).square().mean().backward()
+            other.step()
+            optimizer.step()
+
+    with pytest.raises(RuntimeError, match="took a step inside quantize_once; leave the context"):
+        step_inside()
+    before = model[0].weight.clone()
+    with ls.quantize_once(model):
+        model(x).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_quantize_once_goes_with_reentrant_checkpoints():
+    model, batches = two_layers(), weights(3, 8, 6, dtype=torch.float64)
+    model.eval()
+    truth = accumulate(model, batches, False)
+    model.zero_grad()
+    with ls.quantize_once(model):
+        for x in batches:
+            x = x.clone().requires_grad_()
+            checkpoint(model, x, use_reentrant=True).square().mean().backward()
+    for parameter, expected in zip(model.parameters(), truth, strict=True):
+        torch.testing.assert_close(parameter.grad, expected)
 
 
 def test_restoring_frozen_weights_mends_even_what_is_not_a_number():

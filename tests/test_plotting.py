@@ -333,3 +333,8 @@ def test_epochs_are_whole_numbers(horizon: int) -> None:
     shown = [tick for tick in panel.get_xticks() if low <= tick <= high]
     assert shown
     assert all(tick == int(tick) for tick in shown)
+
+
+def test_a_comparison_without_tasks_is_explained():
+    with pytest.raises(TypeError, match=r"from task to method to accuracies.*'STE' has list"):
+        plot_comparison({"STE": [0.5], "learned": [0.6]})

@@ -185,3 +185,8 @@ def test_the_numbers_of_a_setting_are_plain(kind):
 def test_a_setting_takes_numbers_alone(bad):
     with pytest.raises(TypeError):
         Setting(fraction=bad)
+
+
+def test_a_schedule_is_planned_for_a_run():
+    with pytest.raises(TypeError, match=r"planned for a RunInfo.*got 5"):
+        plan(policies.StraightThrough(), 5)

@@ -452,6 +452,49 @@ def test_an_optimizer_may_come_later():
         scheduler.watch(3)
 
 
+@pytest.mark.parametrize(("told", "taken", "wrong"), [(12, 3, True), (3, 9, True), (9, 8, False)])
+def test_an_epoch_of_other_steps_than_was_said_is_warned_of_once(told, taken, wrong):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scheduler = ls.QuantizationScheduler(
+        model, fractions(0, 0.5, 1), 3, steps_per_epoch=told, optimizer=optimizer
+    )
+    for epoch in range(2):
+        for _ in range(taken):
+            model(torch.randn(4, 8)).square().mean().backward()
+            optimizer.step()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            scheduler.step()
+        said = [str(w.message) for w in caught if "steps_per_epoch is" in str(w.message)]
+        assert len(said) == (wrong and epoch == 0)
+        if said:
+            assert f"took {taken} optimizer steps, steps_per_epoch is {told}" in said[0]
+
+
+def test_an_optimizer_in_a_wrapper_that_passes_hooks_by_is_found():
+    class Wrapped(torch.optim.Optimizer):
+        """As Accelerate's: made without the constructor of its base."""
+
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scheduler = ls.QuantizationScheduler(
+        model, fractions(0.5, 0.5, 1), 3, optimizer=Wrapped(optimizer)
+    )
+    model(torch.randn(4, 8)).square().mean().backward()
+    optimizer.step()
+    assert scheduler.state_dict()["counted"] == 1
+    noise = model[0].weight_quantizer.noise
+    with pytest.raises(TypeError, match="must be a torch"):
+        ls.QuantizationScheduler(
+            network(), fractions(0.5, 1), 2, optimizer=Wrapped(torch.nn.Linear(1, 1))
+        )
+    assert model[0].weight_quantizer.noise is noise
+
+
 def test_two_optimizers_that_step_side_by_side_count_once():
     model, policy = network(), fractions(0.0)
     weights = torch.optim.SGD([model[0].weight], lr=0.1)

@@ -29,7 +29,7 @@ class Domain:
     Example:
         >>> from learnsched.schedule import LayerInfo
         >>> Domain(horizon=(5, 20)).outside(RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=90))
-        ['horizon (epochs) 90 to 90 (seen 5 to 20)']
+        ['horizon (epochs) 90 (seen 5 to 20)']
     """
 
     horizon: tuple[float, float] = (1, 1000)
@@ -56,7 +56,8 @@ class Domain:
         if run.steps_per_epoch is not None:
             seen.append(("optimizer steps", self.steps, [run.horizon * run.steps_per_epoch]))
         return [
-            f"{name} {min(values):g} to {max(values):g} (seen {low:g} to {high:g})"
+            f"{name} {' to '.join(f'{v:g}' for v in sorted({min(values), max(values)}))} "
+            f"(seen {low:g} to {high:g})"
             for name, (low, high), values in seen
             if min(values) < low / 2 or max(values) > high * 2
         ]
