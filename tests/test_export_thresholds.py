@@ -147,7 +147,9 @@ def test_fold_of_batch_norm_for_every_integer(activation, bias):
     assert set(thresholds.sign) == {-1, 1}
 
 
-@pytest.mark.parametrize("act", [nn.LeakyReLU(0.3), nn.PReLU(), nn.ELU(), nn.CELU(), nn.SELU()])
+@pytest.mark.parametrize(
+    "act", [nn.LeakyReLU(0.3), nn.PReLU(), nn.ELU(), nn.CELU(), nn.SELU(), nn.Softplus()]
+)
 def test_fold_of_activations_for_every_integer(act):
     torch.manual_seed(1)
     net = one_layer(40, 64, ls.signed(3), act=act)

@@ -63,7 +63,8 @@ class Calls:
         levels: LevelSet = module.levels
         tensors = {id(self.value(source)): tensor for source, tensor in given.items()}
         x = self._evaluate(quantizer.all_input_nodes[0], tensors)
-        return levels.codes(module.ahead(x) / module.scale).numpy()
+        # An activation in place would change what the sources put out.
+        return levels.codes(module.ahead(x.clone()) / module.scale).numpy()
 
     def _evaluate(self, call: fx.Node, given: Mapping[int, Tensor]) -> Tensor:
         known = given.get(id(self.value(call)))

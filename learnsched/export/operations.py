@@ -37,6 +37,7 @@ RISING = (
     nn.ELU,
     nn.CELU,
     nn.SELU,
+    nn.Softplus,
     nn.PReLU,
 )
 
