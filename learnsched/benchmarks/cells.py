@@ -1,7 +1,7 @@
 """The cells of the accuracy benchmark: data × network × horizon × bits × regime.
 
-No width here is among those of meta-training (:mod:`learnsched.meta.presets`), and no depth but that
-of some 1-d CNNs; Fashion-MNIST is not seen there at all.
+No width here is among those that meta-training (:mod:`learnsched.meta.presets`) has for the same
+family of networks, depths of CNNs are in part; Fashion-MNIST is not seen there at all.
 """
 
 from __future__ import annotations

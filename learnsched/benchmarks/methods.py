@@ -54,7 +54,7 @@ _DELTA = 0.7 * math.sqrt(2 / math.pi)
 TWN_LEVEL = math.exp(-_DELTA * _DELTA / 2) / (math.erfc(_DELTA / math.sqrt(2)) / 2) / 2
 TWN_LEVELS = LevelSet((-TWN_LEVEL, 0.0, TWN_LEVEL), (-0.7, 0.7), name="twn")
 
-# The methods that are best in most cells; each also with a learning rate that rises first.
+# Of the best methods over all cells, before warm-ups; each also with a learning rate that rises first.
 WARM_UP_SUFFIX = ", warm-up"
 _WARMED = ("ANA, triangular", "ANA, normal", "ANA, uniform", "STE, moving", "STE, uniform")
 
@@ -162,7 +162,7 @@ def warmed(method: Method) -> Method:
 
 
 def _with_warmed(methods: Sequence[Method]) -> list[Method]:
-    """The methods, then those of the best that gain from a warm-up, with one."""
+    """The methods, then some of the best with a warm-up."""
     return [*methods, *(warmed(method) for method in methods if method.name in _WARMED)]
 
 
