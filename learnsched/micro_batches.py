@@ -48,7 +48,8 @@ def quantize_once(model: nn.Module) -> Iterator[None]:
 
     Inside, every forward pass uses the same quantized weights; their gradients add up there, and reach
     the parameters when the context ends. Call ``backward`` inside, the optimizer's ``step`` after it.
-    Within another such context this one changes nothing. Activation checkpointing inside it needs
+    Within another such context this one changes nothing. The graph of a compiled model breaks at every
+    layer. Activation checkpointing inside it needs
     ``use_reentrant=True``. Under ``DistributedDataParallel``, run all
     micro-batches but the last inside its ``no_sync()``, as with any accumulated gradients.
 
@@ -71,7 +72,8 @@ def quantize_once(model: nn.Module) -> Iterator[None]:
     quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer) and m.shared is None]
     shared = [_Shared() for _ in quantizers]
     for quantizer, own in zip(quantizers, shared, strict=True):
-        quantizer.shared = own
+        # What a weight was made of changes from step to step, which a compiled graph must not.
+        quantizer.shared = torch.compiler.disable(own)
     weights = {p for m in model.modules() if isinstance(m, QUANTIZED_LAYERS) for p in [m.weight]}
 
     def refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -138,6 +138,32 @@ def test_inductor_computes_what_eager_computes():
     finished(model)
 
 
+def test_a_compiled_model_s_micro_batches_share_a_quantized_weight():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def trained(compile):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+        ls.quantize_(model, ls.ternary(), ls.unsigned(2))
+        forward, optimizer = compile(model), torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(12):
+            optimizer.zero_grad()
+            with ls.quantize_once(model):
+                for x in torch.randn(3, 16, 8):
+                    forward(x).square().mean().backward()
+            optimizer.step()
+        return model
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = trained(lambda model: torch.compile(model, backend=counter))
+    torch._dynamo.reset()
+    assert counter.frame_count <= 5  # what lies between the two layers, not a graph for each step
+    eager = trained(lambda model: model)
+    for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.filterwarnings("ignore:no batch norm")
 def test_a_compiled_model_is_quantized_without_a_false_warning():
     torch._dynamo.reset()
