@@ -66,6 +66,11 @@ def calibrate_(
         for handle in handles:
             handle.remove()
         put_back(statistics)
+    if missed := [a.layer_name for a, hook in hooks.items() if not hook.seen]:
+        warnings.warn(
+            f"the batches do not reach activations after {missed}, so they keep their scale",
+            stacklevel=3,
+        )
     dead = [a.layer_name for a, hook in hooks.items() if hook.seen and not hook.fitted]
     if dead:
         warnings.warn(

@@ -16,7 +16,9 @@ from learnsched.batches import (
     Forward,
     batch_norms,
     checked,
+    keep,
     on_first,
+    put_back,
     put_back_on_failure,
     run_with_batch_statistics,
 )
@@ -66,6 +68,8 @@ def reestimate_batch_norm_(
 ) -> nn.Module:
     """Replace the running statistics of batch norms by their plain mean over the batches.
 
+    Batch norms that the batches do not reach keep theirs, with a warning.
+
     Args:
         model: any module; its training flags are kept.
         batches: inputs, or tuples that start with the input.
@@ -90,6 +94,7 @@ def reestimate_batch_norm_(
 def _reestimate(model: nn.Module, batches: Iterator[Any], run: Forward) -> nn.Module:
     norms = batch_norms(model)
     momenta = [module.momentum for module in norms]
+    before = {module: keep(module.buffers()) for module in norms}
     try:
         with put_back_on_failure(b for module in norms for b in module.buffers()):
             for module in norms:
@@ -99,6 +104,15 @@ def _reestimate(model: nn.Module, batches: Iterator[Any], run: Forward) -> nn.Mo
     finally:
         for module, momentum in zip(norms, momenta, strict=True):
             module.momentum = momentum
+    idle = {module for module in norms if not bool(module.num_batches_tracked)}
+    for module in idle:
+        put_back(before[module])
+    if idle:
+        warnings.warn(
+            f"the batches do not reach {[n for n, m in model.named_modules() if m in idle]}, which may "
+            "be for training alone: these batch norms keep their statistics",
+            stacklevel=4,
+        )
     return model
 
 

@@ -14,6 +14,8 @@ from learnsched.files import write_text
 from learnsched.schedule import FIELDS, Schedule, Setting
 
 _VERSION = 1
+# how what JSON has no number for is written
+_WORDS = ("nan", "inf", "-inf")
 
 
 class History:
@@ -85,7 +87,10 @@ class History:
                 raise ValueError("it is of another version of learnsched")
             history = cls(content["layers"])
             history.settings = [tuple(Setting(*s) for s in row) for row in content["settings"]]
-            history.metrics = [as_numbers(metrics) for metrics in content["metrics"]]
+            history.metrics = [
+                as_numbers({n: float(v) if v in _WORDS else v for n, v in metrics.items()})
+                for metrics in content["metrics"]
+            ]
             # A schedule checks its own shape.
             if len(history.metrics) > len(history.schedule.table):
                 raise ValueError("it has more metrics than epochs")
@@ -107,7 +112,9 @@ def as_numbers(metrics: Mapping[str, float | Tensor] | None) -> dict[str, float]
     result = {}
     for name, value in metrics.items():
         try:
+            if isinstance(value, str):
+                raise TypeError("a string")
             result[name] = float(value.detach() if isinstance(value, Tensor) else value)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TypeError(f"the metric {name!r} must be a number, got {value!r}") from error
     return result

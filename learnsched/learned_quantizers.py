@@ -146,8 +146,9 @@ def learn_noise_(model: nn.Module) -> list[nn.Parameter]:
 def sample_concrete_(model: nn.Module, temperature: float = 1.0) -> None:
     """Let every quantizer draw concrete samples of its levels while its noise lasts, in place.
 
-    They take the place of the forward mode; their gradients are their own, so that the schedule's
-    backward noise counts only once a quantizer is hard. They draw from the global generator.
+    In evaluation it computes with their expectation. Samples take the place of the forward mode; their
+    gradients are their own, so that the schedule's backward noise counts only once a quantizer is hard.
+    They draw from the global generator.
 
     Args:
         model: converted by ``quantize_``.

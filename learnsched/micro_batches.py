@@ -26,11 +26,11 @@ class _Shared:
 
     def __call__(self, quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
         now = weight._version, torch.is_grad_enabled()
-        if self._leaf is None or (now[1] and not self._leaf.requires_grad):
+        if self._leaf is None or self._made_of is None or (now[1] and not self._made_of[1]):
             self._result = quantizer.quantized(weight)
             self._leaf = self._result.detach().requires_grad_(self._result.requires_grad)
             self._made_of = now
-        elif self._made_of is not None and self._made_of[0] != now[0]:
+        elif self._made_of[0] != now[0]:
             raise RuntimeError(
                 f"the weight of {quantizer.layer_name or 'a layer'} changed inside quantize_once; "
                 f"{_LEAVE}"
@@ -57,7 +57,8 @@ def quantize_once(model: nn.Module) -> Iterator[None]:
         model: converted by ``quantize_``.
 
     Raises:
-        RuntimeError: a weight changes inside, or an optimizer that has one takes a step.
+        RuntimeError: a weight changes inside, or an optimizer of weights or of what their quantizers
+            learn takes a step.
 
     Example:
         >>> from learnsched import quantize_, ternary
@@ -74,11 +75,12 @@ def quantize_once(model: nn.Module) -> Iterator[None]:
     for quantizer, own in zip(quantizers, shared, strict=True):
         # What a weight was made of changes from step to step, which a compiled graph must not.
         quantizer.shared = torch.compiler.disable(own)
-    weights = {p for m in model.modules() if isinstance(m, QUANTIZED_LAYERS) for p in [m.weight]}
+    late: set[Tensor] = {p for quantizer in quantizers for p in quantizer.parameters()}
+    late |= {module.weight for module in model.modules() if isinstance(module, QUANTIZED_LAYERS)}
 
     def refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        # Gradients reach the weights later: the step would leave them where they are, silently.
-        if any(p in weights for group in optimizer.param_groups for p in group["params"]):
+        # Their gradients come at the end: the step would leave them where they are, silently.
+        if any(p in late for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError(f"an optimizer took a step inside quantize_once; {_LEAVE}")
 
     hook = register_optimizer_step_pre_hook(refuse)

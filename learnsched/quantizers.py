@@ -68,8 +68,8 @@ class _Quantizer(nn.Module):
             noise = (noise[0] * factor, noise[1], noise[2] * factor, noise[3])
         if step != 1:
             noise = tuple(level * step for level in noise)  # type: ignore[assignment]
-        if self.temperature is None:
-            # As dropout does, samples end where training does.
+        # As dropout does, samples end where training does.
+        if self.temperature is None or not self.training:
             mode = "mode" if self.mode == "random" and not self.training else self.mode
             return quantize_unchecked(x, self.levels, *noise, self.noise, mode, scale=scale)
         inside = x if scale is None else x / scale

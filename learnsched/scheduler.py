@@ -107,8 +107,9 @@ class QuantizationScheduler:
         self.epoch = 0
         self.history = History([info.name for info in infos])
         self._seed = operator.index(seed)
-        # Steps of the first epoch, by each who counts them.
+        # Steps of the first epoch: by each who counts them, and before the run was resumed.
         self._counts: list[Tensor] = []
+        self._counted_before = 0
         self._state = policy.begin(self._run)
         settings, state = self._ask(self._run, 0, [])
         # All that can fail comes before this line: from here on the model changes.
@@ -318,8 +319,9 @@ class QuantizationScheduler:
                 f"shown {own} from here on",
                 stacklevel=2,
             )
+        self._counted_before = counted
         for count in self._counts:
-            count.fill_(counted)
+            count.zero_()
         if self._counter is not None and epoch > 0:
             self._counter.remove()
         self._set_noise(self.get_last_setting())
@@ -414,7 +416,7 @@ class QuantizationScheduler:
         return count
 
     def _counted(self) -> int:
-        return max(map(int, self._counts), default=0)
+        return self._counted_before + max(map(int, self._counts), default=0)
 
     def _after_optimizer(self, count: Tensor, optimizer: Any, args: Any, kwargs: Any) -> None:
         count.add_(int(self.epoch == 0))

@@ -74,3 +74,16 @@ def test_a_temperature_that_is_not_positive_is_refused(temperature):
     with pytest.raises(ValueError, match="temperature must be positive"):
         ls.sample_concrete_(net, temperature)
     assert quantized_layers(net)[0].weight.weight_quantizer.temperature is None
+
+
+def test_in_evaluation_a_network_computes_with_the_expectation():
+    torch.manual_seed(0)
+    net = ls.quantize_(nn.Sequential(nn.Linear(8, 6)), ls.ternary())
+    ls.QuantizationScheduler(net, ls.policies.RelaxedQuantization(), 4)
+    x = torch.randn(16, 8)
+    expected = net.eval()(x)
+    ls.sample_concrete_(net, 0.8)
+    state = torch.get_rng_state()
+    assert torch.equal(net(x), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(net.train()(x), expected)

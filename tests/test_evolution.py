@@ -192,3 +192,9 @@ def test_the_estimate_chains_to_every_parameter_of_the_network():
 def test_arguments_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=r"must be"):
         EvolutionStrategies(**wrong)
+
+
+def test_fewer_pairs_than_coordinates_need_a_ridge():
+    noise = torch.randn(3, 2, 5)
+    with pytest.raises(ValueError, match="3 pairs do not tell 5 slopes"):
+        regression(noise, torch.randn(3, 2), 0.0)

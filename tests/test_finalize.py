@@ -451,6 +451,35 @@ class TwoInputs(nn.Module):
         return self.net(x + shift)
 
 
+class WithHead(nn.Module):
+    """With a head for training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm, self.act = nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU()
+        self.aux, self.aux_act = nn.BatchNorm1d(4), nn.ReLU()
+
+    def forward(self, x):
+        h = self.act(self.norm(self.body(x)))
+        return (h, self.aux_act(self.aux(h))) if self.training else h
+
+
+def test_what_the_batches_do_not_reach_is_kept_and_named():
+    model = ls.quantize_(WithHead(), ls.ternary(), ls.unsigned(2))
+    for _ in range(5):
+        model(3 * torch.randn(32, 8) + 5)
+    kept, other = copy.deepcopy(model.aux.state_dict()), model.norm.running_mean.clone()
+    scale = model.aux_act.scale.clone()
+    with pytest.warns(UserWarning, match="do not reach activations after"):
+        ls.calibrate_(model, [torch.randn(32, 8)])
+    assert torch.equal(model.aux_act.scale, scale)
+    with pytest.warns(UserWarning, match=r"do not reach \['aux'\].*keep their statistics"):
+        ls.finalize_(model, [torch.randn(32, 8)])
+    assert not torch.equal(model.norm.running_mean, other)
+    for name, value in model.aux.state_dict().items():
+        assert torch.equal(value, kept[name]), name
+
+
 class Sum(nn.Module):
     def __init__(self, net):
         super().__init__()

@@ -164,3 +164,27 @@ def test_the_arguments_in_readme_give_the_learning_rate_that_the_schedule_is_mad
 def test_a_run_whose_length_is_given_in_steps_is_refused(tmp_path):
     with pytest.raises(ValueError, match="num_train_epochs, not max_steps"):
         fit(tmp_path, max_steps=20)
+
+
+def test_a_checkpoint_of_another_folder_is_named_in_the_arguments_or_refused(tmp_path):
+    whole = fit(tmp_path / "whole")
+    fit(tmp_path / "parts", save_strategy="epoch")
+    path = str(tmp_path / "parts" / "checkpoint-30")
+    with pytest.raises(FileNotFoundError, match=r"TrainingArguments\(resume_from_checkpoint"):
+        fit(tmp_path / "elsewhere", resume=path)
+    assert_same(whole, fit(tmp_path / "elsewhere", resume=path, resume_from_checkpoint=path))
+
+
+def test_the_state_goes_into_the_folder_of_a_hyperparameter_search(tmp_path):
+    class Args:
+        output_dir = str(tmp_path)
+
+    class State:
+        is_world_process_zero, global_step = True, 10
+
+    folder = tmp_path / "run-3" / "checkpoint-10"
+    folder.mkdir(parents=True)
+    callback = QuantizationCallback(ls.policies.StraightThrough())
+    callback.scheduler = ls.QuantizationScheduler(Digits(), callback.policy, 3)
+    callback.on_save(Args, State, None)
+    assert [f.name for f in folder.iterdir()] == ["quantization_scheduler.pt"]

@@ -548,3 +548,9 @@ def test_nothing_is_said_to_be_clipped_where_the_network_is_not_used():
         policy.begin(RunInfo(layers, 900, 10))
     with pytest.warns(UserWarning, match="horizon"):
         policy.begin(RunInfo((LayerInfo("first", 9, 3, 4), layers[1]), 900, 10))
+
+
+def test_a_first_layer_that_stays_real_is_not_frozen_by_its_fan_in():
+    for smallest in (0.0, 7.0):
+        assert BaseCurve(frozen_fan_in=smallest).at(0.0, 0.0, 0)[4] == 0.0
+    assert BaseCurve(frozen_fan_in=7.0).at(0.0, 0.0, 5)[4] == 1.0

@@ -300,3 +300,20 @@ def test_data_that_a_family_cannot_take_are_refused(family, shape, dtype):
     data = DataSet("mine", split, split, split, classes=2)
     with pytest.raises(ValueError, match=f"{family} takes inputs of torch.float32"):
         dataclasses.replace(SMALL, family=family, data="mine").build(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"validate_every": 0}, {"learning_rate": -1.0}, {"average": 1.0}, {"betas": (0.9, 1.0)}],
+)
+def test_a_trainer_s_numbers_out_of_range_are_refused(change):
+    with pytest.raises(ValueError, match="are positive"):
+        dataclasses.replace(PRESETS["quick"].trainer, **change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"members": 0}, {"alike": 0}, {"fine_tuning": 7.0}, {"total_steps": (60, 20)}]
+)
+def test_a_mix_s_numbers_out_of_range_are_refused(change):
+    with pytest.raises(ValueError, match=r"at least 1|positive number up"):
+        dataclasses.replace(PRESETS["quick"].trainer.mix, **change)

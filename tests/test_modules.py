@@ -399,6 +399,23 @@ def test_an_optimizer_that_steps_inside_quantize_once_is_refused():
     assert not torch.equal(model[0].weight, before)
 
 
+def test_an_optimizer_of_learned_scales_is_refused_inside_quantize_once_too():
+    model, x = two_layers(), weights(8, 6, dtype=torch.float64)
+    optimizer = torch.optim.SGD(ls.learn_weight_scales_(model), lr=0.1)
+    with pytest.raises(RuntimeError, match="took a step inside"), ls.quantize_once(model):
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def test_quantize_once_holds_samples_of_weights_that_are_not_trained():
+    model, x = two_layers(), weights(8, 6, dtype=torch.float64)
+    model.requires_grad_(False)
+    ls.QuantizationScheduler(model, ls.policies.StraightThrough(weight_sample_std=0.7), 3)
+    with ls.quantize_once(model):
+        assert torch.equal(model(x), model(x))
+    assert not torch.equal(model(x), model(x))
+
+
 def test_quantize_once_goes_with_reentrant_checkpoints():
     model, batches = two_layers(), weights(3, 8, 6, dtype=torch.float64)
     model.eval()

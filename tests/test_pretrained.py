@@ -396,3 +396,18 @@ def test_reading_an_artefact_draws_nothing_from_the_global_generator():
     torch.manual_seed(0)
     ls.load_pretrained("default")
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda network: network.double(), "float64"),
+        (lambda n: n.out.bias.data.fill_(torch.nan), "finite"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(tmp_path, spoil, message):
+    network = MetaNetwork()
+    spoil(network)
+    with pytest.raises(ls.ArtefactError, match=message):
+        ls.save_artefact(LearnedPolicy(network), tmp_path / "a.safetensors", {})
+    assert not list(tmp_path.iterdir())

@@ -524,6 +524,33 @@ def test_steps_counted_before_an_interruption_inside_the_first_epoch_count():
     assert policy.seen[-1][0].steps_per_epoch == 5
 
 
+def test_steps_counted_before_an_interruption_count_where_the_optimizer_is_watched_afterwards():
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            model(torch.randn(4, 8)).square().mean().backward()
+            optimizer.step()
+
+    model, policy = network(), fractions(0.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scheduler = ls.QuantizationScheduler(model, policy, 3)
+    scheduler.watch(optimizer)
+    steps(model, optimizer, 7)
+    resumed = ls.QuantizationScheduler(model, policy, 3)
+    resumed.load_state_dict(scheduler.state_dict())
+    resumed.watch(optimizer)
+    steps(model, optimizer, 3)
+    resumed.step()
+    assert policy.seen[-1][0].steps_per_epoch == 10
+
+
+@pytest.mark.parametrize("value", ["0.5", 10**400])
+def test_a_metric_is_a_number_of_a_float_s_range(value):
+    scheduler = ls.QuantizationScheduler(network(), fractions(0.0), 3)
+    with pytest.raises(TypeError, match="the metric 'x' must be a number"):
+        scheduler.step({"x": value})
+    assert scheduler.epoch == 0
+
+
 @pytest.mark.parametrize("part", ["settings", "metrics", "epoch", "seed", "policy_state"])
 def test_a_state_with_a_part_missing_is_refused_and_changes_nothing(part):
     model = network()

@@ -45,7 +45,7 @@ class QuantizationCallback(Callback):
             self.scheduler_ = QuantizationScheduler(
                 net.module_,
                 self.policy,
-                self.epochs or net.max_epochs,
+                net.max_epochs if self.epochs is None else self.epochs,
                 optimizer=net.optimizer_,
                 fine_tuning=self.fine_tuning,
                 seed=self.seed,

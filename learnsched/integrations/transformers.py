@@ -18,6 +18,8 @@ from learnsched.layers import quantized_layers
 from learnsched.schedule import Policy
 from learnsched.scheduler import UNWRAPPED, QuantizationScheduler
 
+_FILE = "quantization_scheduler.pt"
+
 
 class QuantizationCallback(TrainerCallback):
     """Steps a scheduler after every epoch; its state lies in the Trainer's checkpoint folders.
@@ -31,6 +33,7 @@ class QuantizationCallback(TrainerCallback):
         ValueError: when the Trainer is made, its length is given as ``max_steps``.
         RuntimeError: when training begins, the callback was given to the Trainer too late, or the model
             has been trained by it before.
+        FileNotFoundError: when training is resumed, the schedule's state is not in the checkpoint.
 
     Example:
         >>> from learnsched.policies import StraightThrough
@@ -62,7 +65,13 @@ class QuantizationCallback(TrainerCallback):
             )
         self.scheduler.watch(getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]))
         if state.global_step > 0:
-            self.scheduler.load_state_dict(torch.load(_path(args, state), weights_only=True))
+            path = _checkpoint(args, state) / _FILE
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"the schedule's state is not at {path}; to resume from another folder than "
+                    "output_dir, name it in TrainingArguments(resume_from_checkpoint=...) as well"
+                )
+            self.scheduler.load_state_dict(torch.load(path, weights_only=True))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Have the loss logged before saving and at an epoch's end, where on_log steps."""
@@ -80,7 +89,11 @@ class QuantizationCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the scheduler's state to the checkpoint."""
         if state.is_world_process_zero:
-            write(_path(args, state), partial(torch.save, self.scheduler.state_dict()))
+            name = f"checkpoint-{state.global_step}"
+            # A hyperparameter search has a folder for each run.
+            found = [Path(args.output_dir, name), *Path(args.output_dir).glob(f"run-*/{name}")]
+            folder = max((f for f in found if f.exists()), key=lambda f: f.stat().st_mtime)
+            write(folder / _FILE, partial(torch.save, self.scheduler.state_dict()))
 
     def _schedule(self, args: Any, model: Any) -> None:
         options = {"epochs": math.ceil(args.num_train_epochs), **self.options}
@@ -100,5 +113,9 @@ class QuantizationCallback(TrainerCallback):
             model.load_state_dict(loaded)
 
 
-def _path(args: Any, state: Any) -> Path:
-    return Path(args.output_dir, f"checkpoint-{state.global_step}", "quantization_scheduler.pt")
+def _checkpoint(args: Any, state: Any) -> Path:
+    """The folder that the Trainer resumes from, as far as a callback can know."""
+    named = args.resume_from_checkpoint
+    if isinstance(named, str) and Path(named, _FILE).exists():
+        return Path(named)
+    return Path(args.output_dir, f"checkpoint-{state.global_step}")

@@ -43,7 +43,7 @@ class ConvolutionsAsProducts(TorchFunctionMode):
 
 
 def _as_product(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int | tuple[int, ...] = 1,
@@ -53,12 +53,12 @@ def _as_product(
 ) -> Tensor | None:
     """The convolution, shape ``(batch, channels, ...)``; None if it is not one of the simple ones."""
     spatial = weight.dim() - 2
-    if x.dim() != weight.dim() or groups != 1 or isinstance(padding, str):
+    if input.dim() != weight.dim() or groups != 1 or isinstance(padding, str):
         return None
     if any(d != 1 for d in _each(dilation, spatial)):
         return None
     sides = [side for p in reversed(_each(padding, spatial)) for side in (p, p)]
-    windows = F.pad(x, sides)
+    windows = F.pad(input, sides)
     for place, step in enumerate(_each(stride, spatial)):
         windows = windows.unfold(2 + place, weight.shape[2 + place], step)
     equation = "bcxi,oci->box" if spatial == 1 else "bcxyij,ocij->boxy"

@@ -244,13 +244,21 @@ def regression(noise: Tensor, difference: Tensor, ridge: float) -> Tensor:
     Args:
         noise: shape ``(pairs, members, coordinates)``.
         difference: shape ``(pairs, members)``.
-        ridge: share of the mean square added to the diagonal.
+        ridge: share of the mean square added to the diagonal; positive where pairs are fewer than
+            coordinates.
 
     Returns:
         shape ``(members, coordinates)``.
+
+    Raises:
+        ValueError: without a ridge, the slopes are not determined.
     """
     design = noise.transpose(0, 1)
     pairs, count = design.shape[1:]
+    if ridge == 0 and pairs < count:
+        raise ValueError(
+            f"{pairs} pairs do not tell {count} slopes: take more, or a positive ridge"
+        )
     gram = design.transpose(1, 2) @ design
     penalty = ridge * pairs * torch.eye(count).to(gram)
     right = design.transpose(1, 2) @ difference.T.unsqueeze(-1)

@@ -49,10 +49,10 @@ class Hybrid:
     evolution: EvolutionStrategies = field(default_factory=lambda: EvolutionStrategies(pairs=8))
 
     def __call__(self, inner: Inner, rollout: Rollout) -> ScheduleEstimate:
+        if len(inner.initial().tensors[0]) < 2:
+            raise ValueError("a hybrid needs tasks of two members or more, to see their spread")
         ours = self.unrolled(inner, rollout)
         theirs = self.evolution(inner, rollout)
-        if ours.gradient.shape[1] < 2:
-            raise ValueError("a hybrid needs tasks of two members or more, to see their spread")
         finite = ours.norms.isfinite() & ours.loss.isfinite()
         typical = ours.norms[finite].median() if bool(finite.any()) else ours.norms.new_ones(())
         precise = clipped(ours.gradient, typical)

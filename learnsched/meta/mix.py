@@ -31,6 +31,9 @@ class Mix:
         alike: tasks in a row that differ in learning rates and seeds only, so that as many ranks
             finish together.
 
+    Raises:
+        ValueError: a number is out of its range.
+
     Example:
         >>> mix = Mix(architectures=(("digits", "mlp", (8,), (2, 3)),), horizons=(4, 6),
         ...           total_steps=(20, 60), batches=(32,), bits=(("ternary/2-bit", 1.0),),
@@ -49,6 +52,16 @@ class Mix:
     members: int
     tasks: int
     alike: int = 2
+
+    def __post_init__(self) -> None:
+        ends = (self.total_steps, self.learning_rates)
+        if not all(0 < low <= high < math.inf for low, high in ends):
+            raise ValueError(f"ranges go from a positive number up, got {ends}")
+        if min(self.members, self.tasks, self.alike) < 1 or not 0 <= self.fine_tuning <= 1:
+            raise ValueError(
+                "members, tasks and alike are at least 1 and fine_tuning lies in [0, 1], got "
+                f"{self.members}, {self.tasks}, {self.alike} and {self.fine_tuning}"
+            )
 
     def sample(self, seed: int, outer_step: int) -> list[Task]:
         """The tasks of an outer step; the same for the same arguments."""

@@ -46,6 +46,9 @@ class TrainerConfig:
         clip: largest norm of one member's gradient, in running medians of such norms; positive.
         validate_every: outer steps between validations, at least 1.
 
+    Raises:
+        ValueError: a number is out of its range.
+
     Example:
         >>> from dataclasses import replace
         >>> from learnsched.meta.presets import PRESETS
@@ -62,6 +65,15 @@ class TrainerConfig:
     average: float = 0.95
     clip: float = 1.0
     validate_every: int = 10
+
+    def __post_init__(self) -> None:
+        positive = (self.learning_rate, self.decay, self.clip, self.validate_every)
+        shares = (*self.betas, self.average)
+        if not (all(n > 0 for n in positive) and all(0 <= share < 1 for share in shares)):
+            raise ValueError(
+                "learning_rate, decay, clip and validate_every are positive, betas and average lie in "
+                f"[0, 1), got {positive}, {self.betas} and {self.average}"
+            )
 
     def load_data(self) -> dict[str, DataSet]:
         """The data sets of the mix and of validation, by name."""

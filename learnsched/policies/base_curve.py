@@ -123,7 +123,7 @@ class BaseCurve:
         Args:
             progress: of the run, in [0, 1].
             depth: 0 for the first layer, 1 for the last.
-            fan_in: weights that add up to one output of the layer.
+            fan_in: weights that add up to one output of the layer; 0 if they are not quantized.
         """
         tilt = depth - 0.5
 
@@ -134,7 +134,8 @@ class BaseCurve:
         def backward(start: float, end: float, slope: float) -> float:
             return float(start * (end / start) ** progress * math.exp(slope * tilt))
 
-        frozen = depth == 0 and fan_in <= self.frozen_fan_in
+        # A layer whose weights stay real has a fan-in of 0.
+        frozen = depth == 0 and 0 < fan_in <= self.frozen_fan_in
         fraction = min(1.0, max(0.0, (progress - self.freeze_from) / (1 - self.freeze_from)))
         return (
             forward(self.weight_forward_std, self.weight_hard_from),

@@ -101,6 +101,7 @@ def save_artefact(policy: LearnedPolicy, path: str | Path, card: Mapping[str, An
         OSError: the folder cannot be written.
         TypeError: the card is not JSON data.
         ValueError: the path does not end in ``.safetensors``, or the artefact would be too large.
+        ArtefactError: it could not be read again: the network is not finite, or not of float32.
 
     Example:
         >>> import tempfile
@@ -121,6 +122,7 @@ def save_artefact(policy: LearnedPolicy, path: str | Path, card: Mapping[str, An
     }
     # What describes the file comes last again: the card may be that of another artefact.
     text = json.dumps({**own, **card, **own}, indent=2) + "\n"
+    policy_of(json.loads(text), tensors, path)  # nothing is written that could not be read
     # One entry: safetensors writes several in random order.
     data = save(tensors, metadata={"card": f"{_sha256(text)}\n{text}"})
     if len(data) > _MOST_BYTES:
