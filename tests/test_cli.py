@@ -342,3 +342,5 @@ def test_the_package_runs_as_a_module():
         [sys.executable, "-m", "learnsched", "list"], capture_output=True, text=True, check=True
     )
     assert "default" in shown.stdout
+    wrong = [sys.executable, "-m", "learnsched", "plot", "missing"]
+    assert subprocess.run(wrong, capture_output=True, check=False).returncode == 2
