@@ -343,4 +343,4 @@ def test_the_package_runs_as_a_module():
     )
     assert "default" in shown.stdout
     wrong = [sys.executable, "-m", "learnsched", "plot", "missing"]
-    assert subprocess.run(wrong, capture_output=True, check=False).returncode == 2
+    assert subprocess.run(wrong, capture_output=True, check=False).returncode == 1
