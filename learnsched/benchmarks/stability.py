@@ -244,7 +244,7 @@ def plot(rows: Sequence[Mapping[str, Any]], bound: Mapping[str, Any] | None) -> 
         )  # fmt: skip
         steps = [e for e in log if "norm_largest" in e]
         largest = [e["norm_largest"] for e in steps]
-        norm.plot([e["step"] for e in steps], largest, dashes, color=shade, lw=0.8, label=label)
+        norm.plot([e["step"] for e in steps], largest, dashes, color=shade, lw=0.8)
     if bound is not None:
         name, errors = min(bound["errors"].items(), key=lambda item: sum(item[1]))
         error.axhline(
@@ -253,11 +253,11 @@ def plot(rows: Sequence[Mapping[str, Any]], bound: Mapping[str, Any] | None) -> 
         )  # fmt: skip
     for panel in (error, norm):
         panel.set_xlabel("outer steps")
-        panel.legend(fontsize=7, frameon=False)
     error.set_ylabel("validation error / %")
     norm.set_yscale("log")
     norm.yaxis.set_major_formatter("{x:g}")
     norm.set_ylabel("largest norm of a member's gradient")
+    figure.legend(loc="outside upper center", ncols=4, fontsize=7, frameon=False)
     return figure
 
 
