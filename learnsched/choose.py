@@ -69,6 +69,11 @@ def _check_request(
     skip: Sequence[str],
     overrides: Mapping[str, LayerConfig | None],
 ) -> None:
+    if not isinstance(overrides, Mapping):
+        raise TypeError(
+            "overrides map patterns of module names to LayerConfig or None, such as {'head.*': None}; "
+            f"got {overrides!r}"
+        )
     configs = [base, *(c for c in overrides.values() if c is not None)]
     for config in configs:
         if not isinstance(config, LayerConfig):

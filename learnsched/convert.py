@@ -88,14 +88,10 @@ def quantize_(
         ['0', '3']
     """
     base = LayerConfig(weight, activation, weight_scale, activation_scale)
-    if overrides is not None and not isinstance(overrides, Mapping):
-        raise TypeError(
-            "overrides map patterns of module names to LayerConfig or None, such as {'head.*': None}; "
-            f"got {overrides!r}"
-        )
+    overrides = {} if overrides is None else overrides
     # Buffers that are made in inference mode could not be changed outside of it.
     with torch.inference_mode(False):
-        found, chosen = choose(model, base, skip, dict(overrides or {}), example_input)
+        found, chosen = choose(model, base, skip, overrides, example_input)
         placed = _convert(model, found, chosen)
         if example_input is not None:
             _warn_of_idle(model, example_input, found, placed)

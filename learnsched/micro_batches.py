@@ -49,9 +49,8 @@ def quantize_once(model: nn.Module) -> Iterator[None]:
     Inside, every forward pass uses the same quantized weights; their gradients add up there, and reach
     the parameters when the context ends. Call ``backward`` inside, the optimizer's ``step`` after it.
     Within another such context this one changes nothing. The graph of a compiled model breaks at every
-    layer. Activation checkpointing inside it needs
-    ``use_reentrant=True``. Under ``DistributedDataParallel``, run all
-    micro-batches but the last inside its ``no_sync()``, as with any accumulated gradients.
+    layer, and activation checkpointing needs ``use_reentrant=True``. Under ``DistributedDataParallel``,
+    run all micro-batches but the last inside its ``no_sync()``, as with any accumulated gradients.
 
     Args:
         model: converted by ``quantize_``.

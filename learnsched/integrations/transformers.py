@@ -63,7 +63,7 @@ class QuantizationCallback(TrainerCallback):
                 f"this schedule has run {self.scheduler.epoch} epochs: to train again, quantize the "
                 "float model anew for another Trainer and callback, or give the Trainer model_init"
             )
-        self.scheduler.watch(getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]))
+        self.scheduler.watch(kwargs["optimizer"])
         if state.global_step > 0:
             path = _checkpoint(args, state) / _FILE
             if not path.exists():
@@ -89,10 +89,11 @@ class QuantizationCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the scheduler's state to the checkpoint."""
         if state.is_world_process_zero:
-            name = f"checkpoint-{state.global_step}"
+            usual = _folder(args, state)
             # A hyperparameter search has a folder for each run.
-            found = [Path(args.output_dir, name), *Path(args.output_dir).glob(f"run-*/{name}")]
-            folder = max((f for f in found if f.exists()), key=lambda f: f.stat().st_mtime)
+            found = [usual, *usual.parent.glob(f"run-*/{usual.name}")]
+            written = (folder for folder in found if folder.exists())
+            folder = max(written, key=lambda folder: folder.stat().st_mtime, default=usual)
             write(folder / _FILE, partial(torch.save, self.scheduler.state_dict()))
 
     def _schedule(self, args: Any, model: Any) -> None:
@@ -118,4 +119,8 @@ def _checkpoint(args: Any, state: Any) -> Path:
     named = args.resume_from_checkpoint
     if isinstance(named, str) and Path(named, _FILE).exists():
         return Path(named)
+    return _folder(args, state)
+
+
+def _folder(args: Any, state: Any) -> Path:
     return Path(args.output_dir, f"checkpoint-{state.global_step}")
