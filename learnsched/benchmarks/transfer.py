@@ -38,6 +38,7 @@ from learnsched.schedule import Policy
 from learnsched.tables import markdown
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CENTRE = Task("cnn1d", "mnist1d", 12, 4, 12, 20, 64, "ternary/2-bit", (0.01,), False, 177_000)
@@ -89,14 +90,14 @@ _QUICK = Budget(rounds=1, trials=2, trial_runs=1, runs=2)
 def compared(
     learned: LearnedPolicy, budget: Budget, seed: int
 ) -> list[tuple[Method, Policy | None]]:
-    """The learned schedule, its start, and two hand-coded methods as tuned on the central task."""
+    """The learned schedule, its start, and hand-coded methods as tuned on the central task."""
     data = load(CENTRE.data)
     rows: list[tuple[Method, Policy | None]] = [
         (field.learned(learned), None),
         (field.start_of(learned), None),
     ]
     for method in field.hand_coded():
-        if method.name in ("straight-through", "ANA, normal"):
+        if method.name in ("straight-through", "ANA, normal", "ANA, normal, warm-up"):
             rows.append((method, tune(method, CENTRE, data, budget, seed).policy))
     return rows
 
@@ -208,51 +209,81 @@ def plot(
     axes: Sequence[str],
     path: str | os.PathLike[str],
 ) -> Figure:
-    """A panel for each axis: test accuracy with bootstrap 95 % intervals, a line for each method."""
+    """A panel for each axis, and one for the learning rate on the central task, if it was trained.
+
+    Along the axes test accuracy with bootstrap 95 % intervals; accuracy at every learning rate is that
+    on validation data. A line for each method.
+    """
     from matplotlib.figure import Figure
 
-    found = {(r["cell"], r["method"]): np.asarray(r["test"]) for r in records}
+    found = {(r["cell"], r["method"]): r for r in records}
     names = list(dict.fromkeys(r["method"] for r in records))
-    columns = min(4, max(2, len(axes)))
-    rows = math.ceil(len(axes) / columns)
+    by_rate = [found[CENTRE.name, name] for name in names if (CENTRE.name, name) in found]
+    count = len(axes) + bool(by_rate)
+    columns = 2 if count <= 4 else 3
+    rows = math.ceil(count / columns)
     with paper_style():
         figure = Figure(figsize=(2.6 * columns, 2.3 * rows + 0.4), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).flatten()
         for panel, axis in zip(panels, axes, strict=False):
-            unit, tasks = AXES[axis]
-            for number, name in enumerate(names):
-                here = [
-                    (place, 100 * found[task.name, name])
-                    for place, task in enumerate(tasks.values())
-                    if (task.name, name) in found
-                ]
-                if not here:
-                    continue
-                means = np.array([values.mean() for _, values in here])
-                ends = np.array([bootstrap_interval(values) for _, values in here])
-                panel.errorbar(
-                    [place + 0.06 * (number - 1.5) for place, _ in here],
-                    means,
-                    yerr=np.abs(ends.T - means),
-                    color=str(0.16 * number),
-                    linestyle=DASHES[number],
-                    marker=MARKERS[number],
-                    label=name,
-                )
-            panel.set_xticks(range(len(tasks)), list(tasks))
-            if max(len(value) for value in tasks) > 6:
-                panel.tick_params(axis="x", labelrotation=25)
-            panel.set_xlabel(f"{axis} ({unit})")
-        for panel in panels[len(axes) :]:
+            _draw_axis(panel, axis, names, found)
+        for panel in panels[count:]:
             panel.set_axis_off()
         for row in range(rows):
-            panels[row * columns].set_ylabel("test accuracy (%)")
+            panels[row * columns].set_ylabel("test accuracy / %")
+        if by_rate:
+            panel = panels[len(axes)]
+            for record in by_rate:
+                accuracy = 100 * np.asarray(record["validation"])
+                panel.plot(record["rates"], accuracy, **_line(names.index(record["method"])))
+            panel.set(
+                xscale="log", xlabel="maximal learning rate", ylabel="validation accuracy / %"
+            )
+            lowest, highest = by_rate[0]["rates"][0], by_rate[0]["rates"][-1]
+            ticks = (lowest, math.sqrt(lowest * highest), highest)
+            panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            panel.minorticks_off()
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(len(names), 2 * columns - 2)
-        )
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 4))
         save_figure(figure, path)
     return figure
+
+
+def _draw_axis(
+    panel: Axes,
+    axis: str,
+    names: Sequence[str],
+    found: Mapping[tuple[str, str], Mapping[str, Any]],
+) -> None:
+    unit, tasks = AXES[axis]
+    categories = not next(iter(tasks))[0].isdigit()
+    for number, name in enumerate(names):
+        here = [
+            (place, 100 * np.asarray(found[task.name, name]["test"]))
+            for place, task in enumerate(tasks.values())
+            if (task.name, name) in found
+        ]
+        if not here:
+            continue
+        means = np.array([values.mean() for _, values in here])
+        ends = np.array([bootstrap_interval(values) for _, values in here])
+        places = [place + 0.08 * (number - (len(names) - 1) / 2) for place, _ in here]
+        style = _line(number)
+        if categories:  # nothing lies between them
+            style["linestyle"] = "none"
+        panel.errorbar(places, means, yerr=np.abs(ends.T - means), label=name, **style)
+    panel.set_xticks(range(len(tasks)), list(tasks))
+    if max(len(value) for value in tasks) > 6:
+        panel.tick_params(axis="x", labelrotation=25)
+    panel.set_xlabel(f"{axis} ({unit})")
+
+
+def _line(number: int) -> dict[str, Any]:
+    return {
+        "color": str(0.16 * number),
+        "linestyle": DASHES[number],
+        "marker": MARKERS[number],
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
