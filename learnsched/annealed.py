@@ -16,6 +16,7 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd.function import once_differentiable
 
 from learnsched import kernels, operators, staircase
+from learnsched.choices import check_choice
 from learnsched.levels import LevelSet, inside_transform, recorded_for_onnx
 from learnsched.noise import NoiseShape, noise_shape
 from learnsched.staircase import NARROWEST, Level
@@ -79,8 +80,7 @@ def annealed_quantize(
         [0.5774, 0.5774]
     """
     _check_types(x, levels)
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+    check_choice("mode", mode, MODES)
     shape = noise_shape(noise)
     _check_std(forward_std, "forward_std")
     _check_std(backward_std, "backward_std")

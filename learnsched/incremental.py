@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from learnsched.choices import check_choice
 from learnsched.levels import LevelSet
 
 PARTITIONS = ("magnitude", "random", "redraw", "settled")
@@ -43,8 +44,7 @@ def priority(
         >>> priority(x, ternary(), "settled").argsort(descending=True).tolist()
         [2, 1, 0]
     """
-    if partition not in PARTITIONS:
-        raise ValueError(f"unknown partition {partition!r}; choose one of {', '.join(PARTITIONS)}")
+    check_choice("partition", partition, PARTITIONS)
     if partition == "magnitude":
         return x.abs()
     if partition == "settled":

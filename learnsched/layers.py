@@ -10,6 +10,14 @@ from learnsched.modules import QUANTIZED_LAYERS, QuantizedLayer, fan_in
 from learnsched.quantizers import ActivationQuantizer, WeightQuantizer
 from learnsched.schedule import LayerInfo
 
+# The field of a setting for each noise buffer: both passes have one mean.
+_FIELD_OF = {
+    "forward_std": "forward_std",
+    "backward_std": "backward_std",
+    "forward_mean": "forward_mean",
+    "backward_mean": "forward_mean",
+}
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -24,6 +32,19 @@ class Layer:
         """The weight's quantizer, if any, then the activations'."""
         own = () if self.weight is None else (self.weight.weight_quantizer,)
         return (*own, *self.activations)
+
+
+def noise_fields(quantizer: WeightQuantizer | ActivationQuantizer) -> dict[str, str]:
+    """From each noise buffer of a quantizer to the field of a setting that it holds.
+
+    Example:
+        >>> import learnsched as ls
+        >>> net = ls.quantize_(nn.Linear(8, 4), ls.ternary())
+        >>> noise_fields(net.weight_quantizer)["forward_std"]
+        'weight_forward_std'
+    """
+    kind = "weight" if isinstance(quantizer, WeightQuantizer) else "activation"
+    return {buffer: f"{kind}_{field}" for buffer, field in _FIELD_OF.items()}
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from learnsched.choices import check_choice
+
 _UNIFORM_HALF_WIDTH = math.sqrt(3.0)
 _TRIANGULAR_HALF_WIDTH = math.sqrt(6.0)
 _LOGISTIC_SCALE = math.sqrt(3.0) / math.pi
@@ -159,6 +161,5 @@ def noise_shape(name: str) -> NoiseShape:
         >>> noise_shape("logistic").half_width
         inf
     """
-    if name not in NOISES:
-        raise ValueError(f"unknown noise {name!r}; choose one of {', '.join(sorted(NOISES))}")
+    check_choice("noise", name, sorted(NOISES))
     return NOISES[name]

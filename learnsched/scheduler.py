@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from learnsched.annealed import MODES
+from learnsched.apply_settings import check_fractions, freeze_, is_finalized, set_noise_
+from learnsched.choices import check_choice
 from learnsched.history import History
 from learnsched.incremental import PARTITIONS
 from learnsched.layers import quantized_layers
 from learnsched.learning_rate import learning_rate_factor
 from learnsched.noise import NoiseShape, noise_shape
-from learnsched.quantizers import WeightQuantizer
 from learnsched.ranks import over_ranks, several_ranks
 from learnsched.schedule import FIELDS, Policy, RunInfo, Setting, ask, terminal
 from learnsched.scheduler_state import as_own, check_whole, description, snapshot, spelled
@@ -28,8 +29,6 @@ from learnsched.telemetry import relative
 
 _STATE_VERSION = 2
 UNWRAPPED = "the model is not wrapped in DistributedDataParallel"
-# A std that no dtype of a network rounds to 0.
-_VISIBLE = 1e-4
 
 
 class QuantizationScheduler:
@@ -115,8 +114,7 @@ class QuantizationScheduler:
         # All that can fail comes before this line: from here on the model changes.
         for layer in self._layers:
             for quantizer in layer.quantizers:
-                quantizer.noise = noise
-                quantizer.mode = mode
+                quantizer.noise, quantizer.mode = noise, mode
         self._counter = None
         if optimizer is not None:
             self.watch(optimizer)
@@ -193,52 +191,11 @@ class QuantizationScheduler:
             TypeError: a metric is not a number, or the policy's settings are none.
             ValueError: the policy's settings do not fit. Nothing has changed then, nor with the others.
         """
-        if self.epoch >= self.epochs:
-            raise RuntimeError(
-                f"step() was called {self.epoch + 1} times for a horizon of {self.epochs} epochs; "
-                "make a new scheduler with more epochs"
-            )
-        if self._is_finalized():
-            raise RuntimeError(
-                f"finalize_ was called after {self.epoch} of {self.epochs} epochs, which ended the "
-                "noise and froze all weights; call it after the last step()"
-            )
+        self._check_steppable()
         numbers, counted = over_ranks(metrics, self._counted(), self._process_group)
-        missing = [name for name in self.policy.metrics if name not in numbers]
-        if missing:
-            where = "" if self._process_group is None else " on every rank"
-            raise KeyError(
-                f"{type(self.policy).__name__} needs the metric {missing[0]!r}{where}; call "
-                f"scheduler.step(metrics={{{missing[0]!r}: value}})"
-            )
-        for name in self.policy.metrics:
-            if not math.isfinite(numbers[name]):
-                warnings.warn(
-                    f"the metric {name!r} is {numbers[name]}: the policy is shown no change instead",
-                    stacklevel=2,
-                )
-        lost = [
-            layer.info.name
-            for layer in self._layers
-            if layer.weight is not None and not bool(layer.weight.weight.isfinite().all())
-        ]
-        if lost:
-            warnings.warn(
-                f"weights of {lost} are not finite: training has diverged, or a batch held NaN, which a "
-                "hard activation turns into its lowest level. finalize_ will refuse them",
-                stacklevel=2,
-            )
-        run = self._run
-        told = run.steps_per_epoch
-        if told is None and counted:
-            run = replace(run, steps_per_epoch=counted)
-        elif told is not None and self.epoch == 0 and counted and _differ(told, counted):
-            warnings.warn(
-                f"the first epoch took {counted} optimizer steps, steps_per_epoch is {told}: schedule "
-                "and learning rate are made for a run of another length. Where gradients are "
-                "accumulated, count the optimizer's steps, not the batches",
-                stacklevel=2,
-            )
+        self._check_metrics(numbers)
+        self._warn_of_lost_weights()
+        run = self._run_after_counting(counted)
         epoch = self.epoch + 1
         if epoch < self.epochs:
             settings, state = self._ask(run, epoch, [*self.history.metrics, numbers])
@@ -250,7 +207,7 @@ class QuantizationScheduler:
         if epoch < self.epochs:
             self._apply(settings, state)
         else:
-            self._freeze(self.get_last_setting())
+            self._freeze()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only; the model's own buffers are in the model's state_dict."""
@@ -324,7 +281,61 @@ class QuantizationScheduler:
             count.zero_()
         if self._counter is not None and epoch > 0:
             self._counter.remove()
-        self._set_noise(self.get_last_setting())
+        set_noise_(self._layers, self.get_last_setting())
+
+    def _check_steppable(self) -> None:
+        if self.epoch >= self.epochs:
+            raise RuntimeError(
+                f"step() was called {self.epoch + 1} times for a horizon of {self.epochs} epochs; "
+                "make a new scheduler with more epochs"
+            )
+        if is_finalized(self._layers, self.history.settings[-1]):
+            raise RuntimeError(
+                f"finalize_ was called after {self.epoch} of {self.epochs} epochs, which ended the "
+                "noise and froze all weights; call it after the last step()"
+            )
+
+    def _check_metrics(self, numbers: Mapping[str, float]) -> None:
+        missing = [name for name in self.policy.metrics if name not in numbers]
+        if missing:
+            where = "" if self._process_group is None else " on every rank"
+            raise KeyError(
+                f"{type(self.policy).__name__} needs the metric {missing[0]!r}{where}; call "
+                f"scheduler.step(metrics={{{missing[0]!r}: value}})"
+            )
+        for name in self.policy.metrics:
+            if not math.isfinite(numbers[name]):
+                warnings.warn(
+                    f"the metric {name!r} is {numbers[name]}: the policy is shown no change instead",
+                    stacklevel=3,
+                )
+
+    def _warn_of_lost_weights(self) -> None:
+        lost = [
+            layer.info.name
+            for layer in self._layers
+            if layer.weight is not None and not bool(layer.weight.weight.isfinite().all())
+        ]
+        if lost:
+            warnings.warn(
+                f"weights of {lost} are not finite: training has diverged, or a batch held NaN, which a "
+                "hard activation turns into its lowest level. finalize_ will refuse them",
+                stacklevel=3,
+            )
+
+    def _run_after_counting(self, counted: int) -> RunInfo:
+        """The run, with the optimizer steps of an epoch if they were not known before."""
+        told = self._run.steps_per_epoch
+        if told is None and counted:
+            return replace(self._run, steps_per_epoch=counted)
+        if told is not None and self.epoch == 0 and counted and _differ(told, counted):
+            warnings.warn(
+                f"the first epoch took {counted} optimizer steps, steps_per_epoch is {told}: schedule "
+                "and learning rate are made for a run of another length. Where gradients are "
+                "accumulated, count the optimizer's steps, not the batches",
+                stacklevel=3,
+            )
+        return self._run
 
     def _ask(
         self, run: RunInfo, epoch: int, metrics: Sequence[Mapping[str, float]]
@@ -333,81 +344,22 @@ class QuantizationScheduler:
         raw, state = ask(self.policy, run, epoch, relative(metrics, self._layers), self._state)
         settings = tuple(terminal(setting, run, epoch) for setting in raw)
         before = self.history.settings[-1] if self.history.settings else settings
-        for layer, old, new in zip(self._layers, before, settings, strict=True):
-            if new.fraction < old.fraction:
-                raise ValueError(
-                    f"the policy lets the INQ fraction of {layer.info.name} decrease from "
-                    f"{old.fraction} to {new.fraction}; fractions are cumulative"
-                )
-            if layer.weight is None:
-                continue
-            membership = layer.weight.weight_quantizer.membership
-            frozen = int(torch.count_nonzero(membership))
-            if frozen > round(new.fraction * membership.numel()):
-                raise ValueError(
-                    f"{frozen} of {membership.numel()} weights of {layer.info.name} are frozen, the "
-                    f"policy asks for the fraction {new.fraction}. To resume, make the scheduler "
-                    "before the model's and its own state are loaded; to train anew, quantize the "
-                    "float model again"
-                )
+        check_fractions(self._layers, before, settings)
         return settings, state
+
+    def _freeze(self) -> None:
+        settings, partition = self.get_last_setting(), self.policy.partition
+        freeze_(self._layers, settings, partition, self._seed * 1_000_003 + self.epoch * 1_009)
 
     def _apply(self, settings: tuple[Setting, ...], state: Any) -> None:
         self._state = state
         self.history.settings.append(settings)
-        self._set_noise(settings)
-        self._freeze(settings)
-
-    @torch.no_grad()
-    def _set_noise(self, settings: Sequence[Setting]) -> None:
-        for layer, s in zip(self._layers, settings, strict=True):
-            if layer.weight is not None:
-                quantizer = layer.weight.weight_quantizer
-                quantizer.forward_std.fill_(s.weight_forward_std)
-                quantizer.backward_std.fill_(s.weight_backward_std)
-                quantizer.forward_mean.fill_(s.weight_forward_mean)
-                quantizer.backward_mean.fill_(s.weight_forward_mean)
-            for activation in layer.activations:
-                activation.forward_std.fill_(s.activation_forward_std)
-                activation.backward_std.fill_(s.activation_backward_std)
-                activation.forward_mean.fill_(s.activation_forward_mean)
-                activation.backward_mean.fill_(s.activation_forward_mean)
+        set_noise_(self._layers, settings)
+        self._freeze()
 
     def _levels(self) -> list[list[str]]:
         """The level sets of each layer, in words, for those who load this state without the model's."""
         return [[spelled(q.levels) for q in layer.quantizers] for layer in self._layers]
-
-    def _is_finalized(self) -> bool:
-        """Whether a std that the last settings made positive is 0, or all is frozen before its time."""
-        last = self.history.settings[-1]
-        frozen = [
-            (s.fraction, layer.weight.weight_quantizer.membership)
-            for layer, s in zip(self._layers, last, strict=True)
-            if layer.weight is not None
-        ]
-        # A fraction below 1 may be all of a small weight.
-        early = any(round(fraction * marks.numel()) < marks.numel() for fraction, marks in frozen)
-        if early and all(bool(marks.all()) for _, marks in frozen):
-            return True
-        for layer, s in zip(self._layers, last, strict=True):
-            for quantizer in layer.quantizers:
-                of_weight = isinstance(quantizer, WeightQuantizer)
-                std = s.weight_forward_std if of_weight else s.activation_forward_std
-                if std > _VISIBLE and not bool(quantizer.forward_std.any()):
-                    return True
-        return False
-
-    def _freeze(self, settings: Sequence[Setting]) -> None:
-        for index, (layer, setting) in enumerate(zip(self._layers, settings, strict=True)):
-            if layer.weight is None:
-                continue
-            weight = layer.weight.weight
-            generator = torch.Generator(weight.device)
-            seed = self._seed * 1_000_003 + self.epoch * 1_009 + index
-            generator.manual_seed(seed % 2**63)
-            layer.weight.weight_quantizer.freeze_(
-                weight, setting.fraction, self.policy.partition, generator
-            )
 
     def _new_count(self) -> Tensor:
         # A tensor, since a number in a hook would have torch.compile compile anew for each value.
@@ -465,14 +417,9 @@ def _checked(policy: Policy) -> tuple[NoiseShape, str]:
             f"the policy's metrics must be a tuple of names, got the string {policy.metrics!r}"
         )
     noise = noise_shape(policy.noise)
-    if policy.partition not in PARTITIONS:
-        raise ValueError(
-            f"the policy's partition is {policy.partition!r}; it must be one of "
-            f"{', '.join(PARTITIONS)}"
-        )
     mode = getattr(policy, "mode", "expectation")
-    if mode not in MODES:
-        raise ValueError(f"the policy's mode is {mode!r}; it must be one of {', '.join(MODES)}")
+    check_choice("partition", policy.partition, PARTITIONS)
+    check_choice("mode", mode, MODES)
     return noise, mode
 
 

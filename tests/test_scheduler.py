@@ -135,7 +135,7 @@ def test_an_unknown_forward_value_is_refused():
         mode = "median"
 
     policy = Odd((Setting(),))
-    with pytest.raises(ValueError, match="mode is 'median'; it must be one of expectation"):
+    with pytest.raises(ValueError, match="unknown mode 'median'; choose one of expectation"):
         ls.QuantizationScheduler(network(), policy, 3)
 
 
@@ -867,7 +867,7 @@ ROW = (Setting(0.25, fraction=0.5),)
 REFUSED = [
     ({"policy": Scripted(ROW, count=3)}, ValueError, "3 settings for 2 layers"),
     ({"policy": Scripted(ROW, noise="pink")}, ValueError, "unknown noise 'pink'"),
-    ({"policy": Scripted(ROW, partition="largest")}, ValueError, "partition is 'largest'.*settled"),
+    ({"policy": Scripted(ROW, partition="largest")}, ValueError, "unknown partition 'largest'.*settled"),
     ({"policy": Failing(ROW)}, ArithmeticError, "no settings"),
     *(
         (

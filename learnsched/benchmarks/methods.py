@@ -14,6 +14,7 @@ from torch import nn
 from learnsched.benchmarks import spaces
 from learnsched.benchmarks.input_scales import scale_inputs_
 from learnsched.benchmarks.spaces import Trial
+from learnsched.choices import check_choice
 from learnsched.choose import LayerConfig
 from learnsched.layers import quantized_layers
 from learnsched.learned_quantizers import (
@@ -184,8 +185,7 @@ def hand_coded(bits: str = "ternary/2-bit") -> list[Method]:
         >>> [method.name for method in hand_coded("binary/binary") if "Net" in method.name]
         ['XNOR-Net', 'XNOR-Net, input scales']
     """
-    if bits not in BITS:
-        raise ValueError(f"unknown bits {bits!r}; choose one of {', '.join(BITS)}")
+    check_choice("bits", bits, BITS)
     methods = (*rivals(), *_with_warmed(_others()))
     return [_within(method, bits) for method in methods if bits in method.bits]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from learnsched import choices
 from learnsched.data import cifar10, digits, fashion_mnist, mnist1d
 from learnsched.data.splits import DataSet, Split, reduced, standardised, stratified
 
@@ -40,8 +41,7 @@ def load(name: str, folder: str | os.PathLike[str] | None = None) -> DataSet:
     """
     if name in _FROM_FOLDER:
         return _FROM_FOLDER[name](folder)
-    if name not in _WITH_PACKAGE:
-        raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(DATA_SETS)}")
+    choices.check_choice("data set", name, DATA_SETS)
     if folder is not None:
         raise ValueError(f"{name} is not read from files; leave folder out, got {str(folder)!r}")
     return _WITH_PACKAGE[name]()

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from learnsched.layers import quantized_layers
+from learnsched.layers import noise_fields, quantized_layers
 from learnsched.meta.convolution import ConvolutionsAsProducts
 from learnsched.modules import BATCH_NORMS
 from learnsched.quantizers import WeightQuantizer
@@ -21,14 +21,6 @@ from learnsched.schedule import FIELDS, LayerInfo
 
 # Buffers that the inner loop carries itself, as part of its state.
 CARRIED = ("membership", "held", "held_scale", "scale_held")
-
-# From noise buffers to what of a setting they hold: the mean shifts forward and backward noise.
-_MADE_OF = {
-    "forward_std": "forward_std",
-    "backward_std": "backward_std",
-    "forward_mean": "forward_mean",
-    "backward_mean": "forward_mean",
-}
 
 
 class Population(nn.Module):
@@ -139,13 +131,9 @@ def _noise_buffers(model: nn.Module) -> dict[str, tuple[int, int]]:
     names = {module: name for name, module in model.named_modules()}
     result = {}
     for index, layer in enumerate(quantized_layers(model)):
-        quantizers: list[tuple[str, nn.Module]] = [("activation", a) for a in layer.activations]
-        if layer.weight is not None:
-            quantizers.append(("weight", layer.weight.weight_quantizer))
-        for kind, quantizer in quantizers:
-            for buffer, field in _MADE_OF.items():
-                column = FIELDS.index(f"{kind}_{field}")
-                result[f"{names[quantizer]}.{buffer}"] = (index, column)
+        for quantizer in layer.quantizers:
+            for buffer, field in noise_fields(quantizer).items():
+                result[f"{names[quantizer]}.{buffer}"] = (index, FIELDS.index(field))
     return result
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from learnsched.choices import check_choice
 from learnsched.choose import LayerConfig
 from learnsched.convert import quantize_
 from learnsched.data import DataSet
@@ -136,10 +137,7 @@ class Task:
                 takes: float32 of shape ``(features,)`` for ``cnn1d``, ``(1, side, side)`` for
                 ``cnn2d``, ``residual`` and ``vgg``, any shape for ``mlp``.
         """
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(
-                f"unknown optimizer {self.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}"
-            )
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
         x, y = data.train.x, data.train.y
         models, order, picked = self._drawn(data, held_out)
         member_run = torch.arange(len(models)) % len(order)
@@ -234,8 +232,7 @@ class Task:
             "residual": lambda: residual(side, self.width, self.depth, data.classes),
             "vgg": lambda: vgg(side, self.width, self.depth, data.classes),
         }
-        if self.family not in makers:
-            raise ValueError(f"unknown family {self.family!r}; choose one of {', '.join(makers)}")
+        check_choice("family", self.family, makers)
         self._check_inputs(data)
         models = []
         with torch.random.fork_rng(devices=[]):  # initialisation draws from the global generator

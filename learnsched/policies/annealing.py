@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from learnsched.annealed import MODES
+from learnsched.choices import check_choice
 from learnsched.noise import noise_shape
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
@@ -71,15 +72,9 @@ class AdditiveNoiseAnnealing:
 
     def __post_init__(self) -> None:
         noise_shape(self.noise)
-        for name, options in (("mode", MODES), ("annealed", ANNEALED)):
-            if getattr(self, name) not in options:
-                raise ValueError(
-                    f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(options)}"
-                )
-        if self.interval not in INTERVALS:
-            raise ValueError(
-                f"unknown interval {self.interval!r}; choose one of {', '.join(INTERVALS)}"
-            )
+        check_choice("mode", self.mode, MODES)
+        check_choice("annealed", self.annealed, ANNEALED)
+        check_choice("interval", self.interval, INTERVALS)
         if not 0 < self.end <= 1:
             raise ValueError(f"end is a share of the run in (0, 1], got {self.end}")
         if not 0 < self.power < math.inf:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from learnsched.choices import check_choice
 from learnsched.incremental import PARTITIONS, check_fraction
 from learnsched.learning_rate import warm_cosine
 from learnsched.noise import noise_shape
@@ -65,10 +66,7 @@ class IncrementalQuantization:
     restarts: bool = False
 
     def __post_init__(self) -> None:
-        if self.partition not in PARTITIONS:
-            raise ValueError(
-                f"unknown partition {self.partition!r}; choose one of {', '.join(PARTITIONS)}"
-            )
+        check_choice("partition", self.partition, PARTITIONS)
         if isinstance(self.fractions, int) and self.fractions not in PUBLISHED_FRACTIONS:
             raise ValueError(
                 f"the paper has fractions for 2, 3, 4 and 5 bits, not {self.fractions}; "

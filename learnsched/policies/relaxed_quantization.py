@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from learnsched.annealed import MODES
+from learnsched.choices import check_choice
 from learnsched.noise import noise_shape
 from learnsched.policies.geometric import geometric
 from learnsched.schedule import RunInfo, Setting, Telemetry
@@ -59,8 +60,7 @@ class RelaxedQuantization:
 
     def __post_init__(self) -> None:
         noise_shape(self.noise)
-        if self.mode not in MODES:
-            raise ValueError(f"unknown mode {self.mode!r}; choose one of {', '.join(MODES)}")
+        check_choice("mode", self.mode, MODES)
         for name in ("std", "std_end"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
