@@ -867,7 +867,11 @@ ROW = (Setting(0.25, fraction=0.5),)
 REFUSED = [
     ({"policy": Scripted(ROW, count=3)}, ValueError, "3 settings for 2 layers"),
     ({"policy": Scripted(ROW, noise="pink")}, ValueError, "unknown noise 'pink'"),
-    ({"policy": Scripted(ROW, partition="largest")}, ValueError, "unknown partition 'largest'.*settled"),
+    (
+        {"policy": Scripted(ROW, partition="largest")},
+        ValueError,
+        "unknown partition 'largest'.*settled",
+    ),
     ({"policy": Failing(ROW)}, ArithmeticError, "no settings"),
     *(
         (

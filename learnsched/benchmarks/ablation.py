@@ -30,7 +30,7 @@ from learnsched.meta import distribution
 from learnsched.meta.estimators import Rollout
 from learnsched.meta.inner import InnerLoop
 from learnsched.meta.rollout import table_rollout
-from learnsched.policies import LearnedPolicy
+from learnsched.policies import LearnedPolicy, MetaNetwork
 from learnsched.schedule import (
     BACKWARD_STDS,
     FIELDS,
@@ -81,6 +81,16 @@ class Unscheduled(Method):
         return rollout
 
 
+class LayersAlike(MetaNetwork):
+    """A meta-network that is shown, for every layer, the mean over the layers.
+
+    What the base curve makes of each layer stays.
+    """
+
+    def forward(self, features: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(features.mean(-2, keepdim=True).expand_as(features), state)
+
+
 def _planned(method: Method, inner: InnerLoop) -> Tensor:
     """Settings of all members with telemetry at rest, horizon first."""
     if method.learned is None:
@@ -107,10 +117,12 @@ def variants(policy: LearnedPolicy) -> list[Method]:
         Blind("without telemetry", **shared),
     ]
     if policy.shared_noise:
-        apart = LearnedPolicy(
-            policy.network, policy.base, policy.domain, open_loop=policy.open_loop
-        )
+        apart = policy.replaced(shared_noise=False)
         found.append(replace(whole, name="noise of its own in each layer", learned=apart))
+    network = LayersAlike(policy.network.hidden, policy.network.embedding)
+    network.load_state_dict(policy.network.state_dict())
+    alike = policy.replaced(network=network)
+    found.append(replace(whole, name="without inputs of the layers", learned=alike))
     return found
 
 

@@ -11,7 +11,6 @@ test data. ``--noise shared own`` asks whether its noise should be shared by the
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,10 +49,8 @@ def candidates(names: Sequence[str], noises: Sequence[str]) -> dict[str, Learned
         for noise in noises:
             if noise == "as-made":
                 found[name] = policy
-                continue
-            changed = copy.copy(policy)
-            changed.shared_noise = _SHARED[noise]
-            found[f"{name}, {noise} noise"] = changed
+            else:
+                found[f"{name}, {noise} noise"] = policy.replaced(shared_noise=_SHARED[noise])
     return found
 
 

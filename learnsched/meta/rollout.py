@@ -124,9 +124,9 @@ class PolicyRollout:
         """See :meth:`ParametricRollout.changed`."""
         rollouts = []
         for change in changes:
-            policy = copy.copy(self._policy)
-            policy.network = copy.deepcopy(self._policy.network).requires_grad_(False)
-            vector_to_parameters(self.parameters + change, policy.network.parameters())
+            network = copy.deepcopy(self._policy.network).requires_grad_(False)
+            vector_to_parameters(self.parameters + change, network.parameters())
+            policy = self._policy.replaced(network=network)
             rollouts.append(PolicyRollout(policy, self._run, self._members))
 
         def rollout(epoch: int, telemetry: Telemetry) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Sequence
@@ -100,6 +101,15 @@ class LearnedPolicy:
         # Artefacts that are older have no such choice.
         shared_noise = config.get("shared_noise", False)
         return cls(network, base, domain, open_loop=config["open_loop"], shared_noise=shared_noise)
+
+    def replaced(
+        self, *, network: MetaNetwork | None = None, shared_noise: bool | None = None
+    ) -> LearnedPolicy:
+        """The same policy with another network, or with noise shared otherwise."""
+        result = copy.copy(self)
+        result.network = self.network if network is None else network
+        result.shared_noise = self.shared_noise if shared_noise is None else shared_noise
+        return result
 
     def begin(self, run: RunInfo) -> dict[str, Tensor]:
         """The state before the first epoch; warns if the run lies outside the domain.
