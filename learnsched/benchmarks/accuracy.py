@@ -127,7 +127,7 @@ def _curve(base: BaseCurves, task: Task) -> BaseCurve:
 def _digest(policy: LearnedPolicy, curve: BaseCurve) -> str:
     """A hash of a learned policy: base curve, what it sees and has seen, and weights."""
     seen = sorted(asdict(policy.domain).items())
-    choices = (policy.open_loop, policy.shared_noise)
+    choices = (policy.open_loop, policy.shared_noise) + (True,) * policy.moved_start
     digest = hashlib.sha256(repr((_numbers(curve), choices, seen)).encode())
     for name, value in sorted(policy.network.state_dict().items()):
         digest.update(name.encode())

@@ -7,11 +7,13 @@
 
 Inner runs take 300 to 800 optimizer steps on networks of four layers, 16 to 32 channels wide. All
 variants have the same tasks, outer optimizer and average of the meta-parameters. ``stabilised`` damps
-the second order, leaves chaotic runs to evolution strategies, clips the gradient of every member and
-has all layers share the network's noise; ``own-noise`` does all of it but the last. ``hybrid`` weighs
-damped backpropagation and evolution strategies by their errors, ``clipped`` backpropagates whole; both
-clip and share noise. ``plain`` does nothing of all this. ``evolution`` does not backpropagate through
-runs at all: it follows the error itself with 32 pairs a member, which is for a GPU (``--device cuda``).
+the second order, leaves chaotic runs to evolution strategies, clips the gradient of every member, has
+all layers share the network's noise, and lets the network move the start of freezing instead of freezing
+a few weights from the first epoch on. ``early-freezing`` does all of it but the last, ``own-noise`` all
+but the last two. ``hybrid`` weighs damped backpropagation and evolution strategies by their errors,
+``clipped`` backpropagates whole; both do the rest. ``plain`` does nothing of all this. ``evolution`` does
+not backpropagate through runs at all: it follows the error itself with 32 pairs a member, which is for a
+GPU (``--device cuda``).
 A run that was interrupted goes on. The bound to beat is that of the strongest hand-coded methods, tuned
 on the validation tasks, then run on the same seeds as the learned schedule is validated on.
 """
@@ -58,11 +60,13 @@ class Variant:
         estimator: of meta-gradients.
         clip: see :class:`TrainerConfig`.
         shared_noise: see :class:`LearnedPolicy`.
+        moved_start: see :class:`LearnedPolicy`.
     """
 
     estimator: Estimator
     clip: float
     shared_noise: bool = True
+    moved_start: bool = True
 
 
 _STABILISED = Variant(
@@ -74,10 +78,11 @@ _STABILISED = Variant(
 )
 VARIANTS = {
     "stabilised": _STABILISED,
-    "own-noise": replace(_STABILISED, shared_noise=False),
+    "early-freezing": replace(_STABILISED, moved_start=False),
+    "own-noise": replace(_STABILISED, shared_noise=False, moved_start=False),
     "hybrid": Variant(PRESETS["standard"].estimator, clip=1.0),
     "clipped": Variant(Unrolled(), clip=1.0),
-    "plain": Variant(Unrolled(), clip=math.inf, shared_noise=False),
+    "plain": Variant(Unrolled(), clip=math.inf, shared_noise=False, moved_start=False),
     "evolution": Variant(
         EvolutionStrategies(
             pairs=32, std=0.12, relative_std=0.4, knots=3, by_layer=False, objective="error"
@@ -140,7 +145,13 @@ def trained(
     torch.manual_seed(config.seed)
     preset = PRESETS["standard"]
     domain = replace(preset.domain, steps=(300, 800))
-    policy = LearnedPolicy(MetaNetwork(), preset.base, domain, shared_noise=variant.shared_noise)
+    policy = LearnedPolicy(
+        MetaNetwork(),
+        preset.base,
+        domain,
+        shared_noise=variant.shared_noise,
+        moved_start=variant.moved_start,
+    )
     policy.network.to(device)
     config = replace(config, clip=variant.clip)
     return MetaTrainer(policy, config, folder, data, variant.estimator, device=device)
@@ -217,6 +228,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 # Of each variant: dashes and shade.
 _LINES = {
     "stabilised": ("-", "0.0"),
+    "early-freezing": ((0, (6, 1, 1, 1, 1, 1)), "0.0"),
     "own-noise": ("--", "0.0"),
     "hybrid": ("-.", "0.0"),
     "clipped": ("-.", "0.35"),
@@ -239,12 +251,12 @@ def plot(rows: Sequence[Mapping[str, Any]], bound: Mapping[str, Any] | None) -> 
         seen.add(name)
         known = [e for e in log if "validation_error" in e]
         error.plot(
-            [e["step"] for e in known], [100 * e["validation_error"] for e in known], dashes,
-            color=shade, marker="osD^"[row["seed"] % 4], ms=3, lw=1, label=label,
+            [e["step"] for e in known], [100 * e["validation_error"] for e in known],
+            linestyle=dashes, color=shade, marker="osD^"[row["seed"] % 4], ms=3, lw=1, label=label,
         )  # fmt: skip
         steps = [e for e in log if "norm_largest" in e]
         largest = [e["norm_largest"] for e in steps]
-        norm.plot([e["step"] for e in steps], largest, dashes, color=shade, lw=0.8)
+        norm.plot([e["step"] for e in steps], largest, linestyle=dashes, color=shade, lw=0.8)
     if bound is not None:
         name, errors = min(bound["errors"].items(), key=lambda item: sum(item[1]))
         error.axhline(

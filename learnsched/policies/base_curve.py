@@ -118,7 +118,8 @@ class BaseCurve:
     ) -> tuple[float, float, float, float, float]:
         """Weight forward and backward std, activation forward and backward std, fraction.
 
-        Forward std before it follows the loss.
+        Forward std before it follows the loss. Before freezing starts the fraction is negative: the
+        line that rises from ``freeze_from`` on, continued. What is added to it moves the start.
 
         Args:
             progress: of the run, in [0, 1].
@@ -136,7 +137,7 @@ class BaseCurve:
 
         # A layer whose weights stay real has a fan-in of 0.
         frozen = depth == 0 and 0 < fan_in <= self.frozen_fan_in
-        fraction = min(1.0, max(0.0, (progress - self.freeze_from) / (1 - self.freeze_from)))
+        fraction = (progress - self.freeze_from) / (1 - self.freeze_from)
         return (
             forward(self.weight_forward_std, self.weight_hard_from),
             backward(self.weight_backward_std, self.weight_backward_end, self.weight_backward_tilt),
@@ -160,7 +161,11 @@ class BaseCurve:
         gain = float(loss_gain(telemetry.loss, power)) if power else 1.0
         return [
             Setting(
-                gain * weight, weight_backward, gain * activation, activation_backward, fraction
+                gain * weight,
+                weight_backward,
+                gain * activation,
+                activation_backward,
+                max(0.0, fraction),
             )
             for weight, weight_backward, activation, activation_backward, fraction in self.rows(
                 run, epoch

@@ -22,6 +22,8 @@ from learnsched.schedule import FIELDS, RunInfo, Setting, Telemetry
 
 # Of the training loss in the first epoch's: twice what the features are clipped to.
 _LARGEST_LOSS = round(2 * math.e, 1)
+# Choices that the first artefacts do not name; they are made without.
+LATER_CHOICES = ("shared_noise", "moved_start")
 # Of the factor on a backward std.
 _LOG_RANGE = math.log(6.0)
 
@@ -40,6 +42,9 @@ class LearnedPolicy:
         open_loop: show network and base no telemetry.
         shared_noise: give all layers the mean of what the network adds to their noise; each keeps its
             own fraction.
+        moved_start: what the network adds to the fraction moves the start of freezing, and freezes
+            nothing before. Without, it may freeze a few weights of a layer from the first epoch on,
+            and their scale with them; no gradient sees that.
 
     Example:
         >>> from learnsched.schedule import LayerInfo, plan
@@ -60,6 +65,7 @@ class LearnedPolicy:
         *,
         open_loop: bool = False,
         shared_noise: bool = False,
+        moved_start: bool = False,
     ) -> None:
         self.network = network
         base = base or BaseCurve()
@@ -67,6 +73,7 @@ class LearnedPolicy:
         self.domain = domain or Domain()
         self.open_loop = open_loop
         self.shared_noise = shared_noise
+        self.moved_start = moved_start
         self.metrics: tuple[str, ...] = () if open_loop else ("train_loss",)
 
     def __repr__(self) -> str:
@@ -81,6 +88,7 @@ class LearnedPolicy:
             "embedding": self.network.embedding,
             "open_loop": self.open_loop,
             "shared_noise": self.shared_noise,
+            "moved_start": self.moved_start,
             "base": self.base.config(),
             "domain": {name: list(seen) for name, seen in asdict(self.domain).items()},
         }
@@ -98,9 +106,9 @@ class LearnedPolicy:
         with torch.random.fork_rng(devices=[]):
             network = MetaNetwork(config["hidden"], config["embedding"]).float()
         base = BaseCurves.from_config(config["base"])
-        # Artefacts that are older have no such choice.
-        shared_noise = config.get("shared_noise", False)
-        return cls(network, base, domain, open_loop=config["open_loop"], shared_noise=shared_noise)
+        # Artefacts that are older have no such choices.
+        later = {name: config.get(name, False) for name in LATER_CHOICES}
+        return cls(network, base, domain, open_loop=config["open_loop"], **later)
 
     def replaced(
         self, *, network: MetaNetwork | None = None, shared_noise: bool | None = None
@@ -185,7 +193,11 @@ class LearnedPolicy:
         gain: Tensor | float = 1.0
         if not self.open_loop:
             gain = loss_gain(telemetry.loss, curve.power_in(run)).to(like).unsqueeze(-1)
-        fraction = torch.maximum(state["fraction"], leaky_clamp(base[4] + offset[..., 4]))
+        if self.moved_start:
+            fraction = (base[4] + offset[..., 4]).clamp(0, 1)
+        else:
+            fraction = leaky_clamp(base[4].clamp(min=0) + offset[..., 4])
+        fraction = torch.maximum(state["fraction"], fraction)
         columns = (
             leaky_clamp(base[0] * gain + offset[..., 0]),
             base[1] * torch.exp(_LOG_RANGE * offset[..., 1]),

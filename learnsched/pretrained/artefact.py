@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from learnsched.digest import digest
 from learnsched.files import write, write_text
 from learnsched.policies.features import FEATURE_SCHEMA
-from learnsched.policies.learned import LearnedPolicy
+from learnsched.policies.learned import LATER_CHOICES, LearnedPolicy
 
 FORMAT_VERSION = 2
 
@@ -243,7 +243,7 @@ def _policy(config: Any) -> LearnedPolicy:
     for units in (config["hidden"], config["embedding"]):
         if type(units) is not int or not 1 <= units <= _MOST_UNITS:
             raise ValueError(f"a meta-network has 1 to {_MOST_UNITS} units, not {units!r}")
-    for name in ("open_loop", "shared_noise"):
+    for name in ("open_loop", *LATER_CHOICES):
         if type(choice := config.get(name, False)) is not bool:
             raise ValueError(f"{name} is true or false, not {choice!r}")
     if not 1 <= len(config["base"]) <= _MOST_CASES:
@@ -258,8 +258,7 @@ def _policy(config: Any) -> LearnedPolicy:
     if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
         raise ValueError("base curves and the domain are made of finite numbers")
     policy = LearnedPolicy.from_config(config)
-    # Artefacts that are older do not tell whether noise is shared.
-    if policy.config() != {"shared_noise": False, **config}:
+    if policy.config() != {**dict.fromkeys(LATER_CHOICES, False), **config}:
         raise ValueError(f"the configuration is not whole, or has more in it: {config}")
     return policy
 
