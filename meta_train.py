@@ -144,9 +144,14 @@ def _trainer(preset: Preset, options: argparse.Namespace) -> MetaTrainer:
                 "learned holds for its own; leave --from out, or take the preset that it was made with"
             )
         network = copy.deepcopy(source.network).requires_grad_(True)
-    # Differences between layers that a network learned did harm (figures/meta_training.md).
+    # Differences between layers that a network learned did harm (figures/meta_training.md), and a few
+    # weights frozen from the first epoch on ruined a run of meta-training (figures/meta_gradient.md).
     policy = LearnedPolicy(
-        network.to(options.device), preset.base, preset.domain, shared_noise=True
+        network.to(options.device),
+        preset.base,
+        preset.domain,
+        shared_noise=True,
+        moved_start=True,
     )
     config = TrainerConfig(**{**vars(preset.trainer), "seed": options.seed})
     return MetaTrainer(

@@ -11,7 +11,7 @@ the second order, leaves chaotic runs to evolution strategies, clips the gradien
 all layers share the network's noise, and lets the network move the start of freezing instead of freezing
 a few weights from the first epoch on. ``early-freezing`` does all of it but the last, ``own-noise`` all
 but the last two. ``hybrid`` weighs damped backpropagation and evolution strategies by their errors,
-``clipped`` backpropagates whole; both do the rest. ``plain`` does nothing of all this. ``evolution`` does
+``clipped`` backpropagates whole; both do the rest. ``plain`` does nothing of this. ``evolution`` does
 not backpropagate through runs at all: it follows the error itself with 32 pairs a member, which is for a
 GPU (``--device cuda``).
 A run that was interrupted goes on. The bound to beat is that of the strongest hand-coded methods, tuned
