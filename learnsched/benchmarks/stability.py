@@ -2,6 +2,7 @@
 
     python -m learnsched.benchmarks.stability --variant stabilised --seed 0 --folder FOLDER
     python -m learnsched.benchmarks.stability --variant plain --seed 0 --folder FOLDER
+    python -m learnsched.benchmarks.stability --variant early-freezing --seed 0 --folder FOLDER --cure
     python -m learnsched.benchmarks.stability --hand-coded --folder FOLDER
     python -m learnsched.benchmarks.stability --folder FOLDER --plot PATH
 
@@ -15,7 +16,9 @@ but the last two. ``hybrid`` weighs damped backpropagation and evolution strateg
 not backpropagate through runs at all: it follows the error itself with 32 pairs a member, which is for a
 GPU (``--device cuda``).
 A run that was interrupted goes on. The bound to beat is that of the strongest hand-coded methods, tuned
-on the validation tasks, then run on the same seeds as the learned schedule is validated on.
+on the validation tasks, then run on the same seeds as the learned schedule is validated on. ``--cure``
+asks whether early freezing is what ails a run: its last network is validated as it is, and where the same
+outputs move the start of freezing.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ from learnsched.meta.presets import PRESETS
 from learnsched.meta.tasks import Task
 from learnsched.meta.trainer import MetaTrainer, TrainerConfig
 from learnsched.meta.unrolled import Unrolled
+from learnsched.meta.validation import hard_errors
 from learnsched.policies import LearnedPolicy, MetaNetwork
 from learnsched.tables import markdown
 
@@ -155,6 +159,22 @@ def trained(
     policy.network.to(device)
     config = replace(config, clip=variant.clip)
     return MetaTrainer(policy, config, folder, data, variant.estimator, device=device)
+
+
+def cured(trainer: MetaTrainer) -> list[dict[str, Any]]:
+    """Validation error, task by task, of the last network as it is and with the start moved."""
+    trainer.load_last()
+    return [
+        {
+            "moved_start": moved,
+            "errors": {
+                task.name: float(hard_errors(policy, task, trainer.data[task.data]).mean())
+                for task in trainer.config.validation
+            },
+        }
+        for moved in (trainer.policy.moved_start, True)
+        for policy in [trainer.policy.replaced(moved_start=moved)]
+    ]
 
 
 def hand_coded(
@@ -282,6 +302,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of tasks, meta-network and search")
     parser.add_argument("--steps", type=int, default=200, help="outer steps in all")
     parser.add_argument("--hand-coded", action="store_true", help="tune the bound to beat")
+    parser.add_argument("--cure", action="store_true", help="validate the last network, cured")
     parser.add_argument("--folder", type=Path, default=Path("runs/stability"))
     parser.add_argument(
         "--quick", action="store_true", help="all variants, 2 outer steps in seconds"
@@ -311,7 +332,14 @@ def _run(
     data = config.load_data()
     for name in chosen:
         run = folder / f"{name}-{config.seed}"
-        trained(VARIANTS[name], config, run, data, options.device).run(steps, _show)
+        trainer = trained(VARIANTS[name], config, run, data, options.device)
+        if options.cure:
+            found = cured(trainer)
+            write_results(run / "cure.json", {"step": trainer.step, "records": found})
+            for record in found:
+                print(f"start moved: {record['moved_start']}, errors {record['errors']}")
+            continue
+        trainer.run(steps, _show)
         write_results(run / "environment.json", {})
     path = folder / "hand_coded.json"
     bound = json.loads(path.read_text()) if path.exists() else None

@@ -28,7 +28,7 @@ from learnsched.meta.rollout import begin
 from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.meta.validation import hard_errors
-from learnsched.policies.learned import LearnedPolicy
+from learnsched.policies.learned import LATER_CHOICES, LearnedPolicy
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,10 @@ class MetaTrainer:
         """
         self._assign(self._best if math.isfinite(self.best_error) else self._average)
 
+    def load_last(self) -> None:
+        """Give the policy the averaged parameters of the last step."""
+        self._assign(self._average)
+
     @property
     def log(self) -> list[dict[str, Any]]:
         """One entry an outer step, and before them the validation of the start, of step 0."""
@@ -278,7 +282,8 @@ class MetaTrainer:
         path = self.folder / "config.json"
         if path.exists():
             stored = json.loads(path.read_text())
-            # The run may have begun before tasks had all their fields.
+            # The run may have begun before policies had all their choices, and tasks all their fields.
+            stored["policy"] = dict.fromkeys(LATER_CHOICES, False) | stored["policy"]
             later = {f.name: f.default for f in fields(Task) if f.default is not MISSING}
             tasks = stored["trainer"]["validation"]
             stored["trainer"]["validation"] = [later | task for task in tasks]

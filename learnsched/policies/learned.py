@@ -111,12 +111,17 @@ class LearnedPolicy:
         return cls(network, base, domain, open_loop=config["open_loop"], **later)
 
     def replaced(
-        self, *, network: MetaNetwork | None = None, shared_noise: bool | None = None
+        self,
+        *,
+        network: MetaNetwork | None = None,
+        shared_noise: bool | None = None,
+        moved_start: bool | None = None,
     ) -> LearnedPolicy:
-        """The same policy with another network, or with noise shared otherwise."""
+        """The same policy with what is given in place of its own."""
         result = copy.copy(self)
         result.network = self.network if network is None else network
         result.shared_noise = self.shared_noise if shared_noise is None else shared_noise
+        result.moved_start = self.moved_start if moved_start is None else moved_start
         return result
 
     def begin(self, run: RunInfo) -> dict[str, Tensor]:
