@@ -14,7 +14,7 @@ from learnsched.benchmarks.held_out import QUICK_TASKS, compare
 from learnsched.benchmarks.methods import hand_coded
 from learnsched.benchmarks.room import tables
 from learnsched.benchmarks.search import Budget
-from learnsched.benchmarks.transfer import gains
+from learnsched.benchmarks.transfer import gains, margins
 from learnsched.data import load
 from learnsched.meta.presets import PRESETS
 from learnsched.policies import BaseCurve
@@ -146,6 +146,16 @@ def test_gains_are_paired_over_the_learning_rates():
     # 2, 4 and 6 points: their standard deviation is 2, the standard error 2 / √3.
     assert gains(records, "new", "old").splitlines() == [
         "| task | new − old |", "| --- | --- |", "| a | +4.0 ± 1.2 |",
+    ]  # fmt: skip
+
+
+def test_margins_are_to_the_best_of_what_was_tuned():
+    tests = {("a", "new"): 0.6, ("a", "old"): 0.5, ("a", "one"): 0.55, ("a", "two"): 0.4,
+             ("b", "new"): 0.2, ("b", "old"): 0.1, ("b", "one"): 0.1, ("b", "two"): 0.3}  # fmt: skip
+    records = [{"cell": c, "method": m, "test": [t, t]} for (c, m), t in tests.items()]
+    assert margins(records, "new", "old").splitlines()[2:] == [
+        "| a | one | +5.0 | +10.0 |", "| b | two | -10.0 | +10.0 |",
+        "| ahead in 1 of 2 |  | -2.5 | +10.0 |",
     ]  # fmt: skip
 
 

@@ -17,8 +17,8 @@ not backpropagate through runs at all: it follows the error itself with 32 pairs
 GPU (``--device cuda``).
 A run that was interrupted goes on. The bound to beat is that of the strongest hand-coded methods, tuned
 on the validation tasks, then run on the same seeds as the learned schedule is validated on. ``--cure``
-asks whether early freezing is what ails a run: its last network is validated as it is, and where the same
-outputs move the start of freezing.
+asks whether early freezing is what ails a run: its last network is validated as it is, and where what it
+puts out moves the start of freezing.
 """
 
 from __future__ import annotations
