@@ -12,6 +12,7 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from learnsched.benchmarks import report_figures
 from learnsched.benchmarks.methods import WARM_UP_SUFFIX
@@ -69,6 +70,16 @@ def verdict(found: Comparison, first: str, second: str) -> str:
         f"mean margin {found.interval.text('+')} points; Wilcoxon's signed-rank test over cells "
         f"p = {found.p_signed_rank:.3g}, sign test p = {found.p_sign:.3g}."
     )
+
+
+def by_data(found: Comparison, cells: Cells) -> str:
+    """The mean margin over the cells of each data set, in one sentence."""
+    groups: dict[str, list[float]] = {}
+    for cell, margin in found.margins.items():
+        data = next(iter(cells[cell].values()))["description"].split()[0]
+        groups.setdefault(data, []).append(100 * margin)
+    means = (f"{data} {fmean(group):+.1f} ({len(group)})" for data, group in groups.items())
+    return f"Mean margin by data set (cells): {', '.join(means)}."
 
 
 def _trials(records: Sequence[Record]) -> int:
@@ -143,6 +154,7 @@ def page(records: Sequence[Record], shares: Mapping[str, Mapping[str, float]]) -
         found = against_best(cells, name)
         if found is not None:
             parts.append(verdict(found, name, "the best hand-coded method"))
+            parts.append(by_data(found, cells))
         gap = overall_gap_closed(cells, name)
         if gap is not None:
             parts.append(f"Gap closed over all cells, as the ratio of sums: {100 * gap:.0f} %.")
@@ -153,7 +165,8 @@ def page(records: Sequence[Record], shares: Mapping[str, Mapping[str, float]]) -
                 if name in rows and (rival := choose(rows)) is not None
             }
             if pairs:
-                parts.append(verdict(compare(pairs), name, text))
+                found = compare(pairs)
+                parts += [verdict(found, name, text), by_data(found, cells)]
         if any(name in rows and best(rows, START) for rows in cells.values()):
             parts += [
                 "What the network adds to its closed form, where it is applied: validation accuracy at "
