@@ -52,7 +52,7 @@ def test_gains_are_paired_and_averaged_over_all_runs():
 
 
 def test_noise_is_shared_or_not_as_asked():
-    policies = selection.candidates(["default"], ["as-made", "shared", "own"])
+    policies = selection.candidates(["default"], ["as-made", "shared-noise", "own-noise"])
     assert [policy.shared_noise for policy in list(policies.values())[1:]] == [True, True, False]
 
 

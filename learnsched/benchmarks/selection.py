@@ -1,11 +1,12 @@
 """Which learned schedule is the best on meta-training's validation tasks, with fresh seeds?
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.selection ARTEFACT [ARTEFACT ...]
-                       [--noise as-made shared own] [--seed N ...] [--preset P] [--quick] [--json PATH]
+                       [--change CHANGE ...] [--seed N ...] [--preset P] [--quick] [--json PATH]
 
 Artefacts are names or paths. Each is compared with the base curve that it starts from, on the same
 runs: the validation tasks of the preset, with seeds that neither training nor its validation saw; no
-test data. ``--noise shared own`` asks whether its noise should be shared by the layers, by taking both.
+test data. ``--change shared-noise own-noise`` asks whether its noise should be shared by the layers, by
+taking both.
 """
 
 from __future__ import annotations
@@ -30,14 +31,20 @@ from learnsched.policies import LearnedPolicy, MetaNetwork
 from learnsched.tables import markdown
 
 BASE = "base curve"
-_SHARED = {"shared": True, "own": False}
+# Of an artefact's choices, by the words of the command line.
+_CHANGES: dict[str, dict[str, Any]] = {
+    "as-made": {},
+    "shared-noise": {"shared_noise": True},
+    "own-noise": {"shared_noise": False},
+    "moved-start": {"moved_start": True},
+}
 
 
-def candidates(names: Sequence[str], noises: Sequence[str]) -> dict[str, LearnedPolicy]:
-    """The base curve of the first artefact, then every artefact with every kind of noise.
+def candidates(names: Sequence[str], changes: Sequence[str]) -> dict[str, LearnedPolicy]:
+    """The base curve of the first artefact, then every artefact with every change.
 
     Example:
-        >>> list(candidates(["default"], ["as-made", "own"]))
+        >>> list(candidates(["default"], ["as-made", "own-noise"]))
         ['base curve', 'default', 'default, own noise']
     """
     from learnsched.pretrained import load_pretrained
@@ -46,11 +53,9 @@ def candidates(names: Sequence[str], noises: Sequence[str]) -> dict[str, Learned
     first = policies[names[0]]
     found = {BASE: LearnedPolicy(MetaNetwork(), first.base, first.domain)}
     for name, policy in policies.items():
-        for noise in noises:
-            if noise == "as-made":
-                found[name] = policy
-            else:
-                found[f"{name}, {noise} noise"] = policy.replaced(shared_noise=_SHARED[noise])
+        for change in changes:
+            suffix = f", {change.replace('-', ' ')}" if _CHANGES[change] else ""
+            found[name + suffix] = policy.replaced(**_CHANGES[change])
     return found
 
 
@@ -90,7 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("artefacts", nargs="*", default=["default"], help="names or paths")
-    parser.add_argument("--noise", nargs="+", choices=("as-made", *_SHARED), default=["as-made"])
+    parser.add_argument(
+        "--change", nargs="+", choices=_CHANGES, default=["as-made"], help="of what they are"
+    )
     parser.add_argument("--preset", choices=PRESETS, default="standard", help="whose tasks")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the tasks")
     parser.add_argument("--quick", action="store_true", help="two runs of one task")
@@ -98,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     distribution.start()
     torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
-    policies = candidates(options.artefacts, options.noise)
+    policies = candidates(options.artefacts, options.change)
     tasks = PRESETS[options.preset].trainer.validation
     if options.quick:
         tasks = (replace(tasks[0], learning_rates=tasks[0].learning_rates[:2]),)
