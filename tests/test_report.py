@@ -64,7 +64,7 @@ def record(cell, method):
     space = {n: {"name": "FloatDistribution", "attributes": real} for n in ("learning_rate", "std")}
     return {
         "cell": cell,
-        "description": f"network of {cell}",
+        "description": f"{'digits' if cell == 'one' else 'mnist1d'} network of {cell}",
         "bits": "ternary/2-bit",
         "method": method,
         "role": role,
@@ -90,6 +90,13 @@ def records():
 @pytest.fixture
 def cells(records):
     return by_cell(records)
+
+
+def test_margins_are_averaged_by_data_set(cells):
+    # 4 points on digits; -1 and 11 on MNIST-1D.
+    assert report.by_data(against_best(cells, "learned"), cells) == (
+        "Mean margin by data set (cells): digits +4.0 (1), mnist1d +5.0 (2)."
+    )
 
 
 def test_the_best_hand_coded_is_chosen_cell_by_cell(cells):
