@@ -166,17 +166,15 @@ def trained(
 def cured(trainer: MetaTrainer) -> list[dict[str, Any]]:
     """Validation error, task by task, of the last network as it is and with the start moved."""
     trainer.load_last()
-    return [
-        {
-            "moved_start": moved,
-            "errors": {
-                task.name: float(hard_errors(policy, task, trainer.data[task.data]).mean())
-                for task in trainer.config.validation
-            },
+    records = []
+    for moved in sorted({trainer.policy.moved_start, True}):
+        policy = trainer.policy.replaced(moved_start=moved)
+        errors = {
+            task.name: float(hard_errors(policy, task, trainer.data[task.data]).mean())
+            for task in trainer.config.validation
         }
-        for moved in (trainer.policy.moved_start, True)
-        for policy in [trainer.policy.replaced(moved_start=moved)]
-    ]
+        records.append({"moved_start": moved, "errors": errors})
+    return records
 
 
 def hand_coded(

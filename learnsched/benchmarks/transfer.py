@@ -207,7 +207,8 @@ def gains(records: Sequence[Mapping[str, Any]], method: str, other: str) -> str:
 def margins(records: Sequence[Mapping[str, Any]], method: str, start: str) -> str:
     """Markdown: points of test accuracy by which a method is ahead of the best of those tuned by hand.
 
-    The best is chosen on test data, task by task, which favours it. The last row is the mean.
+    The best is chosen on test data, task by task, which favours it. The last row is the mean. Tasks that
+    not all methods have run on are left out.
 
     Args:
         records: of :func:`transfer`.
@@ -219,6 +220,8 @@ def margins(records: Sequence[Mapping[str, Any]], method: str, start: str) -> st
     ahead: list[tuple[float, float]] = []
     rows = [["task", "best by hand", f"{method} − best", f"{method} − {start}"]]
     for cell in dict.fromkeys(r["cell"] for r in records):
+        if any((cell, name) not in found for name in (method, start, *rivals)):
+            continue
         best = max(rivals, key=lambda name: found[cell, name])
         own = found[cell, method]
         ahead.append((own - found[cell, best], own - found[cell, start]))
