@@ -34,6 +34,7 @@ def run(name, *arguments):
         "unroll",
         "curve_search",
         "transfer",
+        "full_size",
         "ablation",
         "population",
         "outer_steps",

@@ -104,6 +104,7 @@ SLOW = {
     "ablation": benchmark("ablation"),
     "room": benchmark("room"),
     "transfer": benchmark("transfer"),
+    "full_size": benchmark("full_size"),
     "first_layer": benchmark("first_layer"),
     "follow_loss": benchmark("follow_loss"),
     "warm_up": benchmark("warm_up"),

@@ -102,14 +102,13 @@ def compared(
     return rows
 
 
-def measure(task: Task, method: Method, policy: Policy | None, budget: Budget) -> dict[str, Any]:
+def measure(
+    task: Task, method: Method, policy: Policy | None, rates: Sequence[float], budget: Budget
+) -> dict[str, Any]:
     """Validation accuracy of every learning rate, and test accuracy of fresh seeds at the best."""
     data = load(task.data)
-    count = budget.trials
-    lowest = _LOWEST_RATE[task.optimizer]
-    rates = [lowest * 25 ** (i / max(1, count - 1)) for i in range(count)]
     validation = train(
-        method, task, data, rates, [policy] * count, budget.trial_runs, data.validation
+        method, task, data, rates, [policy] * len(rates), budget.trial_runs, data.validation
     ).mean(1)
     rate = rates[int(smoothed(validation).argmax())]
     final = replace(task, seed=task.seed + 1)
@@ -117,11 +116,17 @@ def measure(task: Task, method: Method, policy: Policy | None, budget: Budget) -
     return {
         "method": method.name,
         "cell": task.name,
-        "rates": rates,
+        "rates": list(rates),
         "validation": validation.tolist(),
         "learning_rate": rate,
         "test": test.flatten().tolist(),
     }
+
+
+def rates_of(task: Task, count: int) -> list[float]:
+    """Learning rates of an axis: evenly spaced in logarithms, the last 25 times the first."""
+    lowest = _LOWEST_RATE[task.optimizer]
+    return [lowest * 25 ** (i / max(1, count - 1)) for i in range(count)]
 
 
 def smoothed(accuracy: Tensor) -> Tensor:
@@ -161,7 +166,11 @@ def transfer(
         for method, policy in rows
         if (task.name, method.name) not in finished
     }
-    for made in distribution.shared(list(todo.values()), lambda job: measure(*job, budget)):
+
+    def work(job: tuple[Task, Method, Policy | None]) -> dict[str, Any]:
+        return measure(*job, rates_of(job[0], budget.trials), budget)
+
+    for made in distribution.shared(list(todo.values()), work):
         records += made
         if progress is not None:
             progress(records)
