@@ -4,16 +4,21 @@ import json
 import math
 import warnings
 from dataclasses import astuple, replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from learnsched.convert import quantize_
+from learnsched.levels import ternary
 from learnsched.meta.rollout import following_rollout
 from learnsched.policies import BaseCurve, BaseCurves, Case, Domain, LearnedPolicy, MetaNetwork
 from learnsched.policies.learned import leaky_clamp
 from learnsched.schedule import FIELDS, LayerInfo, RunInfo, Telemetry, plan
+from learnsched.scheduler import QuantizationScheduler
 
 STDS = [FIELDS.index(f) for f in FIELDS if f.endswith("forward_std")]
 BACKWARD = [FIELDS.index(f) for f in FIELDS if f.endswith("backward_std")]
@@ -580,3 +585,16 @@ def test_a_first_layer_that_stays_real_is_not_frozen_by_its_fan_in():
     for smallest in (0.0, 7.0):
         assert BaseCurve(frozen_fan_in=smallest).at(0.0, 0.0, 0)[4] <= 0.0
     assert BaseCurve(frozen_fan_in=7.0).at(0.0, 0.0, 5)[4] == 1.0
+
+
+def test_warnings_name_the_line_of_the_user():
+    model = quantize_(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), ternary())
+    policy = LearnedPolicy(MetaNetwork(), domain=Domain(horizon=(2, 4)))
+    with pytest.warns(UserWarning) as told:
+        scheduler = QuantizationScheduler(model, policy, epochs=20, steps_per_epoch=5)
+        scheduler.step(metrics={"train_loss": 1.0})
+        scheduler.step(metrics={"train_loss": 100.0})
+    horizon, loss = (
+        [w for w in told if words in str(w.message)] for words in ("horizon", "training loss")
+    )
+    assert [Path(w.filename).name for w in horizon + loss] == [Path(__file__).name] * 2

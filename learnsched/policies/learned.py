@@ -159,7 +159,7 @@ class LearnedPolicy:
                 f"{_LARGEST_LOSS:g} times that of the first epoch, which the schedule has not seen in "
                 "training; it is clipped. Pass a positive loss, such as the cross entropy, and see "
                 "whether training diverges",
-                stacklevel=4,
+                stacklevel=5,  # ask, the scheduler and its step lie between
             )
         with torch.no_grad():
             table, state = self.tensors(run, epoch, telemetry, state)
