@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 import warnings
@@ -25,6 +24,7 @@ from learnsched.noise import NoiseShape, noise_shape
 from learnsched.ranks import over_ranks, several_ranks
 from learnsched.schedule import FIELDS, Policy, RunInfo, Setting, ask, terminal
 from learnsched.scheduler_state import as_own, check_whole, description, snapshot, spelled
+from learnsched.step_counter import StepCounter
 from learnsched.telemetry import relative
 
 _STATE_VERSION = 2
@@ -106,21 +106,17 @@ class QuantizationScheduler:
         self.epoch = 0
         self.history = History([info.name for info in infos])
         self._seed = operator.index(seed)
-        # Steps of the first epoch: by each who counts them, and before the run was resumed.
-        self._counts: list[Tensor] = []
-        self._counted_before = 0
+        self._counter = StepCounter()
         self._state = policy.begin(self._run)
         settings, state = self._ask(self._run, 0, [])
         # All that can fail comes before this line: from here on the model changes.
         for layer in self._layers:
             for quantizer in layer.quantizers:
                 quantizer.noise, quantizer.mode = noise, mode
-        self._counter = None
         if optimizer is not None:
             self.watch(optimizer)
         elif steps_per_epoch is None:
-            count = functools.partial(_count_forward, self._new_count())
-            self._counter = model.register_forward_pre_hook(count)
+            self._counter.count_passes(model)
         self._apply(settings, state)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
@@ -133,13 +129,8 @@ class QuantizationScheduler:
             TypeError: it is no optimizer.
         """
         optimizer = _own_optimizer(optimizer)
-        if self._counter is not None:
-            self._counter.remove()
-            self._counter = None
-            self._counts.clear()
-        optimizer.register_step_post_hook(
-            functools.partial(self._after_optimizer, self._new_count())
-        )
+        self._counter.count_steps(optimizer)
+        optimizer.register_step_post_hook(self._restore)
 
     def __repr__(self) -> str:
         return (
@@ -192,7 +183,7 @@ class QuantizationScheduler:
             ValueError: the policy's settings do not fit. Nothing has changed then, nor with the others.
         """
         self._check_steppable()
-        numbers, counted = over_ranks(metrics, self._counted(), self._process_group)
+        numbers, counted = over_ranks(metrics, self._counter.total, self._process_group)
         self._check_metrics(numbers)
         self._warn_of_lost_weights()
         run = self._run_after_counting(counted)
@@ -202,8 +193,7 @@ class QuantizationScheduler:
         # All that can fail comes before this line: from here on the model changes.
         self.history.metrics.append(numbers)
         self.epoch, self._run = epoch, run
-        if self._counter is not None:
-            self._counter.remove()
+        self._counter.stop()
         if epoch < self.epochs:
             self._apply(settings, state)
         else:
@@ -219,7 +209,7 @@ class QuantizationScheduler:
             "levels": self._levels(),
             "fine_tuning": self._run.fine_tuning,
             "steps_per_epoch": self._run.steps_per_epoch,
-            "counted": self._counted(),
+            "counted": self._counter.total,
             "seed": self._seed,
             "policy": description(self.policy),
             "policy_state": snapshot(self._state),
@@ -276,11 +266,7 @@ class QuantizationScheduler:
                 f"shown {own} from here on",
                 stacklevel=2,
             )
-        self._counted_before = counted
-        for count in self._counts:
-            count.zero_()
-        if self._counter is not None and epoch > 0:
-            self._counter.remove()
+        self._counter.resume(counted, counting=epoch == 0)
         set_noise_(self._layers, self.get_last_setting())
 
     def _check_steppable(self) -> None:
@@ -361,27 +347,11 @@ class QuantizationScheduler:
         """The level sets of each layer, in words, for those who load this state without the model's."""
         return [[spelled(q.levels) for q in layer.quantizers] for layer in self._layers]
 
-    def _new_count(self) -> Tensor:
-        # A tensor, since a number in a hook would have torch.compile compile anew for each value.
-        count = torch.zeros((), dtype=torch.int64)
-        self._counts.append(count)
-        return count
-
-    def _counted(self) -> int:
-        return self._counted_before + max(map(int, self._counts), default=0)
-
-    def _after_optimizer(self, count: Tensor, optimizer: Any, args: Any, kwargs: Any) -> None:
-        count.add_(int(self.epoch == 0))
+    def _restore(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Put frozen weights back after an optimizer's step."""
         for layer in self._layers:
             if layer.weight is not None:
                 layer.weight.weight_quantizer.restore_(layer.weight.weight)
-
-
-def _count_forward(count: Tensor, model: nn.Module, inputs: Any) -> None:
-    """Count passes in training mode; knows nothing of the scheduler, since copies of a model have it."""
-    # A gradient of torch.func may not change what it did not make.
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        count.add_(int(model.training))
 
 
 def _differ(told: int, counted: int) -> bool:

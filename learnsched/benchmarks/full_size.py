@@ -22,8 +22,8 @@ import torch
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.environment import describe, read_lines, stored_records, write_results
 from learnsched.benchmarks.methods import Method
+from learnsched.benchmarks.rate_choice import measure
 from learnsched.benchmarks.search import Budget
-from learnsched.benchmarks.transfer import measure
 from learnsched.intervals import interval
 from learnsched.meta import distribution
 from learnsched.meta.tasks import Task

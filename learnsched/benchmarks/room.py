@@ -26,8 +26,8 @@ from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.environment import stored_records, write_results
 from learnsched.benchmarks.held_out import HELD_OUT
 from learnsched.benchmarks.methods import Method
+from learnsched.benchmarks.rate_choice import measure, rates_of
 from learnsched.benchmarks.search import Budget
-from learnsched.benchmarks.transfer import measure
 from learnsched.data import load
 from learnsched.intervals import interval
 from learnsched.learning_rate import learning_rate_factor
@@ -160,7 +160,8 @@ def records_of(
         (field.learned(policy), None),
         (Method("made for the task", alone.noise, alone.partition), alone),
     )
-    records = [measure(task, method, table, budget) for method, table in rows]
+    rates = rates_of(task, budget.trials)
+    records = [measure(task, method, table, rates, budget) for method, table in rows]
     records[-1]["schedule"] = {output: schedule[output].tolist() for output in FIELDS}
     return records
 

@@ -4,9 +4,7 @@
                                  [--axes NAME ...] [--quick] [--seed N] [--json PATH] [--plot PATH]
 
 Hand-coded methods are tuned on the central task and carried over unchanged, as the learned schedule
-is; the learning rate alone is searched anew everywhere, with the same rates for all. The choice is by
-accuracy smoothed over neighbouring rates: differences between single rates are mostly noise, and a
-method's luck with them would look like transfer.
+is; the learning rate alone is searched anew everywhere, with the same rates for all.
 """
 
 from __future__ import annotations
@@ -21,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.environment import stored_records, write_results
-from learnsched.benchmarks.held_out import train, tune
+from learnsched.benchmarks.held_out import tune
 from learnsched.benchmarks.methods import Method
+from learnsched.benchmarks.rate_choice import measure, rates_of
 from learnsched.benchmarks.search import Budget
 from learnsched.data import load
 from learnsched.figure_style import DASHES, MARKERS, paper_style, save_figure
@@ -42,6 +40,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CENTRE = Task("cnn1d", "mnist1d", 12, 4, 12, 20, 64, "ternary/2-bit", (0.01,), False, 177_000)
+
+RIVALS = ("straight-through", "ANA, normal", "ANA, normal, warm-up")
 
 # What changes along an axis, its unit, and the tasks at its values.
 AXES: dict[str, tuple[str, dict[str, Task]]] = {
@@ -81,63 +81,32 @@ AXES: dict[str, tuple[str, dict[str, Task]]] = {
     ),
 }
 
-# Rates are searched from here to 25 times as much.
-_LOWEST_RATE = {"adam": 2e-3, "adamw": 2e-3, "momentum": 2e-2, "sgd": 1e-1}
 _SHOWN = Budget(rounds=2, trials=8, trial_runs=6, runs=12)
 _QUICK = Budget(rounds=1, trials=2, trial_runs=1, runs=2)
 
 
 def compared(
-    learned: LearnedPolicy, budget: Budget, seed: int
+    learned: LearnedPolicy, budget: Budget, seed: int, finished: Sequence[str] = ()
 ) -> list[tuple[Method, Policy | None]]:
-    """The learned schedule, its start, and hand-coded methods as tuned on the central task."""
+    """The learned schedule, its start, and hand-coded methods as tuned on the central task.
+
+    Args:
+        learned: the schedule.
+        budget: of the search.
+        seed: of the search.
+        finished: names of methods that have run on all tasks; they are not tuned again.
+    """
     data = load(CENTRE.data)
     rows: list[tuple[Method, Policy | None]] = [
         (field.learned(learned), None),
         (field.start_of(learned), None),
     ]
     for method in field.hand_coded():
-        if method.name in ("straight-through", "ANA, normal", "ANA, normal, warm-up"):
-            rows.append((method, tune(method, CENTRE, data, budget, seed).policy))
+        if method.name in RIVALS:
+            known = method.name in finished
+            policy = None if known else tune(method, CENTRE, data, budget, seed).policy
+            rows.append((method, policy))
     return rows
-
-
-def measure(
-    task: Task, method: Method, policy: Policy | None, rates: Sequence[float], budget: Budget
-) -> dict[str, Any]:
-    """Validation accuracy of every learning rate, and test accuracy of fresh seeds at the best."""
-    data = load(task.data)
-    validation = train(
-        method, task, data, rates, [policy] * len(rates), budget.trial_runs, data.validation
-    ).mean(1)
-    rate = rates[int(smoothed(validation).argmax())]
-    final = replace(task, seed=task.seed + 1)
-    test = train(method, final, data, [rate], [policy], budget.runs, data.test)
-    return {
-        "method": method.name,
-        "cell": task.name,
-        "rates": list(rates),
-        "validation": validation.tolist(),
-        "learning_rate": rate,
-        "test": test.flatten().tolist(),
-    }
-
-
-def rates_of(task: Task, count: int) -> list[float]:
-    """Learning rates of an axis: evenly spaced in logarithms, the last 25 times the first."""
-    lowest = _LOWEST_RATE[task.optimizer]
-    return [lowest * 25 ** (i / max(1, count - 1)) for i in range(count)]
-
-
-def smoothed(accuracy: Tensor) -> Tensor:
-    """Means over neighbouring learning rates with weights ¼, ½, ¼, the ends repeated.
-
-    Example:
-        >>> smoothed(torch.tensor([0.0, 0.0, 1.0, 0.0])).tolist()
-        [0.0, 0.25, 0.5, 0.25]
-    """
-    padded = torch.cat([accuracy[:1], accuracy, accuracy[-1:]])
-    return (padded[:-2] + 2 * accuracy + padded[2:]) / 4
 
 
 def transfer(
@@ -348,11 +317,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{last['cell']}: {last['method']} {100 * np.mean(last['test']):.1f}", flush=True)
             write_results(options.json, {"seed": options.seed, "records": records})
 
-    rows = compared(load_pretrained(options.artefact), budget, options.seed)
     tasks = {axis: AXES[axis][1] for axis in axes}
     if options.quick:
         tasks = {axis: dict(list(values.items())[:2]) for axis, values in tasks.items()}
-    records = transfer(rows, tasks, budget, done=stored_records(options.json), progress=keep)
+    done = stored_records(options.json)
+    cells = {task.name for values in tasks.values() for task in values.values()}
+    finished = [
+        name for name in RIVALS if cells <= {r["cell"] for r in done if r["method"] == name}
+    ]
+    rows = compared(load_pretrained(options.artefact), budget, options.seed, finished)
+    records = transfer(rows, tasks, budget, done=done, progress=keep)
     if distribution.rank() == 0:
         print(table(records, axes))
         learned, start = rows[0][0].name, rows[1][0].name
