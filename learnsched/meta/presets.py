@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from learnsched.meta.estimators import Estimator
 from learnsched.meta.evolution import EvolutionStrategies
+from learnsched.meta.guarded import Guarded
 from learnsched.meta.hybrid import Hybrid
 from learnsched.meta.mix import Mix
 from learnsched.meta.tasks import BITS, Task
@@ -264,15 +265,44 @@ PRESETS["evolution"] = replace(
     trainer=replace(PRESETS["standard"].trainer, learning_rate=0.0005, decay=1000.0),
     estimator=replace(_EVOLUTION, pairs=8, objective="error"),
 )
-PRESETS["long"] = replace(
-    PRESETS["standard"],
-    steps=1000,
-    trainer=replace(
-        PRESETS["standard"].trainer,
-        mix=replace(_STANDARD_MIX, total_steps=(80, 1200), horizons=(6, 8, 12, 16, 20, 30)),
-        decay=200.0,
-        average=0.97,
+# Wider networks and longer runs, in the way that stays on course there (`python -m
+# learnsched.benchmarks.stability`): damped backpropagation, small steps, few members.
+PRESETS["long"] = Preset(
+    steps=200,
+    trainer=TrainerConfig(
+        mix=replace(
+            _STANDARD_MIX,
+            architectures=(
+                ("mnist1d", "cnn1d", (12, 16, 24, 32), (3, 4, 5, 6)),
+                ("mnist1d", "cnn1d", (12, 16, 24, 32), (3, 4, 5, 6)),
+                ("noisy_digits", "cnn2d", (8, 12, 16), (3, 4, 5)),
+                ("noisy_digits", "residual", (8,), (5,)),
+                ("mnist1d", "mlp", (32, 64), (3, 4)),
+            ),
+            horizons=(8, 12, 16, 20, 30),
+            total_steps=(160, 960),
+            fine_tuning=0.2,
+            members=4,
+            tasks=2,
+            alike=1,
+        ),
+        validation=_validation(
+            16,
+            ("ternary/2-bit", "mnist1d", "cnn1d", 16, 4, 16, 25, False),
+            ("ternary/2-bit", "mnist1d", "cnn1d", 24, 4, 12, 40, False),
+            ("ternary/2-bit", "mnist1d", "cnn1d", 32, 5, 20, 40, False),
+            ("ternary/2-bit", "mnist1d", "cnn1d", 16, 4, 12, 30, True),
+            ("ternary/2-bit", "mnist1d", "mlp", 48, 4, 16, 25, False),
+            ("ternary/2-bit", "noisy_digits", "cnn2d", 10, 4, 16, 25, False),
+            ("ternary/2-bit", "noisy_digits", "residual", 8, 5, 10, 25, False),
+        ),
+        learning_rate=0.001,
+        decay=100.0,
+        average=0.9,
+        validate_every=20,
     ),
+    base=_BASE,
+    estimator=Guarded(Unrolled(damping=0.5), _EVOLUTION),
 )
 
 # One network for all level sets of activations.
