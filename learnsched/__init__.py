@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from learnsched import policies
+from learnsched.activation_calls import activations_to_modules_
 from learnsched.annealed import annealed_quantize, level_probabilities
 from learnsched.calibration import calibrate_
 from learnsched.choose import LayerConfig
@@ -63,6 +64,7 @@ __all__ = [
     "Schedule",
     "Setting",
     "Telemetry",
+    "activations_to_modules_",
     "annealed_quantize",
     "binary",
     "calibrate_",

@@ -198,8 +198,9 @@ def _check_found(
     if any(c.activation is not None for c in asked) and False not in quantized:
         raise ValueError(
             f"no activation is left to quantize: the model holds none of {_names(ACTIVATIONS)}, or none "
-            "remains after overrides. Activations called as functions (F.relu) are not modules: use "
-            "nn.ReLU instead, or leave activation= out"
+            "remains after overrides. Activations called as functions (F.relu) are not modules: call "
+            "learnsched.activations_to_modules_(model, example_input) first, use nn.ReLU instead, or "
+            "leave activation= out"
         )
 
 

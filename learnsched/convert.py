@@ -197,8 +197,8 @@ def _notes(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[str]:
         )
     if found.functions and activations:
         yield (
-            f"the model calls {', '.join(found.functions)} as functions, whose results stay real; use "
-            "modules (nn.ReLU) for what is to be quantized"
+            f"the model calls {', '.join(found.functions)} as functions, whose results stay real; call "
+            "learnsched.activations_to_modules_(model, example_input) first, or use modules (nn.ReLU)"
         )
     if unused := [name for name in found.unused if name in chosen]:
         yield (

@@ -15,10 +15,14 @@ from learnsched.modules import ACTIVATIONS, BATCH_NORMS, QUANTIZED_TYPES, stays_
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
-_ACTIVATION_FUNCTIONS = {
-    F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.hardtanh,
-    F.hardtanh_, F.leaky_relu, F.leaky_relu_, F.prelu, F.rrelu, F.elu, F.elu_, F.celu, F.selu,
-    F.gelu, F.silu, F.mish, F.hardswish, F.softplus,
+# And the modules that compute the same; None where a module would need more than the call tells.
+ACTIVATION_FUNCTIONS: Mapping[Callable[..., Any], type[nn.Module] | None] = {
+    F.relu: nn.ReLU, F.relu_: nn.ReLU, torch.relu: nn.ReLU, torch.relu_: nn.ReLU,
+    Tensor.relu: nn.ReLU, Tensor.relu_: nn.ReLU, F.relu6: nn.ReLU6,
+    F.hardtanh: nn.Hardtanh, F.hardtanh_: nn.Hardtanh,
+    F.leaky_relu: nn.LeakyReLU, F.leaky_relu_: nn.LeakyReLU, F.prelu: None, F.rrelu: None,
+    F.elu: nn.ELU, F.elu_: nn.ELU, F.celu: nn.CELU, F.selu: nn.SELU, F.gelu: nn.GELU,
+    F.silu: nn.SiLU, F.mish: nn.Mish, F.hardswish: nn.Hardswish, F.softplus: nn.Softplus,
 }  # fmt: skip
 
 
@@ -98,7 +102,7 @@ def execution(model: nn.Module, example_input: Example | None) -> Execution:
     handles += [module.register_forward_hook(leave) for module in wanted]
     try:
         with seen:
-            seen.use(_run(model, example_input))
+            seen.use(run_example(model, example_input))
     finally:
         for handle in handles:
             handle.remove()
@@ -120,14 +124,14 @@ def reached(
     found: set[nn.Module] = set()
     handles = [m.register_forward_pre_hook(lambda module, _: found.add(module)) for m in modules]
     try:
-        _run(model, example_input)
+        run_example(model, example_input)
     finally:
         for handle in handles:
             handle.remove()
     return found
 
 
-def _run(model: nn.Module, example_input: Example) -> Any:
+def run_example(model: nn.Module, example_input: Example) -> Any:
     """What the model makes of the example input, in evaluation."""
     training = [module for module in model.modules() if module.training]
     try:
@@ -158,12 +162,12 @@ class _Calls(TorchFunctionMode):
 
     def use(self, value: Any) -> None:
         """Note that what is returned by in-place activations is used, alone or in a collection."""
-        for tensor in _tensors(value):
+        for tensor in tensors(value):
             self.returned.pop(id(tensor), None)
 
     def use_again(self, value: Any) -> None:
         """Note that inputs of in-place activations are used after these, alone or in a collection."""
-        for tensor in _tensors(value):
+        for tensor in tensors(value):
             if id(tensor) in self.inputs:
                 self.overwritten[self.inputs[id(tensor)][0]] = None
 
@@ -179,7 +183,7 @@ class _Calls(TorchFunctionMode):
         if isinstance(result, Tensor | tuple | list):  # not a shape or a dtype
             self.use_again((args, kwargs or {}))
         if not self.inside:
-            if func in _ACTIVATION_FUNCTIONS:
+            if func in ACTIVATION_FUNCTIONS:
                 self.functions.append(func.__name__)
             if isinstance(result, Tensor):  # not a shape or a dtype
                 used = (a for a in (*args, *(kwargs or {}).values()) if isinstance(a, nn.Parameter))
@@ -187,10 +191,10 @@ class _Calls(TorchFunctionMode):
         return result
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Those of a value, alone or in nested collections."""
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of a value, alone or in nested collections."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple | Mapping):
         for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
+            yield from tensors(part)

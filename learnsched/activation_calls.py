@@ -1,0 +1,267 @@
+"""Modules in the place of activation functions that a model calls itself, for ``quantize_`` to take."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from learnsched.execution import ACTIVATION_FUNCTIONS, Example, run_example, tensors
+from learnsched.modules import ACTIVATIONS
+
+_METHODS: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "relu_": nn.ReLU}
+_DROPOUTS: Mapping[Any, type[nn.Module]] = {
+    F.dropout: nn.Dropout,
+    F.dropout1d: nn.Dropout1d,
+    F.dropout2d: nn.Dropout2d,
+    F.dropout3d: nn.Dropout3d,
+    F.alpha_dropout: nn.AlphaDropout,
+}
+_WAY_OUT = "make it a module there (self.relu = nn.ReLU(), one for each place)"
+
+
+def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Module:
+    """Make modules of the activation functions that a model calls itself, in place.
+
+    ``F.relu(x)``, ``torch.relu(x)`` or ``x.relu()`` in a ``forward`` becomes a module of its own, which
+    :func:`learnsched.quantize_` can take: ``relu_0``, ``relu_1`` and so on of the module whose
+    ``forward`` it is. That method is replaced by what ``torch.fx`` traces of it, with its children left
+    alone; parameters, buffers, children and other methods are what they were. Functional dropout that
+    follows ``self.training`` becomes modules too. What else the method decides in Python, or reads from
+    attributes that are no tensors, stays as it was at the trace. Such a model can be copied, but not
+    pickled whole: save its ``state_dict``.
+
+    Args:
+        model: any module, before it is quantized.
+        example_input: one input, a tuple of inputs, or inputs by name. Afterwards the model must make of
+            it what it did before, in evaluation.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: the model calls no such functions, ``torch.fx`` cannot trace a method that does, the
+            method does other things in training than in evaluation, or it would compute something else
+            than before. The model is as it was.
+
+    Example:
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.fc = nn.Linear(8, 4)
+        ...
+        ...     def forward(self, x):
+        ...         return F.relu(self.fc(x))
+        >>> net = activations_to_modules_(Net(), torch.zeros(1, 8))
+        >>> [name for name, _ in net.named_children()]
+        ['fc', 'relu_0']
+    """
+    names = {module: name or "the model itself" for name, module in model.named_modules()}
+    before = _outputs(model, example_input)
+    callers = _callers(model, example_input)
+    if not callers:
+        raise ValueError(
+            "the model calls no activation functions itself; quantize_ takes it as it is, if its "
+            "activations are modules"
+        )
+    traced = {module: _traced(module, names[module]) for module in callers}
+    changed: list[tuple[nn.Module, type[nn.Module], list[str]]] = []
+    try:
+        # From here on the model changes, and back again if anything fails.
+        for module, (graph, added) in traced.items():
+            changed.append((module, type(module), list(added)))
+            for name, child in added.items():
+                module.add_module(name, child.train(module.training))
+            module.__class__ = _with_forward(type(module), graph)
+        after = _outputs(model, example_input)
+        if len(after) != len(before) or not all(map(_same, before, after)):
+            raise ValueError(
+                f"what torch.fx traced of {[names[module] for module in callers]} computes something "
+                f"else on the example input: a condition on an argument, perhaps, or a change in place; "
+                f"{_WAY_OUT}"
+            )
+    except BaseException:
+        for module, kind, added_names in changed:
+            module.__class__ = kind
+            for name in added_names:
+                module._modules.pop(name, None)
+        raise
+    return model
+
+
+def _outputs(model: nn.Module, example_input: Example) -> list[Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [tensor.clone() for tensor in tensors(run_example(model, example_input))]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def _callers(model: nn.Module, example_input: Example) -> list[nn.Module]:
+    """Modules whose own code calls activation functions, in the order of their first calls."""
+    running: list[nn.Module] = []
+    found: dict[nn.Module, None] = {}
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(
+            self,
+            func: Callable[..., Any],
+            types: Any,
+            args: tuple[Any, ...] = (),
+            kwargs: Mapping[str, Any] | None = None,
+        ) -> Any:
+            # A module of torch's that is an activation calls its own function.
+            if (
+                func in ACTIVATION_FUNCTIONS
+                and running
+                and not isinstance(running[-1], ACTIVATIONS)
+            ):
+                found[running[-1]] = None
+            return func(*args, **(kwargs or {}))
+
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(module)
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        running.pop()
+
+    handles = [module.register_forward_pre_hook(enter) for module in model.modules()]
+    handles += [module.register_forward_hook(leave) for module in model.modules()]
+    try:
+        with Watch():
+            run_example(model, example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(found)
+
+
+class _Flat(fx.Tracer):
+    """Traces one module's own code; its children are calls."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _traced(module: nn.Module, name: str) -> tuple[fx.Graph, dict[str, nn.Module]]:
+    """What a module's forward does with modules for functions, and those modules by name."""
+    if "forward" in vars(module):
+        raise ValueError(f"the forward of {name} was replaced on the module itself; {_WAY_OUT}")
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        raise ValueError(
+            f"{name} is a {type(module).__name__}, which takes its activation as a module: make it with "
+            "activation=nn.ReLU()"
+        )
+    graph, evaluated = (_trace(module, name, training=mode) for mode in (True, False))
+    nodes, others = list(graph.nodes), list(evaluated.nodes)
+    if [_call(node) for node in nodes] != [_call(node) for node in others]:
+        raise ValueError(
+            f"the forward of {name} does other things in training than in evaluation; {_WAY_OUT}"
+        )
+    # Before a node changes, since its name is an argument of later ones.
+    places = [
+        (node, own)
+        for node, other in zip(nodes, others, strict=True)
+        if (own := _dropout(node, other) or _activation(node, name)) is not None
+    ]
+    added: dict[str, nn.Module] = {}
+    for node, own in places:
+        free = (f"{_word(node)}_{number}" for number in itertools.count())
+        place = next(n for n in free if n not in added and not hasattr(module, n))
+        added[place] = own
+        with graph.inserting_before(node):
+            source = node.args[0] if node.args else node.kwargs["input"]
+            call = graph.call_module(place, (source,))
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+    graph.lint()
+    return graph, added
+
+
+def _trace(module: nn.Module, name: str, *, training: bool) -> fx.Graph:
+    before, attributes = module.training, set(vars(module))
+    try:
+        module.training = training
+        graph = _Flat().trace(module)
+        if constants := set(vars(module)) - attributes:
+            raise ValueError(f"it makes a tensor of its own, {sorted(constants)}")
+        return graph
+    # A forward may fail under a trace in any way.
+    except Exception as error:
+        for constant in set(vars(module)) - attributes:
+            delattr(module, constant)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"torch.fx cannot trace the forward of {name}, which calls an activation function "
+            f"({reason}); {_WAY_OUT}"
+        ) from error
+    finally:
+        module.training = before
+
+
+def _call(node: fx.Node) -> tuple[Any, ...]:
+    """What is called and with what, but for whether a dropout drops."""
+    if node.target in _DROPOUTS:
+        arguments = {k: v for k, v in _arguments(node).items() if k != "training"}
+        return node.target, str(arguments)
+    return node.op, node.target, str(node.args), str(node.kwargs)
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _dropout(node: fx.Node, evaluated: fx.Node) -> nn.Module | None:
+    """The module that does what a call of a functional dropout does, if that drops in training alone."""
+    if node.target not in _DROPOUTS:
+        return None
+    arguments = _arguments(node)
+    if arguments["training"] == _arguments(evaluated)["training"]:
+        return None
+    return _DROPOUTS[node.target](arguments["p"])
+
+
+def _activation(node: fx.Node, name: str) -> nn.Module | None:
+    """The module that does what a call of an activation function does, if the node is one."""
+    kind: type[nn.Module] | None
+    if node.op == "call_method" and node.target in _METHODS:
+        kind = _METHODS[str(node.target)]
+    elif callable(node.target) and node.target in ACTIVATION_FUNCTIONS:
+        kind = ACTIVATION_FUNCTIONS[node.target]
+    else:
+        return None
+    options = {k: v for k, v in node.kwargs.items() if k not in ("input", "inplace")}
+    computed = any(isinstance(value, fx.Node) for value in (*node.args[1:], *options.values()))
+    if kind is None or computed:
+        raise ValueError(
+            f"{name} calls {_word(node)} with what a module cannot be given; {_WAY_OUT}"
+        )
+    own: Any = kind(*node.args[1:], **options)
+    if hasattr(own, "inplace"):
+        own.inplace = False
+    return own  # type: ignore[no-any-return]
+
+
+def _word(node: fx.Node) -> str:
+    """The function's name, such as ``relu``."""
+    return str(getattr(node.target, "__name__", node.target)).rstrip("_")
+
+
+def _with_forward(kind: type[nn.Module], graph: fx.Graph) -> type[nn.Module]:
+    """A subclass whose forward is a graph."""
+    code = graph.python_code("self")
+    scope = dict(code.globals)
+    exec(code.src, scope)  # torch.fx writes Python; there is no other way to run it as fast
+    return type(
+        kind.__name__, (kind,), {"forward": scope["forward"], "__module__": kind.__module__}
+    )
