@@ -40,7 +40,7 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
     Args:
         model: any module, before it is quantized.
         example_input: one input, a tuple of inputs, or inputs by name. Afterwards the model must make of
-            it what it did before, in evaluation.
+            it what it did before, with the same gradients, in evaluation.
 
     Returns:
         ``model`` itself.
@@ -63,7 +63,7 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
         ['fc', 'relu_0']
     """
     names = {module: name or "the model itself" for name, module in model.named_modules()}
-    before = _outputs(model, example_input)
+    before = _results(model, example_input)
     callers = _callers(model, example_input)
     if not callers:
         raise ValueError(
@@ -79,12 +79,12 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
             for name, child in added.items():
                 module.add_module(name, child.train(module.training))
             module.__class__ = _with_forward(type(module), graph)
-        after = _outputs(model, example_input)
+        after = _results(model, example_input)
         if len(after) != len(before) or not all(map(_same, before, after)):
             raise ValueError(
                 f"what torch.fx traced of {[names[module] for module in callers]} computes something "
-                f"else on the example input: a condition on an argument, perhaps, or a change in place; "
-                f"{_WAY_OUT}"
+                "else on the example input, or has other gradients: a condition on an argument, "
+                f"perhaps, a change in place, or torch.no_grad; {_WAY_OUT}"
             )
     except BaseException:
         for module, kind, added_names in changed:
@@ -95,10 +95,21 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
     return model
 
 
-def _outputs(model: nn.Module, example_input: Example) -> list[Tensor]:
+def _results(model: nn.Module, example_input: Example) -> list[Tensor]:
+    """Outputs and gradients: a trace forgets, among others, where a method went without gradients."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return [tensor.clone() for tensor in tensors(run_example(model, example_input))]
+        outputs = list(tensors(run_example(model, example_input, graph=True)))
+    losses = [out.abs().square().sum() for out in outputs if out.requires_grad]
+    gradients: tuple[Tensor | None, ...] = ()
+    if losses and parameters:
+        gradients = torch.autograd.grad(losses, parameters, allow_unused=True)
+    none = torch.empty(0)
+    return [
+        *(out.detach().clone() for out in outputs),
+        *(none if gradient is None else gradient for gradient in gradients),
+    ]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

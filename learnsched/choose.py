@@ -158,8 +158,8 @@ def _configure(
             if config.weight is None:
                 continue
             raise ValueError(
-                f"{name} is a recurrent layer ({type(module).__name__}), whose weights cannot be "
-                f"quantized; keep it real with overrides={{{name!r}: None}}"
+                f"{name or 'the model'} is a recurrent layer ({type(module).__name__}), whose weights "
+                f"cannot be quantized; keep it real with overrides={{{name!r}: None}}"
             )
         levels = config.weight if is_weight else config.activation
         if levels is not None:

@@ -131,13 +131,13 @@ def reached(
     return found
 
 
-def run_example(model: nn.Module, example_input: Example) -> Any:
-    """What the model makes of the example input, in evaluation."""
+def run_example(model: nn.Module, example_input: Example, *, graph: bool = False) -> Any:
+    """What the model makes of the example input, in evaluation, and with a graph if it is asked for."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
         # Compiled, the model would hand its weights to a graph, outside of its modules.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.set_grad_enabled(graph), torch.compiler.set_stance("force_eager"):
             if isinstance(example_input, Mapping):
                 return model(**example_input)
             return model(*example_input if isinstance(example_input, tuple) else (example_input,))
