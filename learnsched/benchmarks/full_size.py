@@ -33,7 +33,7 @@ from learnsched.tables import markdown
 
 TASK = Task("cnn2d", "fashion_mnist", 16, 5, 8, 430, 128, "ternary/2-bit", (0.01,), False, 277_000)
 _QUICK_TASK = Task("cnn2d", "digits", 4, 3, 2, 3, 16, "ternary/2-bit", (0.01,), False, 277_000)
-RATES = (0.004, 0.01, 0.025)
+RATES = (0.004, 0.01, 0.025, 0.06)
 
 # Where hand-coded methods were tuned; the best there on validation data, on test data, and the best
 # over all of the grid.
