@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,8 +37,7 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
     ``forward`` it is. That method is replaced by what ``torch.fx`` traces of it, with its children left
     alone; parameters, buffers, children and other methods are what they were. Functional dropout that
     follows ``self.training`` becomes modules too. What else the method decides in Python, or reads from
-    attributes that are no tensors, stays as it was at the trace. Such a model can be copied, but not
-    pickled whole: save its ``state_dict``.
+    attributes that are no tensors, stays as it was at the trace.
 
     Args:
         model: any module, before it is quantized.
@@ -78,7 +80,7 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
             changed.append((module, type(module), list(added)))
             for name, child in added.items():
                 module.add_module(name, child.train(module.training))
-            module.__class__ = _with_forward(type(module), graph)
+            module.__class__ = _with_forward(type(module), _Code.of(graph))
         after = _results(model, example_input)
         if len(after) != len(before) or not all(map(_same, before, after)):
             raise ValueError(
@@ -268,11 +270,53 @@ def _word(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target)).rstrip("_")
 
 
-def _with_forward(kind: type[nn.Module], graph: fx.Graph) -> type[nn.Module]:
-    """A subclass whose forward is a graph."""
-    code = graph.python_code("self")
-    scope = dict(code.globals)
-    exec(code.src, scope)  # torch.fx writes Python; there is no other way to run it as fast
-    return type(
-        kind.__name__, (kind,), {"forward": scope["forward"], "__module__": kind.__module__}
-    )
+@dataclass(frozen=True)
+class _Code:
+    """A forward as torch.fx has written it: data, for copies and pickles.
+
+    Attributes:
+        source: the method.
+        objects: what it refers to, by name.
+        modules: full names of Python modules that it refers to, by name; such cannot be copied.
+    """
+
+    source: str
+    objects: dict[str, Any]
+    modules: dict[str, str]
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> _Code:
+        """The code of a graph."""
+        code = graph.python_code("self")
+        modules = {n: v.__name__ for n, v in code.globals.items() if isinstance(v, ModuleType)}
+        objects = {n: v for n, v in code.globals.items() if n not in modules}
+        return cls(code.src, objects, modules)
+
+    def method(self) -> Any:
+        """The method, ready to run."""
+        modules = {name: importlib.import_module(path) for name, path in self.modules.items()}
+        scope: dict[str, Any] = {**modules, **self.objects}
+        exec(self.source, scope)  # there is no other way to run a graph as fast
+        return scope["forward"]
+
+
+def _with_forward(kind: type[nn.Module], code: _Code) -> type[nn.Module]:
+    """A subclass with another forward."""
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        _, _, *state = tuple(kind.__reduce_ex__(self, protocol))
+        return _bare, (kind, code), *state
+
+    members = {
+        "forward": code.method(),
+        "__reduce_ex__": reduce,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+    }
+    return type(kind.__name__, (kind,), members)
+
+
+def _bare(kind: type[nn.Module], code: _Code) -> nn.Module:
+    """A module without its state, which whoever copies or unpickles it puts in."""
+    own = _with_forward(kind, code)
+    return own.__new__(own)

@@ -1,6 +1,7 @@
 """Activation functions that a model calls itself become modules, and nothing else changes."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -106,6 +107,17 @@ def test_what_was_a_function_is_quantized_exported_copied_and_compiled():
     finalize_(model, [X])
     traced = [type(node).__name__ for node in trace(model.eval(), X)]
     assert traced.count("Quantize") + traced.count("Threshold") == 5
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_and_pickles_go_on_with_modules(again):
+    model = activations_to_modules_(Net(), X)
+    quantize_(model, ternary(), unsigned(2), overrides={"unused": None}, example_input=X)
+    other = again(again(model))
+    assert isinstance(other, Net) and other.relu_0 is not model.relu_0
+    assert torch.equal(outputs(other, X, True), outputs(model, X, True))
+    other.relu_0.scale.mul_(2)
+    assert not torch.equal(outputs(other, X, True), outputs(model, X, True))
 
 
 CALLS = {

@@ -24,7 +24,7 @@ from learnsched.guides import options as guide
 
 
 def network() -> nn.Module:
-    """Any model will do; activations must be modules (nn.ReLU), not functions (F.relu)."""
+    """Any model will do; of calls of F.relu ``ls.activations_to_modules_`` makes modules."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
         nn.Conv2d(16, 16, 3, 2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
