@@ -58,6 +58,7 @@ def choose(
     """
     _check_request(model, base, skip, overrides)
     found = execution(model, example_input)
+    _check_overrides(found.order, overrides)
     chosen = _configure(found, base, skip, overrides)
     _check_found(found.order, chosen, base, overrides)
     return found, chosen
@@ -111,6 +112,38 @@ def _check_request(
         )
 
 
+def _check_overrides(
+    order: list[tuple[str, nn.Module]], overrides: Mapping[str, LayerConfig | None]
+) -> None:
+    """Refuse patterns that match nothing, and warn of those whose configuration would change nothing."""
+    known = [(name, module) for name, module in order if not isinstance(module, BATCH_NORMS)]
+    unmatched = []
+    for pattern, config in overrides.items():
+        matched = [
+            module
+            for name, module in known
+            # To keep real what stays real is no mistake.
+            if fnmatch.fnmatchcase(name, pattern) and (config is None or not stays_real(module))
+        ]
+        of_weights = any(type(module) in QUANTIZED_TYPES for module in matched)
+        weight_alone = (
+            config is not None and config.weight is not None and config.activation is None
+        )
+        if not matched:
+            unmatched.append(pattern)
+        elif weight_alone and not of_weights:
+            warnings.warn(
+                f"the override {pattern!r} has a level set for weights and none for activations, and "
+                "matches activations alone, which stay real; was the weight's layer meant?",
+                stacklevel=4,
+            )
+    if unmatched:
+        raise ValueError(
+            f"no module matches {sorted(unmatched)}; the modules that can be quantized are "
+            f"{[name for name, module in known if not stays_real(module)]}"
+        )
+
+
 def _configure(
     found: Execution,
     base: LayerConfig,
@@ -118,40 +151,31 @@ def _configure(
     overrides: Mapping[str, LayerConfig | None],
 ) -> Chosen:
     """Level set and scale rule of every module that gets quantized."""
-    order = found.order
     # An end that stays real in any case is an end all the same.
     weights = [
         name
-        for name, module in order[: found.executed]
+        for name, module in found.order[: found.executed]
         if type(module) in QUANTIZED_TYPES or isinstance(module, RECURRENT) or stays_real(module)
     ]
     real = {weights[0 if end == "first" else -1] for end in skip if weights}
-    unmatched = set(overrides)
-    of_weights: set[str] = set()  # patterns that match one
     configs: Chosen = {}
     following = base
-    for name, module in order:
+    for name, module in found.order:
         if isinstance(module, BATCH_NORMS):
             continue
-        is_weight = type(module) in QUANTIZED_TYPES
-        matches = [pattern for pattern in overrides if fnmatch.fnmatchcase(name, pattern)]
         if stays_real(module):
-            unmatched.difference_update(p for p in matches if overrides[p] is None)
             following = base
             continue
-        unmatched.difference_update(matches)
-        config: LayerConfig | None
-        if matches:
-            config = overrides[matches[0]]
-        elif name in real:
+        is_weight = type(module) in QUANTIZED_TYPES
+        config: LayerConfig | None = base if is_weight else following
+        if name in real:
             config = None
-        elif is_weight:
-            config = base
-        else:
-            config = following
+        for pattern, own in overrides.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                config = own
+                break
         if is_weight:
             following = config or base
-            of_weights.update(matches)
         if config is None:
             continue
         if isinstance(module, RECURRENT):
@@ -165,19 +189,6 @@ def _configure(
         if levels is not None:
             rule = config.weight_scale if is_weight else config.activation_scale
             configs[name] = levels, rule
-    for pattern, own in overrides.items():
-        weight_alone = own is not None and own.weight is not None and own.activation is None
-        if weight_alone and pattern not in of_weights | unmatched:
-            warnings.warn(
-                f"the override {pattern!r} has a level set for weights and none for activations, and "
-                "matches activations alone, which stay real; was the weight's layer meant?",
-                stacklevel=4,
-            )
-    if unmatched:
-        raise ValueError(
-            f"no module matches {sorted(unmatched)}; the modules that can be quantized are "
-            f"{[n for n, m in order if not (isinstance(m, BATCH_NORMS) or stays_real(m))]}"
-        )
     return configs
 
 
