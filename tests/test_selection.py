@@ -56,6 +56,17 @@ def test_noise_is_shared_or_not_as_asked():
     assert [policy.shared_noise for policy in list(policies.values())[1:]] == [True, True, False]
 
 
+def test_further_puts_out_more_and_leaves_the_artefact_alone():
+    policies = list(selection.candidates(["default"], ["as-made", "further"]).values())
+    run = TASK.build(load("digits")).run
+    base, made, further = (plan(policy, run)["weight_backward_std"].log() for policy in policies)
+    moved = (made - base).abs() > 1e-3
+    assert bool(moved.any())
+    assert bool(((further - base)[moved].abs() > (made - base)[moved].abs()).all())
+    again = list(selection.candidates(["default"], ["as-made"]).values())[1]
+    assert repr(again) == repr(policies[1])
+
+
 def test_the_first_candidate_adds_nothing_to_the_base_curve():
     base = selection.candidates(["default"], ["as-made"])[selection.BASE]
     run = TASK.build(load("digits")).run

@@ -6,13 +6,14 @@
 Artefacts are names or paths. Each is compared with the base curve that it starts from, on the same
 runs: the validation tasks of the preset, with seeds that neither training nor its validation saw; no
 test data. ``--change shared-noise own-noise`` asks whether its noise should be shared by the layers, by
-taking both.
+taking both; ``--change as-made further`` whether its network should put out more than it does.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,25 @@ from learnsched.policies import LearnedPolicy, MetaNetwork
 from learnsched.tables import markdown
 
 BASE = "base curve"
-# Of an artefact's choices, by the words of the command line.
-_CHANGES: dict[str, dict[str, Any]] = {
-    "as-made": {},
-    "shared-noise": {"shared_noise": True},
-    "own-noise": {"shared_noise": False},
-    "moved-start": {"moved_start": True},
+_FURTHER = 1.6
+
+
+def further(policy: LearnedPolicy) -> LearnedPolicy:
+    """The same policy, whose network puts out 1.6 times as much: has meta-training stopped short?"""
+    network = copy.deepcopy(policy.network)
+    with torch.no_grad():
+        for parameter in network.out.parameters():
+            parameter.mul_(_FURTHER)
+    return policy.replaced(network=network)
+
+
+# Of an artefact, by the words of the command line.
+_CHANGES: dict[str, Callable[[LearnedPolicy], LearnedPolicy]] = {
+    "as-made": lambda policy: policy,
+    "shared-noise": lambda policy: policy.replaced(shared_noise=True),
+    "own-noise": lambda policy: policy.replaced(shared_noise=False),
+    "moved-start": lambda policy: policy.replaced(moved_start=True),
+    "further": further,
 }
 
 
@@ -54,8 +68,8 @@ def candidates(names: Sequence[str], changes: Sequence[str]) -> dict[str, Learne
     found = {BASE: LearnedPolicy(MetaNetwork(), first.base, first.domain)}
     for name, policy in policies.items():
         for change in changes:
-            suffix = f", {change.replace('-', ' ')}" if _CHANGES[change] else ""
-            found[name + suffix] = policy.replaced(**_CHANGES[change])
+            suffix = "" if change == "as-made" else f", {change.replace('-', ' ')}"
+            found[name + suffix] = _CHANGES[change](policy)
     return found
 
 
