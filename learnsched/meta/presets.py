@@ -273,10 +273,10 @@ PRESETS["long"] = Preset(
         mix=replace(
             _STANDARD_MIX,
             architectures=(
-                ("mnist1d", "cnn1d", (12, 16, 24, 32), (3, 4, 5, 6)),
-                ("mnist1d", "cnn1d", (12, 16, 24, 32), (3, 4, 5, 6)),
-                ("noisy_digits", "cnn2d", (8, 12, 16), (3, 4, 5)),
-                ("noisy_digits", "residual", (8,), (5,)),
+                ("mnist1d", "cnn1d", (12, 16, 32), (3, 4, 5, 6)),
+                ("mnist1d", "cnn1d", (12, 16, 32), (3, 4, 5, 6)),
+                ("noisy_digits", "cnn2d", (6, 10, 16), (3, 4, 5)),
+                ("noisy_digits", "residual", (6, 10), (5,)),
                 ("mnist1d", "mlp", (32, 64), (3, 4)),
             ),
             horizons=(8, 12, 16, 20, 30),
@@ -289,7 +289,7 @@ PRESETS["long"] = Preset(
         validation=_validation(
             16,
             ("ternary/2-bit", "mnist1d", "cnn1d", 16, 4, 16, 25, False),
-            ("ternary/2-bit", "mnist1d", "cnn1d", 24, 4, 12, 40, False),
+            ("ternary/2-bit", "mnist1d", "cnn1d", 28, 4, 12, 40, False),
             ("ternary/2-bit", "mnist1d", "cnn1d", 32, 5, 20, 40, False),
             ("ternary/2-bit", "mnist1d", "cnn1d", 16, 4, 12, 30, True),
             ("ternary/2-bit", "mnist1d", "mlp", 48, 4, 16, 25, False),
