@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from learnsched.execution import ACTIVATION_FUNCTIONS, Example, run_example, tensors
+from learnsched.execution import ACTIVATION_FUNCTIONS, Example, hooked, run_example, tensors
 from learnsched.modules import ACTIVATIONS
 
 _METHODS: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "relu_": nn.ReLU}
@@ -65,8 +66,8 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
         ['fc', 'relu_0']
     """
     names = {module: name or "the model itself" for name, module in model.named_modules()}
-    before = _results(model, example_input)
-    callers = _callers(model, example_input)
+    with _watched(model) as callers:
+        before = _results(model, example_input)
     if not callers:
         raise ValueError(
             "the model calls no activation functions itself; quantize_ takes it as it is, if its "
@@ -118,8 +119,9 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
-def _callers(model: nn.Module, example_input: Example) -> list[nn.Module]:
-    """Modules whose own code calls activation functions, in the order of their first calls."""
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[dict[nn.Module, None]]:
+    """Modules whose own code calls activation functions within the block, by their first calls."""
     running: list[nn.Module] = []
     found: dict[nn.Module, None] = {}
 
@@ -146,15 +148,8 @@ def _callers(model: nn.Module, example_input: Example) -> list[nn.Module]:
     def leave(module: nn.Module, _: Any, output: Any) -> None:
         running.pop()
 
-    handles = [module.register_forward_pre_hook(enter) for module in model.modules()]
-    handles += [module.register_forward_hook(leave) for module in model.modules()]
-    try:
-        with Watch():
-            run_example(model, example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(found)
+    with hooked(model.modules(), enter, leave), Watch():
+        yield found
 
 
 class _Flat(fx.Tracer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,14 +99,8 @@ def execution(model: nn.Module, example_input: Example | None) -> Execution:
         seen.rectified[id(returned)] = returned
         return returned
 
-    handles = [module.register_forward_pre_hook(enter) for module in wanted]
-    handles += [module.register_forward_hook(leave) for module in wanted]
-    try:
-        with seen:
-            seen.use(run_example(model, example_input))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(wanted, enter, leave), seen:
+        seen.use(run_example(model, example_input))
     every = {**executed, **wanted}
     return Execution(
         [(name, module) for module, name in every.items()],
@@ -122,13 +117,27 @@ def reached(
 ) -> set[nn.Module]:
     """Which of the modules the example input reaches; the model stays as it is."""
     found: set[nn.Module] = set()
-    handles = [m.register_forward_pre_hook(lambda module, _: found.add(module)) for m in modules]
-    try:
+    with hooked(modules, lambda module, _: found.add(module)):
         run_example(model, example_input)
+    return found
+
+
+@contextmanager
+def hooked(
+    modules: Iterable[nn.Module],
+    enter: Callable[[nn.Module, Any], None],
+    leave: Callable[[nn.Module, Any, Any], Any] | None = None,
+) -> Iterator[None]:
+    """Hooks ahead of and behind the modules' forward, within the block."""
+    modules = list(modules)
+    handles = [module.register_forward_pre_hook(enter) for module in modules]
+    if leave is not None:
+        handles += [module.register_forward_hook(leave) for module in modules]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return found
 
 
 def run_example(model: nn.Module, example_input: Example, *, graph: bool = False) -> Any:

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from learnsched.benchmarks import methods as field
-from learnsched.benchmarks.environment import describe, read_lines, stored_records, write_results
+from learnsched.benchmarks.environment import describe, stored_records, write_results
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.rate_choice import measure
+from learnsched.benchmarks.records import read
 from learnsched.benchmarks.search import Budget
 from learnsched.intervals import interval
 from learnsched.meta import distribution
@@ -120,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     task = replace(task, seed=task.seed + options.seed)
     records = stored_records(options.json)
     done = {record["method"] for record in records}
-    rows = compared(load_pretrained(options.artefact), read_lines(options.known))
+    rows = compared(load_pretrained(options.artefact), read(options.known))
     todo = [(method, policy) for method, policy in rows if method.name not in done]
 
     def work(row: tuple[Method, Policy | None]) -> dict[str, Any]:

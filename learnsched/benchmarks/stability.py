@@ -43,7 +43,6 @@ from learnsched.data import DataSet
 from learnsched.figure_style import paper_style, save_figure
 from learnsched.meta.estimators import Estimator
 from learnsched.meta.evolution import EvolutionStrategies
-from learnsched.meta.guarded import Guarded
 from learnsched.meta.mix import Mix
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.tasks import Task
@@ -74,13 +73,7 @@ class Variant:
     moved_start: bool = True
 
 
-_STABILISED = Variant(
-    Guarded(
-        Unrolled(damping=0.5),
-        EvolutionStrategies(pairs=3, std=0.15, relative_std=0.5, by_layer=False),
-    ),
-    clip=1.0,
-)
+_STABILISED = Variant(PRESETS["long"].estimator, clip=1.0)
 VARIANTS = {
     "stabilised": _STABILISED,
     "early-freezing": replace(_STABILISED, moved_start=False),

@@ -267,9 +267,11 @@ PRESETS["evolution"] = replace(
 )
 # Wider networks and longer runs, in the way that stays on course there (`python -m
 # learnsched.benchmarks.stability`): damped backpropagation, small steps, few members.
-PRESETS["long"] = Preset(
+PRESETS["long"] = replace(
+    PRESETS["standard"],
     steps=200,
-    trainer=TrainerConfig(
+    trainer=replace(
+        PRESETS["standard"].trainer,
         mix=replace(
             _STANDARD_MIX,
             architectures=(
@@ -298,10 +300,8 @@ PRESETS["long"] = Preset(
         ),
         learning_rate=0.001,
         decay=100.0,
-        average=0.9,
         validate_every=20,
     ),
-    base=_BASE,
     estimator=Guarded(Unrolled(damping=0.5), _EVOLUTION),
 )
 
