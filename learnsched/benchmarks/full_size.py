@@ -1,18 +1,18 @@
 """Does it hold where networks are trained in earnest? All of Fashion-MNIST, ten times the steps seen.
 
-    torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.full_size [--artefact default]
-                                  [--known PATH] [--quick] [--seed N] [--json PATH]
+    torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.full_size [--tasks NAME …]
+        [--artefact default] [--known PATH] [--quick] [--seed N] [--json PATH]
 
-A convolutional network on all 55,000 training images, 3,440 steps. Hand-coded methods come with what
-a search found for them on 4,000 of those images (the accuracy benchmark's records), the learned
-schedule as it is; the learning rate alone is chosen anew, on validation data.
+Networks on all 55,000 training images, 3,440 steps. Hand-coded methods come with what a search found
+for them on 4,000 of those images (the accuracy benchmark's records), the learned schedule as it is, and
+once more in half of the epochs; the learning rate alone is chosen anew, on validation data.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.environment import describe, stored_records, write_results
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.rate_choice import measure
-from learnsched.benchmarks.records import read
+from learnsched.benchmarks.records import HAND_CODED, read
 from learnsched.benchmarks.search import Budget
 from learnsched.intervals import interval
 from learnsched.meta import distribution
@@ -32,54 +32,104 @@ from learnsched.policies import LearnedPolicy
 from learnsched.schedule import Policy
 from learnsched.tables import markdown
 
-TASK = Task("cnn2d", "fashion_mnist", 16, 5, 8, 430, 128, "ternary/2-bit", (0.01,), False, 277_000)
-_QUICK_TASK = Task("cnn2d", "digits", 4, 3, 2, 3, 16, "ternary/2-bit", (0.01,), False, 277_000)
+
+@dataclass(frozen=True)
+class FullSize:
+    """A task, and the cell of the accuracy benchmark whose search its rivals come from."""
+
+    task: Task
+    tuned_on: str
+
+
+def _fashion(family: str, depth: int, *, fine_tuned: bool = False) -> Task:
+    return Task(
+        family,
+        "fashion_mnist",
+        16,
+        depth,
+        8,
+        430,
+        128,
+        "ternary/2-bit",
+        (0.01,),
+        fine_tuned,
+        277_000,
+    )
+
+
+TASKS = {
+    "convolutional": FullSize(_fashion("cnn2d", 5), "fashion-cnn-40-epochs"),
+    "residual": FullSize(_fashion("residual", 7), "fashion-residual"),
+    "fine-tuned": FullSize(_fashion("cnn2d", 5, fine_tuned=True), "fashion-cnn-fine-tuned"),
+}
+QUICK = FullSize(
+    Task("cnn2d", "digits", 4, 3, 2, 3, 16, "ternary/2-bit", (0.01,), False, 277_000),
+    "fashion-cnn-40-epochs",
+)
 RATES = (0.004, 0.01, 0.025, 0.06)
 
-# Where hand-coded methods were tuned; the best there on validation data, on test data, and the best
-# over all of the grid.
-TUNED_ON = "fashion-cnn-40-epochs"
-RIVALS = ("ANA, uniform, warm-up", "STE, uniform", "ANA, normal, warm-up")
+# Of the hand-coded methods, the best over all of the grid.
+STRONGEST = "ANA, normal, warm-up"
 
 _BUDGET = Budget(rounds=1, trials=len(RATES), trial_runs=1, runs=3)
 
 
+@dataclass(frozen=True)
+class Row:
+    """What is trained: a method, its policy, and the task with the epochs that it gets."""
+
+    method: Method
+    policy: Policy | None
+    task: Task
+
+
 def compared(
-    learned: LearnedPolicy, tuned: Sequence[Mapping[str, Any]]
-) -> list[tuple[Method, Policy | None]]:
-    """The learned schedule, its start, the rivals as they were tuned, and the relaxed network.
+    learned: LearnedPolicy, full: FullSize, records: Sequence[Mapping[str, Any]]
+) -> list[Row]:
+    """The learned schedule, its start, rivals as they were tuned, the relaxed network.
+
+    Rivals are the hand-coded methods that were best in the cell on validation data and on test data,
+    and the strongest one over the grid. The learned schedule comes in half of the epochs, too.
 
     Args:
         learned: the schedule.
-        tuned: records of the accuracy benchmark.
+        full: the task.
+        records: of the accuracy benchmark.
 
     Raises:
-        KeyError: a rival has no record in the cell that it is taken from.
+        KeyError: there is no record of a rival, or of the relaxed network, in the cell.
     """
     from optuna.trial import FixedTrial
 
-    found = {r["method"]: r["parameters"] for r in tuned if r["cell"] == TUNED_ON}
-    methods = {method.name: method for method in field.hand_coded(TASK.bits)}
-    carried = [methods[name] for name in RIVALS] + [field.upper_bound()]
-    missing = [method.name for method in carried if method.name not in found]
+    task = full.task
+    tuned = {r["method"]: r for r in records if r["cell"] == full.tuned_on}
+    methods = {
+        method.name: method for method in (*field.hand_coded(task.bits), field.upper_bound())
+    }
+    found = [r for r in tuned.values() if r["role"] == HAND_CODED and r["method"] in methods]
+    best = [
+        max(found, key=score, default={"method": STRONGEST})["method"]
+        for score in (lambda r: r["validation"], lambda r: np.mean(r["test"]))
+    ]
+    carried = list(dict.fromkeys([*best, STRONGEST, field.upper_bound().name]))
+    missing = [name for name in carried if name not in tuned]
     if missing:
         raise KeyError(
-            f"no record of {', '.join(missing)} in {TUNED_ON}; make them with "
+            f"no record of {', '.join(missing)} in {full.tuned_on}; make them with "
             f"python -m learnsched.benchmarks.accuracy, or take figures/methods.jsonl"
         )
-    return [
-        (field.learned(learned), None),
-        (field.start_of(learned), None),
-        *(
-            (method, method.suggest(FixedTrial(found[method.name])))
-            for method in carried
-            if method.suggest is not None
-        ),
-    ]
+    own = field.learned(learned)
+    rows = [Row(own, None, task), Row(field.start_of(learned), None, task)]
+    for name in carried:
+        suggest = methods[name].suggest
+        policy = None if suggest is None else suggest(FixedTrial(tuned[name]["parameters"]))
+        rows.append(Row(methods[name], policy, task))
+    half = replace(task, horizon=task.horizon // 2)
+    return [*rows, Row(replace(own, name=f"{own.name}, {half.horizon} epochs"), None, half)]
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: test accuracy in %, the learned schedule's margin, validation accuracy by rate."""
+    """Markdown: test accuracy in %, the first row's margin, validation accuracy by rate."""
     own = 100 * np.asarray(records[0]["test"])
     rates = [f"validation at {rate:g}" for rate in records[0]["rates"]]
     rows = [["method", "test accuracy", f"{records[0]['method']} − it", "rate", *rates]]
@@ -111,30 +161,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=Path("figures/methods.jsonl"),
         help="records of the accuracy benchmark",
     )
-    parser.add_argument("--quick", action="store_true", help="a small network on digits")
-    parser.add_argument("--seed", type=int, default=0, help="added to the task's")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], help="which; all")
+    parser.add_argument("--quick", action="store_true", help="a small network on digits instead")
+    parser.add_argument("--seed", type=int, default=0, help="added to the tasks'")
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     options = parser.parse_args(arguments)
     distribution.start()
     torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
-    task = _QUICK_TASK if options.quick else TASK
-    task = replace(task, seed=task.seed + options.seed)
+    chosen = {"quick": QUICK} if options.quick else {name: TASKS[name] for name in options.tasks}
     records = stored_records(options.json)
-    done = {record["method"] for record in records}
-    rows = compared(load_pretrained(options.artefact), read(options.known))
-    todo = [(method, policy) for method, policy in rows if method.name not in done]
+    done = {(record["task"], record["method"]) for record in records}
+    learned, tuned = load_pretrained(options.artefact), read(options.known)
+    todo = [
+        (name, row)
+        for name, full in chosen.items()
+        for row in compared(learned, full, tuned)
+        if (name, row.method.name) not in done
+    ]
 
-    def work(row: tuple[Method, Policy | None]) -> dict[str, Any]:
-        return measure(task, *row, RATES, _BUDGET) | {"commit": describe()["commit"]}
+    def work(item: tuple[str, Row]) -> dict[str, Any]:
+        name, row = item
+        task = replace(row.task, seed=row.task.seed + options.seed)
+        made = measure(task, row.method, row.policy, RATES, _BUDGET)
+        return {"task": name} | made | {"commit": describe()["commit"]}
 
     for made in distribution.shared(todo, work):
         records += made
         if distribution.rank() == 0:
-            last = records[-1]
-            print(f"{last['method']}: {100 * np.mean(last['test']):.1f}", flush=True)
+            for record in made:
+                accuracy = 100 * np.mean(record["test"])
+                print(f"{record['task']}, {record['method']}: {accuracy:.1f}", flush=True)
             write_results(options.json, {"seed": options.seed, "records": records})
     if distribution.rank() == 0:
-        print(table(records))
+        for name in chosen:
+            print(f"\n{name}\n\n{table([r for r in records if r['task'] == name])}")
     distribution.stop()
 
 
