@@ -89,6 +89,14 @@ def test_what_is_no_export(tmp_path):
     onnx.save(onnx.helper.make_model(graph), tmp_path / "other.onnx")
     with pytest.raises(FolderError, match="has no linear layer or convolution"):
         inspect(tmp_path / "other.onnx")
+    # A product of two activations, and one of a tensor whose shape nothing tells.
+    for inputs in (["x", "x"], ["h", "x"]):
+        nodes = [onnx.helper.make_node("Relu", ["x"], ["h"])]
+        nodes.append(onnx.helper.make_node("MatMul", inputs, ["y"]))
+        graph = onnx.helper.make_graph(nodes, "g", [x], [y])
+        onnx.save(onnx.helper.make_model(graph), tmp_path / "product.onnx")
+        with pytest.raises(FolderError, match="was not written by export_onnx or export_qonnx"):
+            inspect(tmp_path / "product.onnx")
     with pytest.raises(FileNotFoundError):
         inspect(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError):

@@ -1,5 +1,7 @@
 """Layers that compute with real numbers, in the formats that can hold them."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -189,3 +191,78 @@ def test_a_shortcut_around_a_real_activation(tmp_path):
     y = net(x).detach().numpy()
     for found in both(net, x, tmp_path):
         np.testing.assert_allclose(found["c"], y, atol=1e-4)
+
+
+class Branches(nn.Module):
+    """A real value that two layers take, one of them behind a dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+        self.relu, self.drop = nn.ReLU(), nn.Dropout(0.3)
+
+    def forward(self, x):
+        x = self.relu(self.a(x))
+        return self.b(x) + self.c(self.drop(x))
+
+
+IDENTITIES = {
+    "dropout": lambda: nn.Sequential(
+        nn.Linear(16, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 8)
+    ),
+    "identity": lambda: nn.Sequential(
+        nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Identity(), nn.Linear(16, 8)
+    ),
+    "at the end": lambda: nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Dropout(0.3)),
+    "flatten": lambda: nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8)),
+    "branches": Branches,
+}
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_what_leaves_its_input_as_it_is(name, tmp_path):
+    torch.manual_seed(0)
+    x = on_a_grid(64, 16)
+    net = IDENTITIES[name]()
+    ls.quantize_(net, ls.ternary())
+    ls.finalize_(net, [x]).eval()
+    y = net(x).detach().numpy()
+    for found in both(net, x, tmp_path):
+        np.testing.assert_allclose(found["output"], y, atol=2e-5)
+
+
+def test_thresholds_move_ahead_of_a_dropout():
+    x = on_a_grid(64, 16)
+    layers = [
+        QuantizedInput.fit(x),
+        nn.Linear(16, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Linear(8, 4),
+    ]
+    torch.manual_seed(0)
+    plain = ls.quantize_(nn.Sequential(*layers), ls.ternary(), ls.unsigned(2))
+    ls.finalize_(plain, [x]).eval()
+    dropout = nn.Sequential(*plain[:3], nn.Dropout(0.3), *plain[3:])
+    dropout = ls.finalize_(copy.deepcopy(dropout)).eval()
+    before = plain[2].bias.clone()
+    align_(plain, x)
+    align_(dropout, x)
+    assert not torch.equal(plain[2].bias, before)
+    assert torch.equal(plain[2].bias, dropout[2].bias)
+
+
+@pytest.mark.parametrize("name", ["one", "zero", "last", "whole0", "bits2"])
+def test_layers_may_have_any_name(name, tmp_path):
+    torch.manual_seed(0)
+    x = on_a_grid(64, 16)
+    net = nn.Sequential()
+    net.add_module("ends", nn.Linear(16, 16))
+    net.add_module("relu", nn.ReLU())
+    net.add_module(name, nn.Linear(16, 8))
+    levels = ls.LevelSet((0, 1, 4)) if name == "last" else ls.unsigned(2)
+    ls.quantize_(net, ls.ternary(), levels)
+    ls.calibrate_(net, [x])
+    ls.finalize_(net, [x]).eval()
+    for found in both(net, x, tmp_path):
+        np.testing.assert_allclose(found["output"], net(x).detach().numpy(), atol=2e-5)

@@ -157,7 +157,7 @@ def _movable(translation: Translation, call: fx.Node) -> str | None:
     if operation.kind == "product":
         product: Any = operation.module
         return None if product.bias is None else operation.name
-    if operation.kind in ("addition", "passing"):
+    if operation.kind == "addition":
         found = (_movable(translation, argument) for argument in call.all_input_nodes)
         return next((name for name in found if name is not None), None)
     return None

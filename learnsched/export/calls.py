@@ -53,7 +53,7 @@ class Calls:
         for argument in call.all_input_nodes:
             inner = isinstance(self.value(argument), Pending)
             for source in self.sources(argument) if inner else [argument]:
-                # A dropout or identity is another name of the same value.
+                # Two ways may lead to the same value.
                 found.setdefault(id(self.value(source)), source)
         return list(found.values())
 

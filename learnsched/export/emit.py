@@ -106,6 +106,10 @@ class Emitter:
             self.constants[name] = tensor
         return name
 
+    def shared(self, name: str, values: NDArray[Any] | float, kind: int | None = None) -> str:
+        """A :meth:`constant` of no layer, under a name that no layer has."""
+        return self.constant(f"shared:{name}", values, kind)
+
     def op(
         self,
         kind: str,
@@ -184,7 +188,7 @@ class Emitter:
             # difference to the rounded number is exact, and one half where they disagree.
             near = self.op("Round", [x], f"{name}.near", shape)
             rest = self.op("Sub", [x, near], f"{name}.rest", shape)
-            reached = self._reached(name, rest, self.constant("half", 0.5), shape)
+            reached = self._reached(name, rest, self.shared("half", 0.5), shape)
             total = self.op("Add", [near, reached], f"{name}.rounded", shape)
             self.dialect.codes(self, name, total, shape, node.levels)
         else:
@@ -238,7 +242,7 @@ class Emitter:
     ) -> None:
         """The level of ``x`` by thresholds that stand along a last dimension of their own."""
         gaps = np.diff(levels.integers)
-        last = self.constant("last", np.array([-1]), self.onnx.TensorProto.INT64)
+        last = self.shared("last", np.array([-1]), self.onnx.TensorProto.INT64)
         apart = self.op("Unsqueeze", [x, last], f"{name}.apart", (*shape, 1))
         reached = self._reached(name, apart, edges, (*shape, len(gaps)))
         if (gaps != 1).any():
@@ -279,7 +283,7 @@ class Emitter:
     def _pad(self, node: g.Pad) -> None:
         pads = np.array([0, 0, *node.before, 0, 0, *node.after])
         pads_name = self.constant(f"{node.name}.pads", pads, self.onnx.TensorProto.INT64)
-        inputs = [self._shielded(node), pads_name, self.constant("zero", 0.0)]
+        inputs = [self._shielded(node), pads_name, self.shared("zero", 0.0)]
         self.op("Pad", inputs, node.name, node.shape)
 
     def _repeat(self, node: g.Repeat) -> None:

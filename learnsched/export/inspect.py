@@ -214,6 +214,29 @@ def _file_report(path: Path) -> Report:
         raise FolderError(f"{path} is no ONNX file; give an exported file or folder") from error
     if not model.graph.node:
         raise FolderError(f"{path} is no ONNX file; give an exported file or folder")
+    try:
+        layers = _layers(onnx, model)
+    except (KeyError, IndexError, ValueError) as error:
+        raise FolderError(
+            f"{path} was not written by export_onnx or export_qonnx; export the network with one of them"
+        ) from error
+    if not layers:
+        raise FolderError(
+            f"{path} has no linear layer or convolution ({', '.join(_PRODUCTS)}) of the kind that "
+            "export_onnx and export_qonnx write; export the network with one of them"
+        )
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    kind = "QONNX" if any("qonnx" in domain for domain in opsets) else "ONNX"
+    version = f"{kind}, opset {opsets.get('', '?')}"
+    return Report(str(path), version, path.stat().st_size, tuple(layers))
+
+
+def _layers(onnx: Any, model: Any) -> list[LayerReport]:
+    """The products of a graph, in order.
+
+    Raises:
+        KeyError, IndexError, ValueError: it is not of the form that the exports write.
+    """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     makers = {output: node for node in model.graph.node for output in node.output}
     infos = [*model.graph.input, *model.graph.value_info, *model.graph.output]
@@ -241,15 +264,7 @@ def _file_report(path: Path) -> Report:
                     _packed(shape, out),
                 )
             )
-    if not layers:
-        raise FolderError(
-            f"{path} has no linear layer or convolution ({', '.join(_PRODUCTS)}) of the kind that "
-            "export_onnx and export_qonnx write; export the network with one of them"
-        )
-    opsets = {entry.domain: entry.version for entry in model.opset_import}
-    kind = "QONNX" if any("qonnx" in domain for domain in opsets) else "ONNX"
-    version = f"{kind}, opset {opsets.get('', '?')}"
-    return Report(str(path), version, path.stat().st_size, tuple(layers))
+    return layers
 
 
 def _weight(onnx: Any, makers: Any, constants: Any, name: str) -> tuple[NDArray[Any], int]:

@@ -50,7 +50,7 @@ class _Plain:
             ("Min", high, levels.integers[-1]),
         ):
             if limit != end:
-                bound = emitter.constant(f"whole{end}", float(end))
+                bound = emitter.shared(f"whole{end}", float(end))
                 x = emitter.op(operator, [x, bound], f"{name}.{operator.lower()}", shape)
         one, zero = self._parameters(emitter, kind)
         stored = emitter.op("QuantizeLinear", [x, one, zero], f"{name}.stored", shape, dtype=kind)
@@ -61,12 +61,12 @@ class _Plain:
     ) -> None:
         low, high = levels.integers
         truth, real = emitter.onnx.TensorProto.BOOL, emitter.onnx.TensorProto.FLOAT
-        zero = emitter.constant("whole0", 0.0)
+        zero = emitter.shared("whole0", 0.0)
         upper = emitter.op("GreaterOrEqual", [x, zero], f"{name}.reached", shape, dtype=truth)
         code = emitter.op("Cast", [upper], f"{name}.code", shape, to=real)
-        gap = emitter.constant(f"whole{high - low}", float(high - low))
+        gap = emitter.shared(f"whole{high - low}", float(high - low))
         risen = emitter.op("Mul", [code, gap], f"{name}.risen", shape)
-        least = emitter.constant(f"whole{low}", float(low))
+        least = emitter.shared(f"whole{low}", float(low))
         level = emitter.op("Add", [risen, least], f"{name}.level", shape)
         self.codes(emitter, name, level, shape, levels)
 
@@ -83,9 +83,7 @@ class _Plain:
 
     def _parameters(self, emitter: Emitter, kind: int) -> tuple[str, str]:
         type_name = emitter.onnx.TensorProto.DataType.Name(kind).lower()
-        return emitter.constant("one", 1.0), emitter.constant(
-            f"zero.{type_name}", np.array(0), kind
-        )
+        return emitter.shared("one", 1.0), emitter.shared(f"zero.{type_name}", np.array(0), kind)
 
 
 def export_onnx(

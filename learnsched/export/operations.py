@@ -25,7 +25,10 @@ MEAN_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPo
 _ADAPTIVE = (*MAX_POOLS[2:], *MEAN_POOLS[2:])
 PADS = (nn.ConstantPad1d, nn.ConstantPad2d)  # of which ZeroPad1d and ZeroPad2d are
 UPSAMPLINGS = (nn.Upsample,)
-PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
+PASSING = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)  # fmt: skip
 RESHAPES = (nn.Flatten, nn.Unflatten)
 # Rising everywhere: what a threshold after them decides, a threshold ahead of them can.
 RISING = (
@@ -47,7 +50,14 @@ _RESHAPE = (
     torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze,
     "flatten", "reshape", "view", "squeeze", "unsqueeze", "unflatten", "contiguous",
 )  # fmt: skip
-_DROPOUT = (F.dropout, F.dropout1d, F.dropout2d)
+_DROPOUT = (
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+)
 _MEAN = (torch.mean, "mean")
 _CONCATENATE = (torch.cat, torch.concat, torch.concatenate)
 _POOLS: Mapping[Callable[..., Any], tuple[type[nn.Module], tuple[str, ...]]] = {
@@ -189,7 +199,7 @@ class Operation:
     def _over_space(self) -> bool:
         """Whether a mean is taken over all spatial dimensions, whatever becomes of them."""
         rank = len(shape_of(self.node.all_input_nodes[0])) + 1
-        rest = [*self.node.args[1:2], *(self.node.kwargs.get(k) for k in ("dim",))]
+        rest = [*self.node.args[1:2], self.node.kwargs.get("dim")]
         dims: Any = next((r for r in rest if r is not None), ())
         dims = dims if isinstance(dims, tuple | list) else (dims,)
         return rank in (3, 4) and {d % rank for d in dims} == set(range(2, rank))

@@ -48,7 +48,7 @@ class _Qonnx:
         least, most = levels.integers[0], levels.integers[-1]
         full = 2**levels.bits - 1 - (levels.signed and bool(attributes.get("narrow")))
         if kind == "Quant" and most - least != full:
-            ends = [emitter.constant(f"whole{i}", float(i)) for i in (least, most)]
+            ends = [emitter.shared(f"whole{i}", float(i)) for i in (least, most)]
             x = emitter.op("Clip", [x, *ends], f"{name}.clipped", shape)
         emitter.op(kind, [x, *inputs], name, shape, domain=_DOMAIN, **attributes)
 
@@ -59,7 +59,7 @@ class _Qonnx:
             self.codes(emitter, name, x, shape, levels)
             return
         low, high = levels.integers
-        one = emitter.constant("one", 1.0)
+        one = emitter.shared("one", 1.0)
         sign = emitter.op("BipolarQuant", [x, one], f"{name}.sign", shape, domain=_DOMAIN)
         half = emitter.constant(f"{name}.half", (high - low) / 2)
         middle = emitter.constant(f"{name}.middle", (high + low) / 2)
@@ -71,11 +71,11 @@ class _Qonnx:
         self, emitter: Emitter, levels: g.IntegerLevels
     ) -> tuple[list[str], str, dict[str, Any]]:
         """Inputs after the first, operator and attributes."""
-        one = emitter.constant("one", 1.0)
+        one = emitter.shared("one", 1.0)
         if levels.integers == (-1, 1):
             return [one], "BipolarQuant", {}
-        zero = emitter.constant("zero", 0.0)
-        bits = emitter.constant(f"bits{levels.bits}", float(levels.bits))
+        zero = emitter.shared("zero", 0.0)
+        bits = emitter.shared(f"bits{levels.bits}", float(levels.bits))
         narrow = levels.signed and levels.integers[0] > -(2 ** (levels.bits - 1))
         attributes = {"signed": int(levels.signed), "narrow": int(narrow), "rounding_mode": "ROUND"}
         return [one, zero, bits], "Quant", attributes

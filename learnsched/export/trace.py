@@ -91,6 +91,7 @@ def translate(model: nn.Module, example_input: Tensor) -> Translation:
                 f"dimension must be the batch: {error}"
             ) from error
         ShapeProp(traced).propagate(x)
+        _drop_identities(traced)
         return Translation(model, traced)
 
 
@@ -126,7 +127,6 @@ class Translation:
         elif operation.kind != "ignored":
             value: Value = {
                 "input": self._input,
-                "passing": self._passing,
                 "batch_norm": self._batch_norm,
                 "addition": self._addition,
                 "activation": self._activation,
@@ -167,9 +167,6 @@ class Translation:
             return None
         return Integer(source.node, found[0][0], found[1], source.low, source.high)
 
-    def _passing(self, operation: Operation) -> Value:
-        return self.calls.value(operation.node.all_input_nodes[0])
-
     def _batch_norm(self, operation: Operation) -> Value:
         module: Any = operation.module
         if module.running_var is None:
@@ -195,8 +192,6 @@ class Translation:
             raise ExportError(
                 f"{operation.name} changes the batch dimension, which export leaves alone"
             )
-        if shape == before:
-            return value
         # A scale for each channel survives only if each element is a channel.
         flat = before[0] == shape[0] == math.prod(shape)
         if isinstance(value, Integer) and (value.plain or flat):
@@ -336,6 +331,17 @@ class Translation:
         return Integer(
             node, np.asarray(module.scale.double().item() * levels.unit), None, low, high
         )
+
+
+def _drop_identities(traced: fx.GraphModule) -> None:
+    """Take out calls that leave their input as it is, so that every value has one call."""
+    modules = dict(traced.named_modules())
+    for call in list(traced.graph.nodes):
+        kind = Operation(call, modules).kind
+        source = call.all_input_nodes[0] if kind in ("passing", "reshape") else None
+        if source is not None and shape_of(call) == shape_of(source):
+            call.replace_all_uses_with(source)
+            traced.graph.erase_node(call)
 
 
 def _check_unwrapped(model: nn.Module) -> None:
