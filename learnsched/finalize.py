@@ -27,7 +27,7 @@ from learnsched.modules import QUANTIZED_TYPES, QuantizedLayer
 from learnsched.quantizers import NOISE_BUFFERS, ActivationQuantizer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class IntegerWeights:
     """A quantized weight as codes: the weight is ``values[codes] * scale``, to the bit.
 

@@ -85,7 +85,10 @@ class History:
                 raise ValueError("scheduler.history.save() did not write it")
             if content["learnsched_history"] != _VERSION or content.get("fields") != list(FIELDS):
                 raise ValueError("it is of another version of learnsched")
-            history = cls(content["layers"])
+            layers = content["layers"]
+            if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
+                raise ValueError("its layers are not given by name")
+            history = cls(layers)
             history.settings = [tuple(Setting(*s) for s in row) for row in content["settings"]]
             history.metrics = [
                 as_numbers({n: float(v) if v in _WORDS else v for n, v in metrics.items()})
@@ -94,7 +97,9 @@ class History:
             # A schedule checks its own shape.
             if len(history.metrics) > len(history.schedule.table):
                 raise ValueError("it has more metrics than epochs")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (
+            ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError,
+        ) as error:  # fmt: skip
             raise ValueError(f"{path} is not the history of a run: {error}") from error
         return history
 

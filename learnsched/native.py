@@ -3,7 +3,8 @@
 Nothing is built at import; the first quantization builds (a few seconds, once) or finds the library.
 The environment variable ``LEARNSCHED_KERNELS`` decides: ``auto``, the default, compiles where a
 compiler is found; ``compiled`` insists, so that a run that was interrupted goes on with the same
-rounding; ``eager`` composes everything from torch's own operations.
+rounding; ``eager`` composes everything from torch's own operations. The library is kept in
+``$LEARNSCHED_CACHE/learnsched``, or where the user's caches are (``$XDG_CACHE_HOME``, ``~/.cache``).
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def build() -> Build:
             raise RuntimeError(
                 f"LEARNSCHED_KERNELS=compiled, but the kernels cannot be compiled: {detail}"
             ) from error
-        return Build(None, f"not compiled: {detail.strip().splitlines()[0]}")
+        lines = detail.strip().splitlines() or [type(error).__name__]
+        return Build(None, f"not compiled: {lines[0]}")
 
 
 def _compiled() -> Path:
@@ -128,7 +130,12 @@ def _processor() -> str:
 def _cache_folder() -> Path:
     """A folder that only this user can write to, as what lies there is executed."""
     base = os.environ.get("LEARNSCHED_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    folder = Path(base) if base else Path.home() / ".cache"
+    try:
+        folder = Path(base) if base else Path.home() / ".cache"
+    except RuntimeError as error:  # a user without an entry, as in some containers
+        raise FileNotFoundError(
+            "no home folder to keep kernels in; set LEARNSCHED_CACHE"
+        ) from error
     folder = folder / "learnsched"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()

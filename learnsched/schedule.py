@@ -50,7 +50,10 @@ class Setting:
         for name, value in dataclasses.asdict(self).items():
             if type(value) is not float:
                 # NumPy's numbers and tensors are welcome, and are kept as plain ones.
-                value = float(1.0 * value)
+                try:
+                    value = float(1.0 * value)
+                except OverflowError:
+                    value = math.inf
                 object.__setattr__(self, name, value)
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
@@ -77,7 +80,7 @@ BACKWARD_STDS = tuple(i for i, name in enumerate(FIELDS) if name.endswith("backw
 FRACTION = FIELDS.index("fraction")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
     """Settings of every epoch and layer.
 
@@ -195,7 +198,7 @@ class RunInfo:
         return 1.0 if self.horizon == 1 else epoch / (self.horizon - 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Telemetry:
     """What a policy may see of a run, without units and without gradient.
 

@@ -322,6 +322,8 @@ SPOILED = {
     "a negative std": lambda c: {**c, "settings": [[[-1.0] * 7]]},
     "words": lambda c: {**c, "settings": [[["x"] * 7]]},
     "a ragged table": lambda c: {**c, "settings": [c["settings"][0], []]},
+    "a layer without a name": lambda c: {**c, "layers": [1, 2]},
+    "a number of 400 digits": lambda c: {**c, "settings": [[[10**400] * 7] * 2]},
     "no settings": lambda c: {**c, "settings": None},
     "metrics in words": lambda c: {**c, "metrics": [{"train_loss": "low"}]},
     "too many metrics": lambda c: {**c, "metrics": [{}] * 9},

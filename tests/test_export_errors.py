@@ -295,5 +295,8 @@ def test_quantized_input_refuses_scales():
     for scale in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="positive and finite"):
             QuantizedInput(scale)
+    for x in (torch.zeros(0, 4), torch.zeros(2, 4), torch.tensor([float("nan")])):
+        with pytest.raises(ValueError, match=r"numbers to fit|positive and finite"):
+            QuantizedInput.fit(x)
     net = QuantizedInput.fit(torch.tensor([-3.0, 1.0]), ls.unsigned(8))
     assert np.isclose(net.scale.item(), 3 / 255)

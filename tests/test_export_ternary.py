@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 
 import numpy as np
@@ -265,6 +266,26 @@ def test_an_export_replaces_an_export_and_nothing_else(folder, tmp_path):
     assert (folder / "notes.txt").read_text() == "!"
     ls.export_ternary(net, x, tmp_path / "new" / "inner")
     ls.integer_reference(tmp_path / "new" / "inner")
+
+
+def test_an_export_that_cannot_be_put_in_place_leaves_the_earlier_one(
+    folder, tmp_path, monkeypatch
+):
+    net, x = random_network("mlp", seed=33)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    replace, calls = os.replace, []
+
+    def second_fails(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("no space left")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(OSError, match="no space left"):
+        ls.export_ternary(net, x, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
 
 def test_module_names_that_are_no_file_names(tmp_path):

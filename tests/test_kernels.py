@@ -256,6 +256,17 @@ def test_without_a_compiler_everything_works_and_compiled_is_refused(tmp_path):
     assert "LEARNSCHED_KERNELS=compiled, but the kernels cannot be compiled" in result.stderr
 
 
+def test_without_a_home_or_a_word_of_the_compiler_everything_works(tmp_path):
+    homeless = f"import pathlib\ndef home(): raise RuntimeError\npathlib.Path.home = home\n{SHOW}"
+    environment = {"LEARNSCHED_CACHE": "", "XDG_CACHE_HOME": ""}
+    assert "no home folder to keep kernels in" in run_python(homeless, **environment).stdout
+    mute = tmp_path / "cc"
+    mute.write_text("#!/bin/sh\nexit 1\n")
+    mute.chmod(0o755)
+    result = run_python(SHOW, CC=str(mute), LEARNSCHED_CACHE=str(tmp_path))
+    assert "kernels: eager (not compiled: " in result.stdout
+
+
 def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path):
     (tmp_path / "learnsched").mkdir()
     (tmp_path / "learnsched").chmod(0o777)

@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from learnsched.data import DataSet, Split, load, reduced
 from learnsched.meta.presets import PRESETS
@@ -254,12 +256,72 @@ def test_a_run_begun_before_tasks_had_all_their_fields_goes_on(tmp_path):
     assert small_trainer(tmp_path).step == 0
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path):
+def respoiled(path, *, tensors=lambda t: t, scalars=lambda s: s):
+    with safe_open(path, framework="pt") as file:
+        stored = json.loads(file.metadata()["trainer"])
+        values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(tensors(values), path, metadata={"trainer": json.dumps(scalars(stored))})
+
+
+DAMAGE = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:100]),
+    "a tensor less": lambda path: respoiled(path, tensors=lambda t: dict(list(t.items())[1:])),
+    "other shapes": lambda path: respoiled(
+        path, tensors=lambda t: {name: value[None].clone() for name, value in t.items()}
+    ),
+    "a scalar less": lambda path: respoiled(
+        path, scalars=lambda s: {k: v for k, v in s.items() if k != "step"}
+    ),
+    "no scalars": lambda path: respoiled(path, scalars=lambda s: []),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_refused(name, tmp_path):
     small_trainer(tmp_path).run(1)
-    path = tmp_path / "checkpoint.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="damaged"):
+    DAMAGE[name](tmp_path / "checkpoint.safetensors")
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged"):
         small_trainer(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"policy": 1, "trainer": 2}'])
+def test_a_damaged_configuration_is_refused(text, tmp_path):
+    small_trainer(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        small_trainer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"bits": "ternary"}, "unknown bits 'ternary'; choose one of ternary/2-bit"),
+        ({"optimizer": "lion"}, "unknown optimizer 'lion'"),
+        ({"depth": 1}, "depth must be at least 2, got 1"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+    ],
+)
+def test_impossible_tasks_are_refused(change, match):
+    with pytest.raises(ValueError, match=match):
+        dataclasses.replace(SMALL, **change)
+
+
+@pytest.mark.parametrize("change", [{"noise": "pink"}, {"partition": "best"}, {"mode": "mean"}])
+def test_unknown_ways_to_build_a_task_are_refused(change):
+    (kind,) = change
+    with pytest.raises(ValueError, match=f"unknown (noise|{kind})"):
+        SMALL.build(DIGITS, **change)
+
+
+def test_a_task_without_members_is_not_built():
+    with pytest.raises(ValueError, match="has no members"):
+        dataclasses.replace(SMALL, learning_rates=()).build(DIGITS)
+
+
+@pytest.mark.parametrize("name", ["architectures", "horizons", "batches", "bits"])
+def test_a_mix_needs_something_to_draw_from(name):
+    with pytest.raises(ValueError, match=f"{name} is empty"):
+        dataclasses.replace(PRESETS["quick"].trainer.mix, **{name: ()})
 
 
 def test_gradients_that_are_not_finite_are_dropped_and_counted(tmp_path):

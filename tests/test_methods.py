@@ -26,6 +26,7 @@ from learnsched.meta.tasks import BITS, Task
 from learnsched.policies import (
     AdditiveNoiseAnnealing,
     BaseCurve,
+    BaseCurves,
     IncrementalQuantization,
     LearnedPolicy,
     MetaNetwork,
@@ -36,7 +37,7 @@ from learnsched.policies import (
 from learnsched.policies.annealing_grid import PUBLISHED_MEAN, PUBLISHED_STD
 from learnsched.policies.incremental import IDENTITY_STD
 from learnsched.scales import Maximum
-from learnsched.schedule import FIELDS, LayerInfo, Policy, RunInfo, plan
+from learnsched.schedule import FIELDS, LayerInfo, Policy, RunInfo, Telemetry, plan
 
 RUN = RunInfo((LayerInfo("a", 10, 3, 4), LayerInfo("b", 10, 3, 0)), 11)
 TINY = Task("cnn1d", "mnist1d", 4, 3, 3, 2, 16, "ternary/2-bit", (0.01, 0.01), False, 5, runs=2)
@@ -279,6 +280,18 @@ def test_a_curve_brings_its_warm_up_whoever_trains_with_it(data):
     inner.rates = rates
     assert torch.equal(inner.repeated(3).rates, rates)
     assert inner._rate(2, [torch.zeros(2, 1)])[0].flatten().tolist() == pytest.approx([0.005] * 2)
+
+
+@pytest.mark.parametrize("wrap", [lambda curve: curve, BaseCurves.everywhere], ids=["one", "many"])
+def test_a_curve_that_follows_the_loss_does_so_whoever_trains_with_it(wrap, data):
+    inner = replace(TINY, horizon=4, steps=5).build(data)
+    policy = wrap(BaseCurve(loss_power=1.0))
+    rollout = Method("curve", "normal", "settled").rollout(inner, [policy] * 2)
+    seen = Telemetry.initial(torch.rand(2, len(inner.run.layers)))
+    seen = replace(seen, loss=torch.tensor([1.0, 0.25]))
+    std = rollout(1, seen)[..., FIELDS.index("weight_forward_std")]
+    assert bool((std[0] > 0).all())
+    assert torch.allclose(std[1], std[0] / 4)
 
 
 def test_the_float_network_is_the_network_without_quantization(data):

@@ -228,7 +228,7 @@ SPOILED = {
     "a single level": (in_case(activation_levels=1), "2 to 65536 levels"),
     "a base in words": (in_base(power="0.5"), "finite numbers"),
     "a base of truth": (in_base(power=True), "finite numbers"),
-    "a base out of range": (in_base(power=0), "out of its range"),
+    "a base out of range": (in_base(power=0), r"power must lie in \(0, 1000\]"),
     "an unknown base": (in_base(colour=1), "colour"),
     "a base without end": (in_base(weight_backward_std=float("inf")), "finite numbers"),
     "a base beyond numbers": (in_base(weight_backward_std=10**400), "does not hold"),
@@ -370,6 +370,9 @@ def test_a_card_of_something_else_is_not_embedded(path, changes):
     with pytest.raises(SystemExit, match="embed_card: "):
         main([str(path)])
     assert path.read_bytes() == before
+    beside.write_bytes(b"\xff{}")
+    with pytest.raises(SystemExit, match=r"embed_card: the card of .* cannot be read"):
+        main([str(path)])
     beside.unlink()
     with pytest.raises(SystemExit, match="No such file"):
         main([str(path)])

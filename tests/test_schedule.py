@@ -190,3 +190,11 @@ def test_a_setting_takes_numbers_alone(bad):
 def test_a_schedule_is_planned_for_a_run():
     with pytest.raises(TypeError, match=r"planned for a RunInfo.*got 5"):
         plan(policies.StraightThrough(), 5)
+
+
+def test_schedules_and_telemetry_can_be_compared_and_kept_in_sets():
+    run = RunInfo((LayerInfo("a", 3, 3, 4), LayerInfo("b", 3, 3, 4)), horizon=3)
+    first, second = (plan(policies.StraightThrough(), run) for _ in range(2))
+    assert first == first
+    assert first != second
+    assert len({first, second, Telemetry.initial(torch.rand(2))}) == 3

@@ -38,6 +38,7 @@ from learnsched.meta.rollout import (
 from learnsched.meta.tasks import BITS
 from learnsched.policies import (
     BaseCurve,
+    BaseCurves,
     IncrementalQuantization,
     LearnedPolicy,
     MetaNetwork,
@@ -133,7 +134,10 @@ class Method:
             if policy not in plans:
                 plans[policy] = plan(policy, inner.run, hardened=self.hardened).table.float()
         table = torch.stack([plans[policy] for policy in policies], dim=1)
-        powers = [p.power_in(inner.run) if isinstance(p, BaseCurve) else 0.0 for p in policies]
+        powers = [
+            p.power_in(inner.run) if isinstance(p, BaseCurve | BaseCurves) else 0.0
+            for p in policies
+        ]
         return (
             following_rollout(table, torch.tensor(powers)) if any(powers) else table_rollout(table)
         )

@@ -163,7 +163,9 @@ def cured(trainer: MetaTrainer) -> list[dict[str, Any]]:
     for moved in sorted({trainer.policy.moved_start, True}):
         policy = trainer.policy.replaced(moved_start=moved)
         errors = {
-            task.name: float(hard_errors(policy, task, trainer.data[task.data]).mean())
+            task.name: float(
+                hard_errors(policy, task, trainer.data[task.data], trainer.device).mean()
+            )
             for task in trainer.config.validation
         }
         records.append({"moved_start": moved, "errors": errors})

@@ -22,6 +22,9 @@ _LARGEST_MANIFEST = 1 << 24
 def write_folder(folder: Path, content: Mapping[str, bytes], described: Mapping[str, Any]) -> None:
     """Write files and their manifest, all or nothing; an earlier export is replaced.
 
+    A kill in the instant between the two renames that replace it leaves the earlier export beside
+    ``folder``, under a hidden name that begins with its own.
+
     Args:
         folder: as :func:`check_replaceable` allows it.
         content: bytes by file name.
@@ -47,7 +50,11 @@ def write_folder(folder: Path, content: Mapping[str, bytes], described: Mapping[
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
             os.replace(folder, old)
-            os.replace(temporary, folder)
+            try:
+                os.replace(temporary, folder)
+            except BaseException:
+                os.replace(old, folder)
+                raise
             shutil.rmtree(old)
         else:
             os.replace(temporary, folder)
@@ -92,7 +99,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise FolderError(f"{path} has {path.stat().st_size} bytes, too many for a manifest")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FolderError(f"{path} is not whole JSON ({error}); export again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise FolderError(f"{path} is of another format; expected {FORMAT!r}")

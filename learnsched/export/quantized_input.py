@@ -43,11 +43,16 @@ class QuantizedInput(nn.Module):
     def fit(cls, x: Tensor, levels: LevelSet | None = None) -> QuantizedInput:
         """The quantizer whose outermost level is the largest magnitude in ``x``.
 
+        Raises:
+            ValueError: ``x`` is empty, not finite, or 0 everywhere.
+
         Example:
             >>> QuantizedInput.fit(torch.tensor([-254.0, 3.0])).scale.item()
             2.0
         """
         levels = signed(8) if levels is None else levels
+        if not x.numel():
+            raise ValueError(f"x must hold numbers to fit the scale to, got shape {tuple(x.shape)}")
         return cls(float(x.detach().abs().max()) / max(map(abs, levels.values)), levels)
 
     def ahead(self, x: Tensor) -> Tensor:

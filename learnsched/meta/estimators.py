@@ -74,7 +74,7 @@ class Estimate(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScheduleEstimate:
     """Gradients in schedule space.
 

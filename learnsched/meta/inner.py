@@ -24,7 +24,7 @@ from learnsched.schedule import FIELDS, FRACTION, RunInfo, Telemetry
 _WEIGHT_BACKWARD = FIELDS.index("weight_backward_std")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InnerState:
     """All that an epoch hands to the next: as a flat tuple of tensors for autograd, and a count.
 
@@ -37,7 +37,7 @@ class InnerState:
     step: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batches:
     """Which data each member of a population sees.
 

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 import torch
 
-from learnsched.meta.tasks import Task, mixed_seed
+from learnsched.choices import check_choice
+from learnsched.meta.tasks import BITS, Task, mixed_seed
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ class Mix:
             finish together.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: there is nothing to draw from, bits are unknown, or a number is out of its range.
 
     Example:
         >>> mix = Mix(architectures=(("digits", "mlp", (8,), (2, 3)),), horizons=(4, 6),
@@ -54,6 +55,11 @@ class Mix:
     alike: int = 2
 
     def __post_init__(self) -> None:
+        for name in ("architectures", "horizons", "batches", "bits"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty: there is nothing to draw from")
+        for bits, _ in self.bits:
+            check_choice("bits", bits, BITS)
         ends = (self.total_steps, self.learning_rates)
         if not all(0 < low <= high < math.inf for low, high in ends):
             raise ValueError(f"ranges go from a positive number up, got {ends}")

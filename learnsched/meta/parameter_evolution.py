@@ -23,7 +23,7 @@ from learnsched.meta.estimators import (
 from learnsched.meta.rollout import run_forward
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ParameterEstimate:
     """Gradients in parameter space.
 

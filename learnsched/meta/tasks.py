@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from learnsched.annealed import MODES
 from learnsched.choices import check_choice
 from learnsched.choose import LayerConfig
 from learnsched.convert import quantize_
 from learnsched.data import DataSet
+from learnsched.incremental import PARTITIONS
 from learnsched.layers import quantized_layers
 from learnsched.levels import LevelSet, binary, ternary, unsigned
 from learnsched.meta.inner import Batches, InnerLoop
@@ -44,6 +46,9 @@ BITS: dict[str, tuple[LevelSet, LevelSet | None]] = {
 }
 
 
+_MINIMA = {"width": 1, "depth": 2, "horizon": 1, "steps": 1, "batch": 1, "runs": 0}
+
+
 @dataclass(frozen=True)
 class Task:
     """Members of one architecture, data set and horizon; they differ in seed and learning rate.
@@ -66,6 +71,9 @@ class Task:
         optimizer: of the inner loop, a key of :data:`learnsched.meta.inner_optimizers.OPTIMIZERS`.
         float_ends: keep the first and the last layer's weights real, as much of the field does; all
             activations are quantized.
+
+    Raises:
+        ValueError: the bits or the optimizer are unknown, or a number is below its minimum.
 
     Example:
         >>> from learnsched.data import load
@@ -91,6 +99,13 @@ class Task:
     runs: int = 0
     optimizer: str = "adam"
     float_ends: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("bits", self.bits, BITS)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        for name, least in _MINIMA.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
     @property
     def name(self) -> str:
@@ -133,11 +148,16 @@ class Task:
             prepare: called with each quantized network; what it makes a parameter is trained too.
 
         Raises:
-            ValueError: the family or the optimizer is unknown, or the data are not what the family
-                takes: float32 of shape ``(features,)`` for ``cnn1d``, ``(1, side, side)`` for
-                ``cnn2d``, ``residual`` and ``vgg``, any shape for ``mlp``.
+            ValueError: the family, noise, partition or mode is unknown, there are no learning rates,
+                or the data are not what the family takes: float32 of shape ``(features,)`` for
+                ``cnn1d``, ``(1, side, side)`` for ``cnn2d``, ``residual`` and ``vgg``, any shape for
+                ``mlp``.
         """
-        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        shape = noise_shape(noise)
+        check_choice("partition", partition, PARTITIONS)
+        check_choice("mode", mode, MODES)
+        if not self.learning_rates:
+            raise ValueError(f"{self.name} has no members: learning_rates is empty")
         x, y = data.train.x, data.train.y
         models, order, picked = self._drawn(data, held_out)
         member_run = torch.arange(len(models)) % len(order)
@@ -163,7 +183,7 @@ class Task:
             )
             for layer in quantized_layers(model):
                 for quantizer in layer.quantizers:
-                    quantizer.noise = noise_shape(noise)
+                    quantizer.noise = shape
                     quantizer.mode = mode
                 for activation in layer.activations if config.activation_scale else ():
                     activation.scale.copy_(activation.rule(_STANDARD_NORMAL, activation.levels))

@@ -30,6 +30,9 @@ from learnsched.meta.unrolled import Unrolled
 from learnsched.meta.validation import hard_errors
 from learnsched.policies.learned import LATER_CHOICES, LearnedPolicy
 
+# What a checkpoint says beside its tensors.
+_SCALARS = ("step", "seconds", "best_error", "best_step", "typical_norm", "log")
+
 
 @dataclass(frozen=True)
 class TrainerConfig:
@@ -99,7 +102,7 @@ class MetaTrainer:
     Raises:
         FileExistsError: the folder holds a run of another configuration, or on other data.
         KeyError: a data set of the mix or of validation is missing.
-        ValueError: the folder's checkpoint is damaged.
+        ValueError: the folder's checkpoint or configuration is damaged.
 
     Example:
         >>> import tempfile
@@ -272,15 +275,29 @@ class MetaTrainer:
 
     def _open(self) -> None:
         """Start a run in the folder, or take up the one that is there."""
-        config = {
+        path = self.folder / "config.json"
+        if path.exists():
+            self._check_config(path)
+        elif distribution.rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(self._config(), indent=1))
+        distribution.barrier()
+        if (self.folder / "checkpoint.safetensors").exists():
+            self._load()
+
+    def _config(self) -> dict[str, Any]:
+        """What tells this run from others."""
+        return {
             "policy": self.policy.config(),
             "trainer": asdict(self.config),
             "estimator": repr(self.estimator),
             "data": {name: _sizes(self.data[name]) for name in sorted(self.config.data_names)},
         }
-        text = json.dumps(config, indent=1)
-        path = self.folder / "config.json"
-        if path.exists():
+
+    def _check_config(self, path: Path) -> None:
+        """Refuse a folder whose run is another one."""
+        config = json.loads(json.dumps(self._config()))
+        try:
             stored = json.loads(path.read_text())
             # The run may have begun before policies had all their choices, and tasks all their fields.
             stored["policy"] = dict.fromkeys(LATER_CHOICES, False) | stored["policy"]
@@ -288,17 +305,13 @@ class MetaTrainer:
             tasks = stored["trainer"]["validation"]
             stored["trainer"]["validation"] = [later | task for task in tasks]
             stored.setdefault("data", config["data"])
-            if stored != json.loads(text):
-                raise FileExistsError(
-                    f"{self.folder} holds a run of another configuration ({path}); "
-                    "choose another folder, or the same preset, seed and options as before"
-                )
-        elif distribution.rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(path, text)
-        distribution.barrier()
-        if (self.folder / "checkpoint.safetensors").exists():
-            self._load()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}); choose another folder") from error
+        if stored != config:
+            raise FileExistsError(
+                f"{self.folder} holds a run of another configuration ({path}); "
+                "choose another folder, or the same preset, seed and options as before"
+            )
 
     def _save(self) -> None:
         if distribution.rank() != 0:
@@ -326,13 +339,23 @@ class MetaTrainer:
         write_text(self.folder / "log.jsonl", lines)
         write(self.folder / "checkpoint.safetensors", lambda temporary: temporary.write_bytes(data))
 
+    def _shapes(self) -> dict[str, torch.Size]:
+        """Of the tensors that a checkpoint has, by name."""
+        kinds = ("parameter", "average", "best", "adam.exp_avg", "adam.exp_avg_sq")
+        shapes = {f"{k}.{n}": p.shape for k in kinds for n, p in self._parameters.items()}
+        return shapes | {f"adam.step.{name}": torch.Size() for name in self._parameters}
+
     def _load(self) -> None:
         path = self.folder / "checkpoint.safetensors"
         try:
             with safe_open(path, framework="pt") as file:
-                scalars = json.loads(file.metadata()["trainer"])
+                stored = json.loads(file.metadata()["trainer"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            scalars = {name: stored[name] for name in _SCALARS}
+            shapes = {name: tensor.shape for name, tensor in tensors.items()}
+            if shapes != self._shapes():
+                raise ValueError("its tensors are not those of this network")
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}); remove it to start this run again"
             ) from error

@@ -11,8 +11,53 @@ from torch import Tensor
 from learnsched.learning_rate import warm_cosine
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
+
+@dataclass(frozen=True)
+class _Range:
+    """An interval, whose ends belong to it unless they are open."""
+
+    low: float
+    high: float
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        above = self.low < number if self.open_low else self.low <= number
+        return above and (number < self.high if self.open_high else number <= self.high)
+
+    def __str__(self) -> str:
+        ends = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        return f"{ends[0]}{self.low:g}, {self.high:g}{ends[1]}"
+
+
 # Of what is positive: far beyond any use, near enough that nothing overflows.
 _LARGEST = 1000.0
+_STD = _Range(0, 1)
+_END = _Range(0, 1, open_low=True)
+_START = _Range(0, 1, open_high=True)
+_POSITIVE = _Range(0, _LARGEST, open_low=True)
+_COUNT = _Range(0, math.inf, open_high=True)
+_TILT = _Range(-math.log(_LARGEST), math.log(_LARGEST))
+
+_RANGES = {
+    "weight_forward_std": _STD,
+    "activation_forward_std": _STD,
+    "weight_hard_from": _END,
+    "activation_hard_from": _END,
+    "power": _POSITIVE,
+    "weight_backward_std": _POSITIVE,
+    "weight_backward_end": _POSITIVE,
+    "activation_backward_std": _POSITIVE,
+    "activation_backward_end": _POSITIVE,
+    "freeze_from": _START,
+    "hard_tilt": _Range(-1, 1),
+    "weight_backward_tilt": _TILT,
+    "activation_backward_tilt": _TILT,
+    "frozen_fan_in": _COUNT,
+    "warm_until": _START,
+    "loss_power": _Range(0, 4),
+    "loss_from": _COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -84,29 +129,9 @@ class BaseCurve:
     partition = "settled"
 
     def __post_init__(self) -> None:
-        stds = (self.weight_forward_std, self.activation_forward_std)
-        ends = (self.weight_hard_from, self.activation_hard_from)
-        positive = (
-            self.power,
-            self.weight_backward_std,
-            self.weight_backward_end,
-            self.activation_backward_std,
-            self.activation_backward_end,
-        )
-        tilts = (self.weight_backward_tilt, self.activation_backward_tilt)
-        if not (
-            all(0 <= std <= 1 for std in stds)
-            and all(0 < end <= 1 for end in ends)
-            and all(0 < number <= _LARGEST for number in positive)
-            and 0 <= self.freeze_from < 1
-            and 0 <= self.warm_until < 1
-            and -1 <= self.hard_tilt <= 1
-            and 0 <= self.frozen_fan_in < math.inf
-            and 0 <= self.loss_power <= 4
-            and 0 <= self.loss_from < math.inf
-            and all(abs(tilt) <= math.log(_LARGEST) for tilt in tilts)
-        ):
-            raise ValueError(f"a number is out of its range, see BaseCurve, in {self}")
+        for name, numbers in _RANGES.items():
+            if getattr(self, name) not in numbers:
+                raise ValueError(f"{name} must lie in {numbers}, got {getattr(self, name)!r}")
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -117,6 +117,10 @@ class BaseCurves:
 
         return min(self.cases, key=distance).curve
 
+    def power_in(self, run: RunInfo) -> float:
+        """The exponent of the loss in a run."""
+        return self.nearest(run).power_in(run)
+
     def begin(self, run: RunInfo) -> None:
         """No state."""
 

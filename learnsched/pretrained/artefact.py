@@ -174,7 +174,7 @@ def parse_tensors(data: bytes, path: Path) -> dict[str, torch.Tensor]:
         raise ArtefactError(f"{path} is not a safetensors file: {error!r}") from error
 
 
-def parse_card(text: str, path: Path) -> dict[str, Any]:
+def parse_card(text: str | bytes, path: Path) -> dict[str, Any]:
     """A card's JSON, of whatever version.
 
     Raises:

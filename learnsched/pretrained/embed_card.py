@@ -41,7 +41,7 @@ def embed_card(path: str | Path) -> Path:
     """
     path = Path(path)
     where = path.with_suffix(".json")
-    card = parse_card(read_limited(where).decode(), where)
+    card = parse_card(read_limited(where), where)
     if card.get("feature_schema") != FEATURE_SCHEMA:
         raise ArtefactError(f"{path} is of another feature schema; train it again")
     tensors = parse_tensors(read_limited(path), path)
