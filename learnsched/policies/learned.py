@@ -173,50 +173,53 @@ class LearnedPolicy:
         self, run: RunInfo, epoch: int, telemetry: Telemetry, state: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Differentiable settings, shape ``(..., layers, len(FIELDS))``, and the new state."""
+        offset, hidden = self._offsets(run, epoch, telemetry, state)
+        curve = self.base.nearest(run)
+        base = torch.tensor(curve.rows(run, epoch), dtype=offset.dtype, device=offset.device)
+        gain: Tensor | float = 1.0
+        if not self.open_loop:
+            gain = loss_gain(telemetry.loss, curve.power_in(run)).to(offset).unsqueeze(-1)
+        weight, weight_back, activation, activation_back, line = base.unbind(-1)
+        by_weight, by_weight_back, by_activation, by_activation_back, by_line = offset.unbind(-1)
+        weight = leaky_clamp(weight * gain + by_weight)
+        weight_back = weight_back * torch.exp(_LOG_RANGE * by_weight_back)
+        activation = leaky_clamp(activation * gain + by_activation)
+        activation_back = activation_back * torch.exp(_LOG_RANGE * by_activation_back)
+        if self.moved_start:
+            fraction = (line + by_line).clamp(0, 1)
+        else:
+            fraction = leaky_clamp(line.clamp(min=0) + by_line)
+        fraction = torch.maximum(state["fraction"], fraction)
+        outputs = torch.stack([weight, weight_back, activation, activation_back, fraction], dim=-1)
+        means = torch.zeros_like(outputs[..., : len(FIELDS) - OUTPUTS])
+        own = [weight, activation, weight_back.log(), activation_back.log(), fraction]
+        state = {
+            "hidden": hidden,
+            "fraction": fraction,
+            "outputs": torch.stack(own, dim=-1).detach(),
+        }
+        return torch.cat([outputs, means], dim=-1), state
+
+    def _offsets(
+        self, run: RunInfo, epoch: int, telemetry: Telemetry, state: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """What the network adds to the base curve, ``(..., layers, OUTPUTS)``, and its hidden state."""
         like = self.network.out.bias
-        progress = run.progress(epoch)
-        static = static_features(run, progress, self.domain).to(like)
+        static = static_features(run, run.progress(epoch), self.domain).to(like)
         feedback = (
             like.new_zeros(FEEDBACK) if self.open_loop else feedback_features(telemetry).to(like)
         )
         shape = state["outputs"].shape[:-1]
         features = torch.cat(
-            [
-                static.expand(*shape, STATIC),
-                feedback.expand(*shape, FEEDBACK),
-                state["outputs"],
-            ],
+            [static.expand(*shape, STATIC), feedback.expand(*shape, FEEDBACK), state["outputs"]],
             dim=-1,
         )
         raw, hidden = self.network(features, state["hidden"])
         offset = torch.tanh(raw) if self.domain.has_seen_levels(run) else torch.zeros_like(raw)
         if self.shared_noise:
-            noise, fraction = offset.split([OUTPUTS - 1, 1], dim=-1)
-            offset = torch.cat([noise.mean(-2, keepdim=True).expand_as(noise), fraction], dim=-1)
-        curve = self.base.nearest(run)
-        base = torch.tensor(curve.rows(run, epoch), dtype=like.dtype, device=like.device).unbind(-1)
-        gain: Tensor | float = 1.0
-        if not self.open_loop:
-            gain = loss_gain(telemetry.loss, curve.power_in(run)).to(like).unsqueeze(-1)
-        if self.moved_start:
-            fraction = (base[4] + offset[..., 4]).clamp(0, 1)
-        else:
-            fraction = leaky_clamp(base[4].clamp(min=0) + offset[..., 4])
-        fraction = torch.maximum(state["fraction"], fraction)
-        columns = (
-            leaky_clamp(base[0] * gain + offset[..., 0]),
-            base[1] * torch.exp(_LOG_RANGE * offset[..., 1]),
-            leaky_clamp(base[2] * gain + offset[..., 2]),
-            base[3] * torch.exp(_LOG_RANGE * offset[..., 3]),
-            fraction,
-        )
-        outputs = torch.stack(columns, dim=-1)
-        own = torch.stack(
-            [*columns[::2][:2], *(torch.log(c) for c in columns[1:4:2]), fraction], -1
-        )
-        means = torch.zeros_like(outputs[..., : len(FIELDS) - OUTPUTS])
-        state = {"hidden": hidden, "fraction": fraction, "outputs": own.detach()}
-        return torch.cat([outputs, means], dim=-1), state
+            noise, line = offset.split([OUTPUTS - 1, 1], dim=-1)
+            offset = torch.cat([noise.mean(-2, keepdim=True).expand_as(noise), line], dim=-1)
+        return offset, hidden
 
 
 class _LeakyClamp(torch.autograd.Function):
