@@ -50,7 +50,19 @@ def meta_train(folder):
         architectures=(("digits", "mlp", (4,), (2,)),),
         horizons=(2,), total_steps=(4, 5), members=2, tasks=1, fine_tuning=0.0,
     )  # fmt: skip
-    task = Task("mlp", "digits", 4, 2, 2, 2, 16, "ternary/2-bit", (0.01, 0.02), False, 3)
+    task = Task(
+        family="mlp",
+        data="digits",
+        width=4,
+        depth=2,
+        horizon=2,
+        steps=2,
+        batch=16,
+        bits="ternary/2-bit",
+        learning_rates=(0.01, 0.02),
+        fine_tuning=False,
+        seed=3,
+    )
     config = dataclasses.replace(preset.trainer, mix=mix, validation=(task,), validate_every=2)
     torch.manual_seed(0)
     policy = LearnedPolicy(MetaNetwork(6, 4), preset.base, preset.domain)

@@ -21,7 +21,19 @@ from learnsched.policies import LearnedPolicy, MetaNetwork
 from learnsched.schedule import FIELDS, LayerInfo, RunInfo, Telemetry
 
 DIGITS = load("digits")
-SMALL = Task("mlp", "digits", 6, 3, 3, 4, 16, "ternary/2-bit", (0.01, 0.02), False, 3)
+SMALL = Task(
+    family="mlp",
+    data="digits",
+    width=6,
+    depth=3,
+    horizon=3,
+    steps=4,
+    batch=16,
+    bits="ternary/2-bit",
+    learning_rates=(0.01, 0.02),
+    fine_tuning=False,
+    seed=3,
+)
 
 
 @dataclass

@@ -15,7 +15,19 @@ from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import LearnedPolicy, MetaNetwork
 
 DIGITS = load("digits")
-SMALL = Task("mlp", "digits", 6, 3, 3, 4, 16, "ternary/2-bit", (0.01, 0.02, 0.03), False, 3)
+SMALL = Task(
+    family="mlp",
+    data="digits",
+    width=6,
+    depth=3,
+    horizon=3,
+    steps=4,
+    batch=16,
+    bits="ternary/2-bit",
+    learning_rates=(0.01, 0.02, 0.03),
+    fine_tuning=False,
+    seed=3,
+)
 
 
 def estimates(noise, bias=0.0, members=400, seed=0):

@@ -39,7 +39,19 @@ def finite_difference(total, parameter):
 
 def trained_population(prepare, horizon):
     """What two members and the first alone have learned, by the end of the parameter's name."""
-    task = Task("mlp", "digits", 6, 3, horizon, 4, 16, "ternary/2-bit", (0.01, 0.03), False, 3)
+    task = Task(
+        family="mlp",
+        data="digits",
+        width=6,
+        depth=3,
+        horizon=horizon,
+        steps=4,
+        batch=16,
+        bits="ternary/2-bit",
+        learning_rates=(0.01, 0.03),
+        fine_tuning=False,
+        seed=3,
+    )
     found = []
     for members in (2, 1):
         few = replace(task, learning_rates=task.learning_rates[:members])

@@ -17,7 +17,19 @@ from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import LearnedPolicy, MetaNetwork
 
 DIGITS = load("digits")
-SMALL = Task("mlp", "digits", 6, 3, 2, 3, 16, "ternary/2-bit", (0.01, 0.02), False, 3)
+SMALL = Task(
+    family="mlp",
+    data="digits",
+    width=6,
+    depth=3,
+    horizon=2,
+    steps=3,
+    batch=16,
+    bits="ternary/2-bit",
+    learning_rates=(0.01, 0.02),
+    fine_tuning=False,
+    seed=3,
+)
 
 
 def as_double(inner):

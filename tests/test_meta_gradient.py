@@ -23,7 +23,19 @@ from learnsched.policies import BaseCurve, LearnedPolicy, MetaNetwork
 from learnsched.schedule import FIELDS
 
 DIGITS = load("digits")
-TASK = Task("mlp", "digits", 6, 3, 3, 4, 16, "ternary/2-bit", (0.01, 0.02), False, 3)
+TASK = Task(
+    family="mlp",
+    data="digits",
+    width=6,
+    depth=3,
+    horizon=3,
+    steps=4,
+    batch=16,
+    bits="ternary/2-bit",
+    learning_rates=(0.01, 0.02),
+    fine_tuning=False,
+    seed=3,
+)
 W_FORWARD, W_BACKWARD, A_FORWARD, A_BACKWARD, FRACTION = range(5)
 OPTIMIZERS = {
     "sgd": (SGD(), 20.0),

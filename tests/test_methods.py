@@ -40,7 +40,20 @@ from learnsched.scales import Maximum
 from learnsched.schedule import FIELDS, LayerInfo, Policy, RunInfo, Telemetry, plan
 
 RUN = RunInfo((LayerInfo("a", 10, 3, 4), LayerInfo("b", 10, 3, 0)), 11)
-TINY = Task("cnn1d", "mnist1d", 4, 3, 3, 2, 16, "ternary/2-bit", (0.01, 0.01), False, 5, runs=2)
+TINY = Task(
+    family="cnn1d",
+    data="mnist1d",
+    width=4,
+    depth=3,
+    horizon=3,
+    steps=2,
+    batch=16,
+    bits="ternary/2-bit",
+    learning_rates=(0.01, 0.01),
+    fine_tuning=False,
+    seed=5,
+    runs=2,
+)
 
 # The network without quantization as a point of the methods' space: under uniform noise one step wide,
 # weights inside the range of their levels pass unchanged, and a level set of 0 and 1 is a ReLU that ends

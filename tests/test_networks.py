@@ -47,7 +47,19 @@ def test_a_block_adds_its_input():
 @pytest.mark.parametrize(("family", "count"), [("residual", 5), ("vgg", 6)])
 def test_a_quantized_population_learns(family, count):
     data = reduced(load("digits"), 600, 100, 200)
-    task = Task(family, "digits", 8, count, 4, 15, 32, "ternary/2-bit", (0.01, 0.02), False, 1)
+    task = Task(
+        family=family,
+        data="digits",
+        width=8,
+        depth=count,
+        horizon=4,
+        steps=15,
+        batch=32,
+        bits="ternary/2-bit",
+        learning_rates=(0.01, 0.02),
+        fine_tuning=False,
+        seed=1,
+    )
     inner = task.build(data, membership_width=0.0)
     table = plan(StraightThrough(), inner.run).table.float()
     with torch.no_grad():
@@ -69,7 +81,19 @@ def test_reduced_data_are_stratified_parts_of_the_whole():
 
 
 def test_float_ends_keep_the_first_and_the_last_weights_real():
-    task = Task("cnn1d", "mnist1d", 4, 4, 2, 2, 8, "ternary/2-bit", (0.01,), False, 0)
+    task = Task(
+        family="cnn1d",
+        data="mnist1d",
+        width=4,
+        depth=4,
+        horizon=2,
+        steps=2,
+        batch=8,
+        bits="ternary/2-bit",
+        learning_rates=(0.01,),
+        fine_tuning=False,
+        seed=0,
+    )
     ends = replace(task, float_ends=True)
     layers = ends.build(load("mnist1d")).run.layers
     assert [layer.weight_levels for layer in layers] == [0, 3, 3]

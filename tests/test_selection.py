@@ -13,7 +13,7 @@ from learnsched.schedule import FIELDS, plan
 
 TASKS = PRESETS["standard"].trainer.validation
 TASK = Task(
-    "mlp", "digits", width=6, depth=2, horizon=3, steps=4, batch=16, bits="ternary/2-bit",
+    family="mlp", data="digits", width=6, depth=2, horizon=3, steps=4, batch=16, bits="ternary/2-bit",
     learning_rates=(0.02, 0.04, 0.06), fine_tuning=False, seed=5,
 )  # fmt: skip
 

@@ -11,7 +11,19 @@ from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.schedule import FIELDS
 
-TASK = Task("mlp", "digits", 6, 3, 5, 2, 16, "ternary/2-bit", (0.01, 0.02), False, 3)
+TASK = Task(
+    family="mlp",
+    data="digits",
+    width=6,
+    depth=3,
+    horizon=5,
+    steps=2,
+    batch=16,
+    bits="ternary/2-bit",
+    learning_rates=(0.01, 0.02),
+    fine_tuning=False,
+    seed=3,
+)
 
 
 def setup():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from learnsched.benchmarks.search import Budget
 from learnsched.data import DataSet, load, reduced
-from learnsched.meta.tasks import Task
+from learnsched.meta.tasks import Task, task_of
 
 
 @dataclass(frozen=True)
@@ -57,22 +57,22 @@ class Grid:
 
 
 def _task(
-    data: str,
-    family: str,
-    width: int,
-    depth: int,
-    horizon: int,
-    steps: int,
+    *row: str | int,
     bits: str = "ternary/2-bit",
-    *,
     fine_tuned: bool = False,
     batch: int = 32,
     float_ends: bool = False,
 ) -> Task:
-    return Task(
-        family, data, width, depth, horizon, steps, batch, bits, (0.01,), fine_tuned, 88_000,
+    """A task by data, family, width, depth, horizon and steps an epoch."""
+    return task_of(
+        row,
+        batch=batch,
+        bits=bits,
+        learning_rates=(0.01,),
+        fine_tuning=fine_tuned,
+        seed=88_000,
         float_ends=float_ends,
-    )  # fmt: skip
+    )
 
 
 # Data sets alternate, so that a comparison that ends early has some of each.
@@ -82,21 +82,22 @@ _SMALL = (
     Cell("fashion-mlp", _task("fashion_mnist", "mlp", 48, 5, 9, 40)),
     Cell("signal-cnn-fine-tuned", _task("mnist1d", "cnn1d", 20, 5, 10, 30, fine_tuned=True)),
     Cell("fashion-residual", _task("fashion_mnist", "residual", 7, 7, 8, 25)),
-    Cell("signal-cnn-binary", _task("mnist1d", "cnn1d", 20, 5, 12, 30, "binary/binary")),
+    Cell("signal-cnn-binary", _task("mnist1d", "cnn1d", 20, 5, 12, 30, bits="binary/binary")),
     Cell("fashion-cnn-fine-tuned", _task("fashion_mnist", "cnn2d", 8, 5, 6, 32, fine_tuned=True)),
     Cell("signal-cnn-deep", _task("mnist1d", "cnn1d", 10, 8, 12, 30)),
     Cell("digits-cnn", _task("digits", "cnn2d", 12, 5, 10, 30)),
-    Cell("signal-cnn-ternary", _task("mnist1d", "cnn1d", 20, 5, 12, 30, "ternary/ternary")),
-    Cell("fashion-cnn-binary", _task("fashion_mnist", "cnn2d", 8, 5, 8, 32, "binary/binary")),
+    Cell("signal-cnn-ternary", _task("mnist1d", "cnn1d", 20, 5, 12, 30, bits="ternary/ternary")),
+    Cell("fashion-cnn-binary", _task("fashion_mnist", "cnn2d", 8, 5, 8, 32, bits="binary/binary")),
     Cell("signal-mlp", _task("mnist1d", "mlp", 96, 5, 12, 40)),
     Cell(
-        "fashion-cnn-binary-weights", _task("fashion_mnist", "cnn2d", 8, 5, 8, 32, "binary/2-bit")
+        "fashion-cnn-binary-weights",
+        _task("fashion_mnist", "cnn2d", 8, 5, 8, 32, bits="binary/2-bit"),
     ),
     # Weights alone: from random ones, and in the regime of INQ's paper.
-    Cell("fashion-cnn-weights", _task("fashion_mnist", "cnn2d", 8, 5, 8, 32, "ternary/real")),
+    Cell("fashion-cnn-weights", _task("fashion_mnist", "cnn2d", 8, 5, 8, 32, bits="ternary/real")),
     Cell(
         "signal-cnn-weights-fine-tuned",
-        _task("mnist1d", "cnn1d", 20, 5, 10, 30, "ternary/real", fine_tuned=True),
+        _task("mnist1d", "cnn1d", 20, 5, 10, 30, bits="ternary/real", fine_tuned=True),
     ),
 )
 
@@ -125,7 +126,7 @@ _MORE = (
     ),
     Cell(
         "fashion-mlp-ternary",
-        _task("fashion_mnist", "mlp", 128, 5, 20, 187, "ternary/ternary", batch=64),
+        _task("fashion_mnist", "mlp", 128, 5, 20, 187, bits="ternary/ternary", batch=64),
         12_000,
         5000,
         10_000,

@@ -32,7 +32,7 @@ from learnsched.data import DataSet, load
 from learnsched.meta import distribution
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.rollout import learning_rates, run_forward, table_rollout
-from learnsched.meta.tasks import Task
+from learnsched.meta.tasks import Task, task_of
 from learnsched.policies import BaseCurves
 from learnsched.policies.base_curve import BaseCurve
 from learnsched.schedule import plan
@@ -85,12 +85,16 @@ def tasks(bits: str) -> tuple[Task, ...]:
         ("mnist1d", "mlp", 32, 4, 12, 20, False),
     )
     return tuple(
-        Task(
-            family, data, width, depth, horizon, steps, 64 if data == "mnist1d" else 32, bits, (),
-            fine_tuning, 700_000,
+        task_of(
+            row,
+            batch=64 if row[0] == "mnist1d" else 32,
+            bits=bits,
+            learning_rates=(),
+            fine_tuning=fine_tuning,
+            seed=700_000,
         )
-        for data, family, width, depth, horizon, steps, fine_tuning in rows
-    )  # fmt: skip
+        for *row, fine_tuning in rows
+    )
 
 
 def fine_tuned(bits: str) -> tuple[Task, ...]:
@@ -137,8 +141,8 @@ def _of_one_regime(
 ) -> tuple[Task, ...]:
     """Tasks by data, family, width, depth, horizon and steps an epoch."""
     return tuple(
-        Task(family, data, width, depth, horizon, steps, 32, bits, (), fine_tuning, seed)
-        for data, family, width, depth, horizon, steps in rows
+        task_of(row, batch=32, bits=bits, learning_rates=(), fine_tuning=fine_tuning, seed=seed)
+        for row in rows
     )
 
 

@@ -22,7 +22,7 @@ from learnsched.data import load
 from learnsched.intervals import interval
 from learnsched.meta import distribution
 from learnsched.meta.presets import PRESETS
-from learnsched.meta.tasks import Task
+from learnsched.meta.tasks import Task, task_of
 from learnsched.policies import BaseCurve
 from learnsched.schedule import RunInfo
 
@@ -58,9 +58,11 @@ class Study:
     def tasks(self, bits: str) -> list[Task]:
         """Every network in every regime."""
         return [
-            Task(family, data, width, depth, horizon, steps, 32, bits, (), fine_tuning, self.seed)
+            task_of(
+                row, batch=32, bits=bits, learning_rates=(), fine_tuning=fine_tuning, seed=self.seed
+            )
             for fine_tuning in self.regimes
-            for data, family, width, depth, horizon, steps in self.rows
+            for row in self.rows
         ]
 
     def measure(self, task: Task, runs: int, seed: int) -> dict[str, Any]:

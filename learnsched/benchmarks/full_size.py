@@ -43,17 +43,17 @@ class FullSize:
 
 def _fashion(family: str, depth: int, *, fine_tuned: bool = False) -> Task:
     return Task(
-        family,
-        "fashion_mnist",
-        16,
-        depth,
-        8,
-        430,
-        128,
-        "ternary/2-bit",
-        (0.01,),
-        fine_tuned,
-        277_000,
+        family=family,
+        data="fashion_mnist",
+        width=16,
+        depth=depth,
+        horizon=8,
+        steps=430,
+        batch=128,
+        bits="ternary/2-bit",
+        learning_rates=(0.01,),
+        fine_tuning=fine_tuned,
+        seed=277_000,
     )
 
 
@@ -63,7 +63,19 @@ TASKS = {
     "fine-tuned": FullSize(_fashion("cnn2d", 5, fine_tuned=True), "fashion-cnn-fine-tuned"),
 }
 QUICK = FullSize(
-    Task("cnn2d", "digits", 4, 3, 2, 3, 16, "ternary/2-bit", (0.01,), False, 277_000),
+    Task(
+        family="cnn2d",
+        data="digits",
+        width=4,
+        depth=3,
+        horizon=2,
+        steps=3,
+        batch=16,
+        bits="ternary/2-bit",
+        learning_rates=(0.01,),
+        fine_tuning=False,
+        seed=277_000,
+    ),
     "fashion-cnn-40-epochs",
 )
 RATES = (0.004, 0.01, 0.025, 0.06)

@@ -27,17 +27,20 @@ from learnsched.benchmarks.search import Budget, Found, search
 from learnsched.data import DataSet, load
 from learnsched.meta import distribution
 from learnsched.meta.rollout import run_forward
-from learnsched.meta.tasks import Task
+from learnsched.meta.tasks import Task, task_of
 from learnsched.schedule import Policy
 
 QUICK = Budget(rounds=1, trials=6, trial_runs=2, runs=8)
 
 
-def _task(
-    data: str, family: str, width: int, depth: int, horizon: int, steps: int, tuned: bool = False
-) -> Task:
-    return Task(
-        family, data, width, depth, horizon, steps, 64, "ternary/2-bit", (0.01,), tuned, 77_000
+def _task(*row: str | int, fine_tuned: bool = False) -> Task:
+    return task_of(
+        row,
+        batch=64,
+        bits="ternary/2-bit",
+        learning_rates=(0.01,),
+        fine_tuning=fine_tuned,
+        seed=77_000,
     )
 
 
@@ -47,7 +50,7 @@ HELD_OUT: dict[str, Task] = {
     "other seeds, mlp": _task("mnist1d", "mlp", 32, 4, 12, 15),
     "other width": _task("mnist1d", "cnn1d", 24, 4, 10, 30),
     "other depth": _task("mnist1d", "cnn1d", 8, 7, 12, 25),
-    "fine-tuned": _task("mnist1d", "cnn1d", 10, 4, 8, 20, True),
+    "fine-tuned": _task("mnist1d", "cnn1d", 10, 4, 8, 20, fine_tuned=True),
     "twice the horizon": _task("mnist1d", "cnn1d", 20, 4, 40, 20),
 }
 

@@ -25,7 +25,7 @@ from learnsched.convert import quantize_
 from learnsched.data import DataSet, load
 from learnsched.levels import ternary, unsigned
 from learnsched.meta.rollout import PolicyRollout, run_forward
-from learnsched.meta.tasks import Task
+from learnsched.meta.tasks import Task, task_of
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import BaseCurve, LearnedPolicy, MetaNetwork
 from learnsched.scheduler import QuantizationScheduler
@@ -82,9 +82,13 @@ def measure(
     seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """CPU seconds a network of each way to train, and of the gradient."""
-    name, family, width, depth = network
-    one = Task(
-        family, name, width, depth, horizon, steps, 32, "ternary/2-bit", (0.01,), False, seed
+    one = task_of(
+        (*network, horizon, steps),
+        batch=32,
+        bits="ternary/2-bit",
+        learning_rates=(0.01,),
+        fine_tuning=False,
+        seed=seed,
     )
     many = replace(one, learning_rates=(0.01,) * MEMBERS)
     ways: dict[str, Callable[[], None]] = {
@@ -104,7 +108,7 @@ def measure(
             spent = (time.process_time() - start) / (MEMBERS if "population" in way else 1)
             seconds[way] = min(seconds[way], spent)
     return {
-        "network": f"{name} {family} {depth}×{width}",
+        "network": f"{one.data} {one.family} {one.depth}×{one.width}",
         "steps": horizon * steps,
         "seconds": seconds,
         "speed_up": {

@@ -107,7 +107,17 @@ _MIX = Mix(
 def _task(width: int, horizon: int, steps: int, seed: int) -> Task:
     rates = (0.015, 0.02, 0.03, 0.04) * 6
     return Task(
-        "cnn1d", "mnist1d", width, 4, horizon, steps, 32, "ternary/2-bit", rates, False, seed
+        family="cnn1d",
+        data="mnist1d",
+        width=width,
+        depth=4,
+        horizon=horizon,
+        steps=steps,
+        batch=32,
+        bits="ternary/2-bit",
+        learning_rates=rates,
+        fine_tuning=False,
+        seed=seed,
     )
 
 

@@ -39,7 +39,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CENTRE = Task("cnn1d", "mnist1d", 12, 4, 12, 20, 64, "ternary/2-bit", (0.01,), False, 177_000)
+CENTRE = Task(
+    family="cnn1d",
+    data="mnist1d",
+    width=12,
+    depth=4,
+    horizon=12,
+    steps=20,
+    batch=64,
+    bits="ternary/2-bit",
+    learning_rates=(0.01,),
+    fine_tuning=False,
+    seed=177_000,
+)
 
 RIVALS = ("straight-through", "ANA, normal", "ANA, normal, warm-up")
 

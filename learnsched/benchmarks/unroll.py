@@ -130,9 +130,19 @@ def measure(method: str, optimizer: str, horizon: int, steps: int, seed: int) ->
     """CPU seconds of the gradient, MiB that it adds to the process's peak, and the gradient."""
     torch.set_num_threads(1)
     task = Task(
-        "cnn2d", "digits", 6, 4, horizon, steps, 32, "ternary/2-bit", (_RATES[optimizer],) * _MEMBERS,
-        False, seed, optimizer=optimizer,
-    )  # fmt: skip
+        family="cnn2d",
+        data="digits",
+        width=6,
+        depth=4,
+        horizon=horizon,
+        steps=steps,
+        batch=32,
+        bits="ternary/2-bit",
+        learning_rates=(_RATES[optimizer],) * _MEMBERS,
+        fine_tuning=False,
+        seed=seed,
+        optimizer=optimizer,
+    )
     inner = task.build(load("digits"))
     rows = plan(BaseCurve(), inner.run).table.float()
     table = rows.unsqueeze(1).expand(-1, _MEMBERS, -1, -1)

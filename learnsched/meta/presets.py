@@ -9,7 +9,7 @@ from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.guarded import Guarded
 from learnsched.meta.hybrid import Hybrid
 from learnsched.meta.mix import Mix
-from learnsched.meta.tasks import BITS, Task
+from learnsched.meta.tasks import BITS, Task, task_of
 from learnsched.meta.trainer import TrainerConfig
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import BaseCurve, BaseCurves, Case, Domain
@@ -200,22 +200,15 @@ def _validation(
 ) -> tuple[Task, ...]:
     """Tasks by bits, data, family, width, depth, horizon, steps an epoch and fine-tuning."""
     return tuple(
-        Task(
-            family=family,
-            data=data,
-            width=width,
-            depth=depth,
-            horizon=horizon,
-            steps=steps,
+        task_of(
+            row,
             batch=64,
             bits=bits,
             learning_rates=(0.015, 0.02, 0.03, 0.04) * (members // 4),
             fine_tuning=fine_tuning,
             seed=1_000_000 + index,
         )
-        for index, (bits, data, family, width, depth, horizon, steps, fine_tuning) in enumerate(
-            tasks
-        )
+        for index, (bits, *row, fine_tuning) in enumerate(tasks)
     )
 
 

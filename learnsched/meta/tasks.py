@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ BITS: dict[str, tuple[LevelSet, LevelSet | None]] = {
 _MINIMA = {"width": 1, "depth": 2, "horizon": 1, "steps": 1, "batch": 1, "runs": 0}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """Members of one architecture, data set and horizon; they differ in seed and learning rate.
 
@@ -281,6 +282,25 @@ def _pretrain(models: Sequence[nn.Module], x: Tensor, y: Tensor, order: Tensor) 
             F.cross_entropy(model(x[index]), y[index]).backward()
             optimizer.step()
             scheduler.step()
+
+
+# What a row of a table of tasks says.
+_ROW = ("data", "family", "width", "depth", "horizon", "steps")
+
+
+def task_of(row: Sequence[Any], **rest: Any) -> Task:
+    """A task by data, family, width, depth, horizon and steps an epoch, and the rest by name.
+
+    Raises:
+        ValueError: the row has more or fewer entries; as :class:`Task` does.
+
+    Example:
+        >>> task_of(("digits", "mlp", 8, 3, 6, 10), batch=32, bits="ternary/2-bit",
+        ...         learning_rates=(0.01,), fine_tuning=True, seed=0).name
+        'digits mlp 3×8, ternary/2-bit, 6×10 steps, fine-tuned'
+    """
+    known: dict[str, Any] = dict(zip(_ROW, row, strict=True))
+    return Task(**known, **rest)
 
 
 def mixed_seed(seed: int, step: int) -> int:
