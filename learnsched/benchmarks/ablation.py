@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from learnsched.benchmarks import methods as field
+from learnsched.benchmarks.campaign import one_of_the_ranks
 from learnsched.benchmarks.environment import stored_records, write_results
 from learnsched.benchmarks.held_out import HELD_OUT
 from learnsched.benchmarks.methods import Method
@@ -155,24 +156,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one task, few trials and seeds")
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     options = parser.parse_args(arguments)
-    distribution.start()
-    torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
-    tasks = TASKS[:1] if options.quick else TASKS
+    with one_of_the_ranks():
+        tasks = TASKS[:1] if options.quick else TASKS
 
-    def keep(records: list[dict[str, Any]]) -> None:
+        def keep(records: list[dict[str, Any]]) -> None:
+            if distribution.rank() == 0:
+                write_results(options.json, {"records": records})
+
+        records = transfer(
+            [(method, None) for method in variants(load_pretrained(options.artefact))],
+            {"task": {name: HELD_OUT[name] for name in tasks}},
+            _QUICK if options.quick else _SHOWN,
+            done=stored_records(options.json),
+            progress=keep,
+        )
         if distribution.rank() == 0:
-            write_results(options.json, {"records": records})
-
-    records = transfer(
-        [(method, None) for method in variants(load_pretrained(options.artefact))],
-        {"task": {name: HELD_OUT[name] for name in tasks}},
-        _QUICK if options.quick else _SHOWN,
-        done=stored_records(options.json),
-        progress=keep,
-    )
-    if distribution.rank() == 0:
-        print(table(records, tasks))
-    distribution.stop()
+            print(table(records, tasks))
 
 
 if __name__ == "__main__":

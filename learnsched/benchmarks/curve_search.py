@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learnsched.benchmarks.campaign import one_of_the_ranks
 from learnsched.benchmarks.environment import describe, write_results
 from learnsched.benchmarks.held_out import train
 from learnsched.benchmarks.methods import Method
@@ -228,23 +229,26 @@ def search(box: Box, count: int, rounds: int, seed: int, rows: Sequence[Task]) -
     low, high = torch.zeros(len(box)).double(), torch.ones(len(box)).double()
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     found = []
+
+    def tried(job: tuple[int, int, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Curves of a round and task, as points of the unit cube, and their accuracies."""
+        turn, index, low, high = job
+        start, task = time.perf_counter(), rows[index]
+        sobol = torch.quasirandom.SobolEngine(
+            len(box), scramble=True, seed=10_000 * seed + 1000 * turn + index
+        )
+        points = low + (high - low) * sobol.draw(count).double()
+        value = accuracies(task, data[task.data], points, box, 1000 * (seed + 1) + turn)
+        print(
+            f"round {turn + 1}, {task.name}: mean {value.mean():.3f}, "
+            f"{time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
+        return points, value
+
     for turn in range(rounds):
-        mine = {}
-        for index in range(distribution.rank(), len(rows), distribution.world_size()):
-            start = time.perf_counter()
-            sobol = torch.quasirandom.SobolEngine(
-                len(box), scramble=True, seed=10_000 * seed + 1000 * turn + index
-            )
-            points = low + (high - low) * sobol.draw(count).double()
-            task = rows[index]
-            value = accuracies(task, data[task.data], points, box, 1000 * (seed + 1) + turn)
-            mine[index] = (points, value)
-            print(
-                f"round {turn + 1}, {task.name}: mean {value.mean():.3f}, "
-                f"{time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
-        for index, (points, value) in enumerate(distribution.gather(mine, len(rows))):
+        jobs = [(turn, index, low, high) for index in range(len(rows))]
+        for index, (points, value) in enumerate(distribution.mapped(jobs, tried)):
             group = (turn * len(rows) + index) * _SEEDS + torch.arange(len(points)) % _SEEDS
             seen.append((points, value, group))
         points, values, groups = (torch.cat(parts) for parts in zip(*seen, strict=True))
@@ -274,13 +278,16 @@ def verify(
         seed: of the runs.
     """
     data = _data()
-    mine = {}
-    for index in range(distribution.rank(), len(rows), distribution.world_size()):
-        task = replace(rows[index], seed=31_337 + seed)
+
+    def work(task: Task) -> dict[str, Any]:
+        task = replace(task, seed=31_337 + seed)
         found = at_best_rate(task, data[task.data], list(compared.values()), rates, seeds)
-        accuracies = dict(zip(compared, found.mean(1).tolist(), strict=True))
-        mine[index] = {"task": task.name, "accuracy": accuracies}
-    return distribution.gather(mine, len(rows))
+        return {
+            "task": task.name,
+            "accuracy": dict(zip(compared, found.mean(1).tolist(), strict=True)),
+        }
+
+    return distribution.mapped(rows, work)
 
 
 def at_best_rate(
@@ -327,39 +334,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="write what was found here, by bits; a search that is there is not repeated",
     )
     options = parser.parse_args(arguments)
-    distribution.start()
-    torch.set_num_threads(1)
-    count, rounds, seeds = (4, 1, 2) if options.quick else (options.count, options.rounds, 6)
-    name, rows, box, rates = options.bits, tasks(options.bits), BOXES[options.bits], _RATES
-    if options.fine_tuning:
-        name, rows = f"{name}, fine-tuned", fine_tuned(options.bits)
-    elif options.warm_up:
-        name, rows = f"{name}, warm-up", from_scratch(options.bits)
-        box = {**box, "warm_until": (0.0, 0.4, False)}
-    elif options.long:
-        name, rows, rates = f"{name}, long", long(options.bits), _LONG_RATES
-        box = {**box, "learning_rate": (0.005, 0.05, True)}
-    rows = rows[-2:] if options.quick else rows
-    stored: dict[str, Any] = {}
-    if options.json and options.json.exists():
-        stored = json.loads(options.json.read_text())
-    content = stored.get(name) or {
-        "environment": describe(),
-        "seed": options.seed,
-        **search(box, count, rounds, options.seed, rows),
-    }
-    last = BaseCurve(**content["rounds"][-1]["curve"])
-    shipped = PRESETS["standard"].base
-    compared: dict[str, BaseCurve | BaseCurves] = {
-        "plain": BaseCurve(), "shipped": shipped, "found": last,
-    }  # fmt: skip
-    content["verified"] = verify(rows, compared, rates, seeds, options.seed)
-    if distribution.rank() == 0:
-        write_results(options.json, {**stored, name: content})
-        print("accuracy in %: " + ", ".join(compared))
-        for row in content["verified"]:
-            print(" ".join(f"{100 * a:5.1f}" for a in row["accuracy"].values()), row["task"])
-    distribution.stop()
+    with one_of_the_ranks():
+        count, rounds, seeds = (4, 1, 2) if options.quick else (options.count, options.rounds, 6)
+        name, rows, box, rates = options.bits, tasks(options.bits), BOXES[options.bits], _RATES
+        if options.fine_tuning:
+            name, rows = f"{name}, fine-tuned", fine_tuned(options.bits)
+        elif options.warm_up:
+            name, rows = f"{name}, warm-up", from_scratch(options.bits)
+            box = {**box, "warm_until": (0.0, 0.4, False)}
+        elif options.long:
+            name, rows, rates = f"{name}, long", long(options.bits), _LONG_RATES
+            box = {**box, "learning_rate": (0.005, 0.05, True)}
+        rows = rows[-2:] if options.quick else rows
+        stored: dict[str, Any] = {}
+        if options.json and options.json.exists():
+            stored = json.loads(options.json.read_text())
+        content = stored.get(name) or {
+            "environment": describe(),
+            "seed": options.seed,
+            **search(box, count, rounds, options.seed, rows),
+        }
+        last = BaseCurve(**content["rounds"][-1]["curve"])
+        shipped = PRESETS["standard"].base
+        compared: dict[str, BaseCurve | BaseCurves] = {
+            "plain": BaseCurve(), "shipped": shipped, "found": last,
+        }  # fmt: skip
+        content["verified"] = verify(rows, compared, rates, seeds, options.seed)
+        if distribution.rank() == 0:
+            write_results(options.json, {**stored, name: content})
+            print("accuracy in %: " + ", ".join(compared))
+            for row in content["verified"]:
+                print(" ".join(f"{100 * a:5.1f}" for a in row["accuracy"].values()), row["task"])
 
 
 if __name__ == "__main__":

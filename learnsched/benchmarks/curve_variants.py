@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.benchmarks.curve_search import at_best_rate
-from learnsched.benchmarks.environment import stored_records, write_results
 from learnsched.data import load
 from learnsched.intervals import interval
 from learnsched.meta import distribution
@@ -90,21 +89,20 @@ class Study:
             "--json", type=Path, help="write records here; tasks that are there are kept"
         )
         options = parser.parse_args(arguments)
-        distribution.start()
-        torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
-        records = stored_records(options.json)
-        done = {record["task"] for record in records}
         tasks = [task for bits in options.bits for task in self.tasks(bits)]
-        todo, runs = [task for task in tasks if task.name not in done], self.runs
+        runs = self.runs
         if options.quick:
-            todo, runs = todo[self.quick : self.quick + 1], 2
-        for made in distribution.shared(todo, lambda task: self.measure(task, runs, options.seed)):
-            records += made
+            tasks, runs = tasks[self.quick : self.quick + 1], 2
+        with one_of_the_ranks():
+            records = recorded(
+                options.json,
+                {task.name: task for task in tasks},
+                lambda task: [self.measure(task, runs, options.seed)],
+                lambda record: str(record["task"]),
+                seed=options.seed,
+            )
             if distribution.rank() == 0:
-                write_results(options.json, {"seed": options.seed, "records": records})
-        if distribution.rank() == 0:
-            print(self.table(records))
-        distribution.stop()
+                print(self.table(records))
 
 
 @dataclass(frozen=True)

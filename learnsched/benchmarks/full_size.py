@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from learnsched.benchmarks import methods as field
-from learnsched.benchmarks.environment import describe, stored_records, write_results
+from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
+from learnsched.benchmarks.environment import describe
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.rate_choice import measure
 from learnsched.benchmarks.records import HAND_CODED, read
@@ -183,36 +183,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="added to the tasks'")
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     options = parser.parse_args(arguments)
-    distribution.start()
-    torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
     chosen = {"quick": QUICK} if options.quick else {name: TASKS[name] for name in options.tasks}
-    records = stored_records(options.json)
-    done = {(record["task"], record["method"]) for record in records}
     learned, tuned = load_pretrained(options.artefact), read(options.known)
-    todo = [
-        (name, row)
+    jobs = {
+        (name, row.method.name): (name, row)
         for name, full in chosen.items()
         for row in compared(learned, full, tuned)
-        if (name, row.method.name) not in done
-    ]
+    }
 
-    def work(item: tuple[str, Row]) -> dict[str, Any]:
-        name, row = item
+    def work(job: tuple[str, Row]) -> list[dict[str, Any]]:
+        name, row = job
         task = replace(row.task, seed=row.task.seed + options.seed)
         made = measure(task, row.method, row.policy, RATES, _BUDGET)
-        return {"task": name} | made | {"commit": describe()["commit"]}
+        return [{"task": name} | made | {"commit": describe()["commit"]}]
 
-    for made in distribution.shared(todo, work):
-        records += made
+    def progress(record: dict[str, Any]) -> None:
+        accuracy = 100 * np.mean(record["test"])
+        print(f"{record['task']}, {record['method']}: {accuracy:.1f}", flush=True)
+
+    with one_of_the_ranks():
+        records = recorded(
+            options.json,
+            jobs,
+            work,
+            lambda record: (record["task"], record["method"]),
+            progress=progress,
+            seed=options.seed,
+        )
         if distribution.rank() == 0:
-            for record in made:
-                accuracy = 100 * np.mean(record["test"])
-                print(f"{record['task']}, {record['method']}: {accuracy:.1f}", flush=True)
-            write_results(options.json, {"seed": options.seed, "records": records})
-    if distribution.rank() == 0:
-        for name in chosen:
-            print(f"\n{name}\n\n{table([r for r in records if r['task'] == name])}")
-    distribution.stop()
+            for name in chosen:
+                print(f"\n{name}\n\n{table([r for r in records if r['task'] == name])}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from learnsched.benchmarks import methods as field
+from learnsched.benchmarks.campaign import one_of_the_ranks
 from learnsched.benchmarks.comparison import table
 from learnsched.benchmarks.environment import describe, stored_records, write_results
 from learnsched.benchmarks.methods import Method
@@ -179,33 +180,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the search")
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     options = parser.parse_args(arguments)
-    distribution.start()
-    torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
-    names = options.tasks or list(QUICK_TASKS if options.quick else HELD_OUT)
-    methods = [*field.rivals(), field.upper_bound()]
-    if not options.hand_coded:
-        policy = load_pretrained(options.artefact)
-        methods = [field.learned(policy), field.start_of(policy), *methods]
-    done = stored_records(options.json)
+    with one_of_the_ranks():
+        names = options.tasks or list(QUICK_TASKS if options.quick else HELD_OUT)
+        methods = [*field.rivals(), field.upper_bound()]
+        if not options.hand_coded:
+            policy = load_pretrained(options.artefact)
+            methods = [field.learned(policy), field.start_of(policy), *methods]
+        done = stored_records(options.json)
 
-    def keep(record: dict[str, Any]) -> None:
-        mean = sum(record["test"]) / len(record["test"])
+        def keep(record: dict[str, Any]) -> None:
+            mean = sum(record["test"]) / len(record["test"])
+            if distribution.rank() == 0:
+                print(f"{record['task']:20} {record['method']:32} {100 * mean:5.1f} %", flush=True)
+                done.append(record)
+                write_results(options.json, {"seed": options.seed, "records": done})
+
+        records = compare(
+            methods,
+            {name: HELD_OUT[name] for name in names},
+            QUICK if options.quick else Budget(),
+            seed=options.seed,
+            progress=keep,
+            done=list(done),
+        )
         if distribution.rank() == 0:
-            print(f"{record['task']:20} {record['method']:32} {100 * mean:5.1f} %", flush=True)
-            done.append(record)
-            write_results(options.json, {"seed": options.seed, "records": done})
-
-    records = compare(
-        methods,
-        {name: HELD_OUT[name] for name in names},
-        QUICK if options.quick else Budget(),
-        seed=options.seed,
-        progress=keep,
-        done=list(done),
-    )
-    if distribution.rank() == 0:
-        print(table(records))
-    distribution.stop()
+            print(table(records))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from learnsched.benchmarks import methods as field
-from learnsched.benchmarks.environment import stored_records, write_results
+from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.benchmarks.held_out import HELD_OUT
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.rate_choice import measure, rates_of
@@ -196,33 +196,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--json", type=Path, help="write records here; tasks that are there are kept"
     )
     options = parser.parse_args(arguments)
-    distribution.start()
-    torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
     policy = load_pretrained(options.artefact)
     steps, pairs, budget = (
         (2, 2, _QUICK) if options.quick else (options.steps, options.pairs, _SHOWN)
     )
-    records = stored_records(options.json)
-    done = {record["task"] for record in records}
     tasks = {
         name if bits == "ternary/2-bit" else f"{name}, {bits}": replace(HELD_OUT[name], bits=bits)
         for bits in options.bits
         for name in (options.tasks[:1] if options.quick else options.tasks)
     }
-    todo = [name for name in tasks if name not in done]
 
     def work(name: str) -> list[dict[str, Any]]:
         made = records_of(tasks[name], policy, steps, pairs, budget, options.seed)
         return [{"task": name, **record} for record in made]
 
-    for made in distribution.shared(todo, work):
-        records += [record for part in made for record in part]
+    with one_of_the_ranks():
+        records = recorded(
+            options.json,
+            {name: name for name in tasks},
+            work,
+            lambda record: str(record["task"]),
+            seed=options.seed,
+            steps=steps,
+            pairs=pairs,
+        )
         if distribution.rank() == 0:
-            content = {"seed": options.seed, "steps": steps, "pairs": pairs, "records": records}
-            write_results(options.json, content)
-    if distribution.rank() == 0:
-        print(table(records))
-    distribution.stop()
+            print(table(records))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from learnsched.benchmarks.environment import stored_records, write_results
+from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.data import load
 from learnsched.intervals import interval
 from learnsched.meta import distribution
@@ -117,34 +117,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="two runs of one task")
     parser.add_argument("--json", type=Path, help="write records here; those there are kept")
     options = parser.parse_args(arguments)
-    distribution.start()
-    torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
     policies = candidates(options.artefacts, options.change)
     tasks = PRESETS[options.preset].trainer.validation
     if options.quick:
         tasks = (replace(tasks[0], learning_rates=tasks[0].learning_rates[:2]),)
-    records = stored_records(options.json)
-    done = {(r["task"], r["seed"], r["policy"]) for r in records}
-    jobs = [
-        (task, seed, name)
+    jobs = {
+        (task.name, seed, name): (task, seed, name)
         for seed in options.seed
         for task in fresh(tasks, seed)
         for name in policies
-        if (task.name, seed, name) not in done
-    ]
+    }
 
-    def measure(job: tuple[Task, int, str]) -> dict[str, Any]:
+    def measure(job: tuple[Task, int, str]) -> list[dict[str, Any]]:
         task, seed, name = job
         errors = hard_errors(policies[name], task, load(task.data)).tolist()
-        return {"task": task.name, "seed": seed, "policy": name, "errors": errors}
+        return [{"task": task.name, "seed": seed, "policy": name, "errors": errors}]
 
-    for made in distribution.shared(jobs, measure):
-        records += made
+    with one_of_the_ranks():
+        records = recorded(
+            options.json, jobs, measure, lambda r: (r["task"], r["seed"], r["policy"])
+        )
         if distribution.rank() == 0:
-            write_results(options.json, {"records": records})
-    if distribution.rank() == 0:
-        print(table(records))
-    distribution.stop()
+            print(table(records))
 
 
 if __name__ == "__main__":

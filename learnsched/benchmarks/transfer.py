@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from learnsched.benchmarks import methods as field
+from learnsched.benchmarks.campaign import one_of_the_ranks
 from learnsched.benchmarks.environment import stored_records, write_results
 from learnsched.benchmarks.held_out import tune
 from learnsched.benchmarks.methods import Method
@@ -318,34 +318,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     parser.add_argument("--plot", type=Path, help="draw the figure here")
     options = parser.parse_args(arguments)
-    distribution.start()
-    torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
-    axes = options.axes or (["depth"] if options.quick else list(AXES))
-    budget = _QUICK if options.quick else _SHOWN
+    with one_of_the_ranks():
+        axes = options.axes or (["depth"] if options.quick else list(AXES))
+        budget = _QUICK if options.quick else _SHOWN
 
-    def keep(records: list[dict[str, Any]]) -> None:
+        def keep(records: list[dict[str, Any]]) -> None:
+            if distribution.rank() == 0:
+                last = records[-1]
+                print(
+                    f"{last['cell']}: {last['method']} {100 * np.mean(last['test']):.1f}",
+                    flush=True,
+                )
+                write_results(options.json, {"seed": options.seed, "records": records})
+
+        tasks = {axis: AXES[axis][1] for axis in axes}
+        if options.quick:
+            tasks = {axis: dict(list(values.items())[:2]) for axis, values in tasks.items()}
+        done = stored_records(options.json)
+        cells = {task.name for values in tasks.values() for task in values.values()}
+        finished = [
+            name for name in RIVALS if cells <= {r["cell"] for r in done if r["method"] == name}
+        ]
+        rows = compared(load_pretrained(options.artefact), budget, options.seed, finished)
+        records = transfer(rows, tasks, budget, done=done, progress=keep)
         if distribution.rank() == 0:
-            last = records[-1]
-            print(f"{last['cell']}: {last['method']} {100 * np.mean(last['test']):.1f}", flush=True)
-            write_results(options.json, {"seed": options.seed, "records": records})
-
-    tasks = {axis: AXES[axis][1] for axis in axes}
-    if options.quick:
-        tasks = {axis: dict(list(values.items())[:2]) for axis, values in tasks.items()}
-    done = stored_records(options.json)
-    cells = {task.name for values in tasks.values() for task in values.values()}
-    finished = [
-        name for name in RIVALS if cells <= {r["cell"] for r in done if r["method"] == name}
-    ]
-    rows = compared(load_pretrained(options.artefact), budget, options.seed, finished)
-    records = transfer(rows, tasks, budget, done=done, progress=keep)
-    if distribution.rank() == 0:
-        print(table(records, axes))
-        learned, start = rows[0][0].name, rows[1][0].name
-        print(f"\n{gains(records, learned, start)}\n\n{margins(records, learned, start)}")
-        if options.plot:
-            plot(records, axes, options.plot)
-    distribution.stop()
+            print(table(records, axes))
+            learned, start = rows[0][0].name, rows[1][0].name
+            print(f"\n{gains(records, learned, start)}\n\n{margins(records, learned, start)}")
+            if options.plot:
+                plot(records, axes, options.plot)
 
 
 if __name__ == "__main__":

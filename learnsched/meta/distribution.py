@@ -70,6 +70,21 @@ def gather(mine: Mapping[int, T], count: int) -> list[T]:
     return [merged[i] for i in range(count)]
 
 
+def mapped(jobs: Sequence[Job], work: Callable[[Job], T]) -> list[T]:
+    """Results of jobs in their order, on every rank, each of which does every so many of them.
+
+    Args:
+        jobs: the same on every rank.
+        work: from a job to its result.
+
+    Example:
+        >>> mapped([1, 2], lambda job: 10 * job)
+        [10, 20]
+    """
+    mine = {index: work(jobs[index]) for index in range(rank(), len(jobs), world_size())}
+    return gather(mine, len(jobs))
+
+
 def shared(jobs: Sequence[Job], work: Callable[[Job], T]) -> Iterator[list[T]]:
     """Results of jobs in their order, on every rank; a round at a time, in which a rank does one.
 

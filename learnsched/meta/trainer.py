@@ -196,9 +196,7 @@ class MetaTrainer:
     def _outer_step(self) -> dict[str, Any]:
         start = time.perf_counter()
         tasks = self.config.mix.sample(self.config.seed, self.step)
-        rank, world = distribution.rank(), distribution.world_size()
-        mine = {i: self._task_gradient(tasks[i]) for i in range(rank, len(tasks), world)}
-        results = distribution.gather(mine, len(tasks))
+        results = distribution.mapped(tasks, self._task_gradient)
         gradient = torch.stack([r["gradient"] for r in results]).mean(0)
         norms = torch.cat([r["norms"] for r in results])
         losses = torch.cat([r["losses"] for r in results])
@@ -254,12 +252,9 @@ class MetaTrainer:
         """
         current = {n: p.detach().clone() for n, p in self._parameters.items()}
         self._assign(self._average)
-        tasks = self.config.validation
-        rank, world = distribution.rank(), distribution.world_size()
-        mine = {i: self._task_error(tasks[i]) for i in range(rank, len(tasks), world)}
-        results = distribution.gather(mine, len(tasks))
+        errors = distribution.mapped(self.config.validation, self._task_error)
         self._assign(current)
-        error = float(torch.stack([r["error"] for r in results]).mean())
+        error = float(torch.stack(errors).mean())
         if error < self.best_error:
             self.best_error, self.best_step = error, self.step
             self._best = {n: p.clone() for n, p in self._average.items()}
@@ -270,8 +265,8 @@ class MetaTrainer:
         for name, parameter in self._parameters.items():
             parameter.copy_(values[name])
 
-    def _task_error(self, task: Task) -> dict[str, Tensor]:
-        return {"error": hard_errors(self.policy, task, self.data[task.data], self.device).mean()}
+    def _task_error(self, task: Task) -> Tensor:
+        return hard_errors(self.policy, task, self.data[task.data], self.device).mean()
 
     def _open(self) -> None:
         """Start a run in the folder, or take up the one that is there."""
