@@ -93,7 +93,8 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
         for module, kind, added_names in changed:
             module.__class__ = kind
             for name in added_names:
-                module._modules.pop(name, None)
+                if hasattr(module, name):
+                    delattr(module, name)
         raise
     return model
 

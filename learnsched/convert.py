@@ -300,8 +300,6 @@ def _activation_quantizer(
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever ``old`` is registered, so that a shared module stays shared."""
-    for parent in list(model.modules()):
-        # named_children() would leave out the second name of the same module.
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, name, new)
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old and name:
+            model.set_submodule(name, new)

@@ -78,7 +78,7 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
     owners: dict[Tensor, WeightQuantizer] = {}
     for module in model.modules():
         if isinstance(module, QUANTIZED_LAYERS):
-            if "weight" not in module._parameters:
+            if "weight" not in dict(module.named_parameters(recurse=False)):
                 raise ValueError(
                     f"the weight of {module.weight_quantizer.layer_name} is no parameter any more, as "
                     "after weight_norm or pruning; remove that, or quantize the float model without it"

@@ -28,7 +28,10 @@ from learnsched.step_counter import StepCounter
 from learnsched.telemetry import relative
 
 _STATE_VERSION = 2
-UNWRAPPED = "the model is not wrapped in DistributedDataParallel"
+
+
+class UnwrappedModelWarning(UserWarning):
+    """Several processes train a model that is not wrapped in DistributedDataParallel yet."""
 
 
 class QuantizationScheduler:
@@ -95,9 +98,10 @@ class QuantizationScheduler:
         self._process_group: Any = model.process_group if parallel else None
         if policy.metrics and not parallel and several_ranks():
             warnings.warn(
-                f"{UNWRAPPED} yet: the settings of ranks that step with metrics of their own will "
-                "differ. Wrap it before you make the scheduler, or give step() metrics that are "
-                "averaged over the ranks",
+                "the model is not wrapped in DistributedDataParallel yet: the settings of ranks that "
+                "step with metrics of their own will differ. Wrap it before you make the scheduler, or "
+                "give step() metrics that are averaged over the ranks",
+                UnwrappedModelWarning,
                 stacklevel=2,
             )
         self.policy = policy

@@ -2,13 +2,13 @@
 
 import numpy as np
 import torch
+from export_runtimes import run_onnx, run_qonnx
 from torch import nn
 
 import learnsched as ls
 from learnsched.export import QuantizedInput
 from learnsched.export.check import pytorch_codes
 from learnsched.export.reference import run
-from learnsched.export.runtimes import run_onnx, run_qonnx
 from learnsched.export.trace import trace
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)

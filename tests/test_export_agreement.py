@@ -12,6 +12,7 @@ from export_networks import (
     randomize_batch_norms,
     reference_codes,
 )
+from export_runtimes import run_onnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,7 +21,6 @@ import learnsched as ls
 from learnsched.export import align_
 from learnsched.export.check import pytorch_codes
 from learnsched.export.reference import integers, run
-from learnsched.export.runtimes import run_onnx
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -72,7 +72,7 @@ def test_eight_bit_activations_inside(tmp_path):
 
 
 def test_power_of_two_weights_in_onnx_and_qonnx(tmp_path):
-    from learnsched.export.runtimes import run_qonnx
+    from export_runtimes import run_qonnx
 
     net, x = random_network("cnn1d", seed=5, weight=ls.power_of_two(3))
     graph, expected = reference_codes(net, x)

@@ -9,6 +9,7 @@ from export_networks import (
     randomize_batch_norms,
     reference_codes,
 )
+from export_runtimes import run_onnx, run_qonnx
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,7 +20,6 @@ from learnsched.export import ExportError, QuantizedInput, align_
 from learnsched.export import graph as g
 from learnsched.export.inspect import inspect
 from learnsched.export.reference import propagate
-from learnsched.export.runtimes import run_onnx, run_qonnx
 from learnsched.export.trace import trace
 
 pytest.importorskip("onnx")

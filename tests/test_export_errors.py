@@ -273,7 +273,7 @@ def test_packages_that_are_not_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for export in (ls.export_onnx, ls.export_qonnx):
         with pytest.raises(
-            ExportError, match=r"onnx is not installed; pip install 'learnsched\[export\]'"
+            ImportError, match=r"onnx is not installed; pip install 'learnsched\[export\]'"
         ):
             export(net, x, tmp_path / "net")
     ls.export_ternary(net, x, tmp_path / "net")  # needs none

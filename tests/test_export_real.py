@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from export_networks import FAMILIES, cnn2d, mlp, randomize_batch_norms
+from export_runtimes import run_onnx, run_qonnx
 from torch import nn
 
 import learnsched as ls
@@ -13,7 +14,6 @@ from learnsched.export import ExportError, QuantizedInput, align_
 from learnsched.export import graph as g
 from learnsched.export.check import pytorch_codes
 from learnsched.export.reference import propagate
-from learnsched.export.runtimes import run_onnx, run_qonnx
 from learnsched.export.trace import trace
 
 pytest.importorskip("onnx")

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnsched.export import graph as g
-from learnsched.export.errors import ExportError
 from learnsched.export.thresholds import affine
 
 if TYPE_CHECKING:
@@ -379,16 +378,16 @@ class Emitter:
             self.op("Add", [x, self._channels(f"{name}.bias", bias, shape)], name, shape)
 
 
-def need(package: str, extra: str = "export") -> None:
+def need_onnx() -> None:
     """Refuse to go on without an optional package.
 
     Raises:
-        ExportError: the package is not installed.
+        ImportError: onnx is not installed.
     """
     import importlib.util
 
-    if importlib.util.find_spec(package) is None:
-        raise ExportError(f"{package} is not installed; pip install 'learnsched[{extra}]'")
+    if importlib.util.find_spec("onnx") is None:
+        raise ImportError("onnx is not installed; pip install 'learnsched[export]'")
 
 
 def _layout(weight: NDArray[Any], window: g.Window | None) -> NDArray[Any]:

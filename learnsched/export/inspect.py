@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learnsched.export import graph as g
-from learnsched.export.emit import need
+from learnsched.export.emit import need_onnx
 from learnsched.export.errors import FolderError
 from learnsched.export.reference import integer_reference
 from learnsched.tables import aligned
@@ -147,7 +147,7 @@ def inspect(path: str | os.PathLike[str]) -> Report:
     Raises:
         FileNotFoundError: there is nothing at ``path``.
         FolderError: it is none of these, was altered, or has no layers.
-        ExportError: it is an ONNX file, and onnx is not installed.
+        ImportError: it is an ONNX file, and onnx is not installed.
 
     Example:
         >>> import tempfile, torch
@@ -204,7 +204,7 @@ def _following_bits(graph: g.Graph, name: str) -> int:
 
 
 def _file_report(path: Path) -> Report:
-    need("onnx")
+    need_onnx()
     import onnx
     from google.protobuf.message import DecodeError
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from learnsched.export import graph as g
 from learnsched.export.check import prove
-from learnsched.export.emit import Emitter, need
+from learnsched.export.emit import Emitter, need_onnx
 from learnsched.export.errors import ExportError
 from learnsched.export.trace import trace
 from learnsched.files import write
@@ -107,7 +107,8 @@ def export_onnx(
         opset: 25, or 21 for runtimes without 2-bit types: ``INT8`` and ``UINT8`` then.
 
     Raises:
-        ExportError: onnx is not installed, the model is not finalized, a layer cannot be written, or
+        ImportError: onnx is not installed.
+        ExportError: the model is not finalized, a layer cannot be written, or
             codes differ from PyTorch's on the example; the message names the layer and the way out.
         ValueError: ``opset`` is another number, or the model has no quantized layers.
 
@@ -124,7 +125,7 @@ def export_onnx(
         raise ValueError(
             f"opset must be {_NARROW} (2-bit types) or {_WIDE} (8-bit types), got {opset}"
         )
-    need("onnx")
+    need_onnx()
     graph = trace(model, example_input)
     prove(model, graph, example_input)
     content: Any = Emitter(_Plain(opset)).model(graph)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from learnsched.export import graph as g
 from learnsched.export.check import prove
-from learnsched.export.emit import Emitter, need
+from learnsched.export.emit import Emitter, need_onnx
 from learnsched.export.trace import trace
 from learnsched.files import write
 
@@ -95,7 +95,8 @@ def export_qonnx(model: nn.Module, example_input: Tensor, path: str | os.PathLik
         path: the file to write, whole or not at all.
 
     Raises:
-        ExportError: onnx is not installed, the model is not finalized, a layer cannot be written, or
+        ImportError: onnx is not installed.
+        ExportError: the model is not finalized, a layer cannot be written, or
             codes differ from PyTorch's on the example; the message names the layer and the way out.
         ValueError: the model has no quantized layers.
 
@@ -105,7 +106,7 @@ def export_qonnx(model: nn.Module, example_input: Tensor, path: str | os.PathLik
         >>> net = finalize_(quantize_(nn.Sequential(nn.Linear(8, 4)), ternary()))
         >>> export_qonnx(net, torch.randn(2, 8), tempfile.mkdtemp() + "/net.qonnx")
     """
-    need("onnx")
+    need_onnx()
     graph = trace(model, example_input)
     prove(model, graph, example_input)
     content: Any = Emitter(_Qonnx(len(example_input))).model(graph)

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from learnsched.layers import is_quantized
 from learnsched.schedule import Policy
-from learnsched.scheduler import UNWRAPPED, QuantizationScheduler
+from learnsched.scheduler import QuantizationScheduler, UnwrappedModelWarning
 
 
 class QuantizationCallback(Callback):
@@ -56,7 +56,7 @@ class QuantizationCallback(Callback):
                     "since Lightning sets up callbacks before it calls setup() and configure_model()"
                 )
             with warnings.catch_warnings():  # what ranks step with is averaged here
-                warnings.filterwarnings("ignore", UNWRAPPED)
+                warnings.simplefilter("ignore", UnwrappedModelWarning)
                 self.scheduler = QuantizationScheduler(pl_module, self.policy, **options)
             self._module = pl_module
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from learnsched.files import write
 from learnsched.layers import quantized_layers
 from learnsched.schedule import Policy
-from learnsched.scheduler import UNWRAPPED, QuantizationScheduler
+from learnsched.scheduler import QuantizationScheduler, UnwrappedModelWarning
 
 _FILE = "quantization_scheduler.pt"
 
@@ -99,7 +99,7 @@ class QuantizationCallback(TrainerCallback):
     def _schedule(self, args: Any, model: Any) -> None:
         options = {"epochs": math.ceil(args.num_train_epochs), **self.options}
         with warnings.catch_warnings():  # the loss that the Trainer logs is averaged over ranks
-            warnings.filterwarnings("ignore", UNWRAPPED)
+            warnings.simplefilter("ignore", UnwrappedModelWarning)
             self.scheduler = QuantizationScheduler(model, self.policy, **options)
         self._model = model
 

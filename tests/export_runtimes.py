@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from learnsched.export.emit import need
-
 
 def run_onnx(
     path: str | os.PathLike[str], x: NDArray[Any], layers: bool = False
@@ -25,7 +23,6 @@ def run_onnx(
     Returns:
         tensors by name.
     """
-    need("onnxruntime")
     import onnx
     import onnxruntime
 
@@ -57,7 +54,6 @@ def run_qonnx(path: str | os.PathLike[str], x: NDArray[Any]) -> dict[str, NDArra
     Raises:
         ValueError: the samples do not fill whole batches.
     """
-    need("qonnx")
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.core.onnx_exec import execute_onnx
 
