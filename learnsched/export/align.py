@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from learnsched.batches import keep, put_back, put_back_on_failure
 from learnsched.export import graph as g
 from learnsched.export.errors import ExportError
 from learnsched.export.operations import BATCH_NORMS
@@ -65,19 +66,18 @@ def align_(model: nn.Module, example_input: Tensor) -> nn.Module:
     before = translate(model, example_input)
     thresholds = [node for node in before.graph if isinstance(node, g.Threshold)]
     moves = {node.name: m for node in thresholds if (m := _move(before, node)) is not None}
-    kept: list[tuple[Tensor, Tensor]] = []
-    try:
-        _apply_all(model, moves, kept)
+    modules = {name: model.get_submodule(move.module) for name, move in moves.items()}
+    kept = keep(tensor for module in modules.values() for tensor in _changeable(module))
+    with put_back_on_failure([tensor for tensor, _ in kept]):
+        for name, move in moves.items():
+            _apply(modules[name], move)
         changed = _changed(thresholds, trace(model, example_input))
         if changed:
-            _restore(kept)
-            moves = {name: _without(m, changed.get(name)) for name, m in moves.items()}
-            _apply_all(model, moves, kept)
+            put_back(kept)
+            for name, move in moves.items():
+                _apply(modules[name], _without(move, changed.get(name)))
             if _changed(thresholds, trace(model, example_input)):
                 raise ExportError(f"{sorted(changed)} cannot be aligned; align their layers apart")
-    except BaseException:
-        _restore(kept)
-        raise
     for name, channels in changed.items():
         warnings.warn(
             f"{name}: in {channels.sum()} of {len(channels)} channels the thresholds are closer "
@@ -105,19 +105,6 @@ def _without(move: _Move, channels: NDArray[np.bool_] | None) -> _Move:
         return move
     gain, shift = np.where(channels, 1.0, move.gain), np.where(channels, 0.0, move.shift)
     return _Move(move.module, gain, shift)
-
-
-def _apply_all(
-    model: nn.Module, moves: dict[str, _Move], kept: list[tuple[Tensor, Tensor]]
-) -> None:
-    for move in moves.values():
-        _apply(model.get_submodule(move.module), move, kept)
-
-
-def _restore(kept: list[tuple[Tensor, Tensor]]) -> None:
-    while kept:
-        tensor, value = kept.pop()
-        tensor.copy_(value)
 
 
 def _move(translation: Translation, node: g.Threshold) -> _Move | None:
@@ -163,8 +150,17 @@ def _movable(translation: Translation, call: fx.Node) -> str | None:
     return None
 
 
-def _apply(module: Any, move: _Move, kept: list[tuple[Tensor, Tensor]]) -> None:
-    """Change what the module puts out; ``kept`` gets the tensors changed and their values before."""
+def _changeable(module: Any) -> list[Tensor]:
+    """The tensors of a batch norm or biased layer that :func:`_apply` changes."""
+    if not isinstance(module, BATCH_NORMS):
+        return [module.bias]
+    if module.weight is None or module.bias is None:
+        return [module.running_mean, module.running_var]
+    return [module.weight, module.bias]
+
+
+def _apply(module: Any, move: _Move) -> None:
+    """Change what the module puts out."""
     norm = isinstance(module, BATCH_NORMS)
     if norm and (module.weight is None or module.bias is None):
         # Without factors of its own: (x - mean) / deviation, of which both can change.
@@ -172,13 +168,10 @@ def _apply(module: Any, move: _Move, kept: list[tuple[Tensor, Tensor]]) -> None:
         deviation = (variance.double() + module.eps).sqrt() / torch.from_numpy(move.gain).to(
             mean.device
         )
-        kept += [(mean, mean.clone()), (variance, variance.clone())]
         mean.sub_((torch.from_numpy(move.shift).to(mean.device) * deviation).to(mean.dtype))
         variance.copy_((deviation.square() - module.eps).to(variance.dtype))
         return
     gain, shift = (torch.from_numpy(v).to(module.bias) for v in (move.gain, move.shift))
-    kept.append((module.bias, module.bias.clone()))
     module.bias.mul_(gain).add_(shift)
     if norm:
-        kept.append((module.weight, module.weight.clone()))
         module.weight.mul_(gain)

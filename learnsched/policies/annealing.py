@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from learnsched.annealed import MODES
 from learnsched.choices import check_choice
@@ -13,9 +13,9 @@ from learnsched.noise import noise_shape
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
 Interval = Literal["same_start", "same_end", "partition", "overlapped"]
-INTERVALS = ("same_start", "same_end", "partition", "overlapped")
+INTERVALS: tuple[str, ...] = get_args(Interval)
 Annealed = Literal["forward", "both", "neither"]
-ANNEALED = ("forward", "both", "neither")
+ANNEALED: tuple[str, ...] = get_args(Annealed)
 
 
 @dataclass(frozen=True)
