@@ -14,7 +14,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from learnsched.benchmarks.environment import describe
 from learnsched.files import write_text
 from learnsched.meta import distribution
 from learnsched.meta.presets import PRESETS, Preset
-from learnsched.meta.trainer import MetaTrainer, TrainerConfig
+from learnsched.meta.trainer import MetaTrainer
 from learnsched.plotting import plot_comparison, plot_learning_curve, plot_schedule
 from learnsched.policies import LearnedPolicy, MetaNetwork
 from learnsched.pretrained import load_pretrained, save_artefact
@@ -153,7 +153,7 @@ def _trainer(preset: Preset, options: argparse.Namespace) -> MetaTrainer:
         shared_noise=True,
         moved_start=True,
     )
-    config = TrainerConfig(**{**vars(preset.trainer), "seed": options.seed})
+    config = replace(preset.trainer, seed=options.seed)
     return MetaTrainer(
         policy,
         config,

@@ -44,8 +44,8 @@ def calibrate_(
 
     Raises:
         TypeError: without ``forward``, a batch is neither a tensor nor a tuple that starts with one.
-        ValueError: there are no batches, one is empty, an activation is not finite, or the model has
-            no quantized layers. The scales are as they were.
+        ValueError: there are no batches, one is empty or too small for batch norm, an activation is not
+            finite, or the model has no quantized layers. The scales are as they were.
 
     Example:
         >>> from learnsched import quantize_, ternary, unsigned

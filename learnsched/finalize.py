@@ -80,7 +80,8 @@ def reestimate_batch_norm_(
 
     Raises:
         TypeError: without ``forward``, a batch is neither a tensor nor a tuple that starts with one.
-        ValueError: there are no batches, or one is empty. The statistics are as they were.
+        ValueError: there are no batches, or one is empty or too small for batch norm. The statistics
+            are as they were.
 
     Example:
         >>> net = reestimate_batch_norm_(nn.BatchNorm1d(1), [torch.tensor([[1.0], [3.0]])])
@@ -139,7 +140,8 @@ def finalize_(
         RuntimeError: a weight is not on its level set, to the bit (it is not finite, for one), or a
             learned scale is not positive and finite.
         TypeError: without ``forward``, a batch is neither a tensor nor a tuple that starts with one.
-        ValueError: the model has no quantized layers, or the loader or a batch is empty.
+        ValueError: the model has no quantized layers, or the loader or a batch is empty, or too small
+            for batch norm.
 
         Whatever fails, a batch in the middle of the loader included, the model is as it was.
 

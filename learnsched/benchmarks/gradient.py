@@ -27,7 +27,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -126,9 +126,9 @@ def cells(
     ]
     yield from centre
     for cell in centre:
-        yield from (Cell(**{**asdict(cell), "noise": noise}) for noise in noises[1:])
-        yield from (Cell(**{**asdict(cell), "optimizer": name}) for name in optimizers[1:])
-        yield from (Cell(**{**asdict(cell), "width": width}) for width in widths[1:])
+        yield from (replace(cell, noise=noise) for noise in noises[1:])
+        yield from (replace(cell, optimizer=name) for name in optimizers[1:])
+        yield from (replace(cell, width=width) for width in widths[1:])
 
 
 def measure(

@@ -38,7 +38,7 @@ class Preset:
 
     @property
     def domain(self) -> Domain:
-        """The range of runs that the mix can draw."""
+        """The range of runs that the mix can draw; of fan-ins, that of all presets' networks."""
         mix = self.trainer.mix
         sets = [BITS[name][1] for name, _ in mix.bits]
         levels = [REAL_LEVELS if s is None else len(s.values) for s in sets]
