@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,8 +13,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from learnsched.attributes import Attributes
 from learnsched.execution import ACTIVATION_FUNCTIONS, Example, hooked, run_example, tensors
 from learnsched.modules import ACTIVATIONS
+from learnsched.traced_forward import Code, with_forward
 
 _METHODS: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "relu_": nn.ReLU}
 _DROPOUTS: Mapping[Any, type[nn.Module]] = {
@@ -37,8 +36,11 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
     :func:`learnsched.quantize_` can take: ``relu_0``, ``relu_1`` and so on of the module whose
     ``forward`` it is. That method is replaced by what ``torch.fx`` traces of it, with its children left
     alone; parameters, buffers, children and other methods are what they were. Functional dropout that
-    follows ``self.training`` becomes modules too. What else the method decides in Python, or reads from
-    attributes that are no tensors, stays as it was at the trace.
+    follows ``self.training`` becomes modules too. Calls at one place of the network, as of a helper that
+    both inputs of a siamese network go through, share a module. What else the method decides in Python,
+    or reads from attributes that are no tensors, stays as it was at the trace, and so do arguments that
+    the example leaves at their defaults. Other methods, as ``encode`` where ``model.encode(x)`` is
+    called from outside, keep their functions.
 
     Args:
         model: any module, before it is quantized.
@@ -50,8 +52,9 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
 
     Raises:
         ValueError: the model calls no such functions, ``torch.fx`` cannot trace a method that does, the
-            method does other things in training than in evaluation, or it would compute something else
-            than before. The model is as it was.
+            method writes to attributes or does other things in training than in evaluation, it would
+            compute something else than before, or the output holds no tensors to tell. The model is as
+            it was.
 
     Example:
         >>> class Net(nn.Module):
@@ -73,7 +76,12 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
             "the model calls no activation functions itself; quantize_ takes it as it is, if its "
             "activations are modules"
         )
-    traced = {module: _traced(module, names[module]) for module in callers}
+    if not before:
+        raise ValueError(
+            "the model's output holds no tensors that could be compared before and after; let it return "
+            "tensors, in collections or dataclasses"
+        )
+    traced = {module: _traced(module, names[module], given) for module, given in callers.items()}
     changed: list[tuple[nn.Module, type[nn.Module], list[str]]] = []
     try:
         # From here on the model changes, and back again if anything fails.
@@ -81,8 +89,14 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
             changed.append((module, type(module), list(added)))
             for name, child in added.items():
                 module.add_module(name, child.train(module.training))
-            module.__class__ = _with_forward(type(module), _Code.of(graph))
-        after = _results(model, example_input)
+            module.__class__ = with_forward(type(module), Code.of(graph))
+        try:
+            after = _results(model, example_input)
+        except Exception as error:
+            raise ValueError(
+                f"what torch.fx traced of {[names[module] for module in callers]} fails on the example "
+                f"input ({_first_line(error)}); {_WAY_OUT}"
+            ) from error
         if len(after) != len(before) or not all(map(_same, before, after)):
             raise ValueError(
                 f"what torch.fx traced of {[names[module] for module in callers]} computes something "
@@ -120,11 +134,19 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 @contextmanager
-def _watched(model: nn.Module) -> Iterator[dict[nn.Module, None]]:
-    """Modules whose own code calls activation functions within the block, by their first calls."""
+def _watched(model: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
+    """Modules whose own code calls activation functions within the block, by their first calls.
+
+    With the names of the arguments that they were called with.
+    """
     running: list[nn.Module] = []
-    found: dict[nn.Module, None] = {}
+    found: dict[nn.Module, set[str]] = {}
+    given: dict[nn.Module, set[str]] = {}
 
     class Watch(TorchFunctionMode):
         def __torch_function__(
@@ -140,11 +162,16 @@ def _watched(model: nn.Module) -> Iterator[dict[nn.Module, None]]:
                 and running
                 and not isinstance(running[-1], ACTIVATIONS)
             ):
-                found[running[-1]] = None
+                found[running[-1]] = given[running[-1]]
             return func(*args, **(kwargs or {}))
 
-    def enter(module: nn.Module, _: Any) -> None:
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         running.append(module)
+        try:
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        except (TypeError, ValueError):  # the call itself will tell
+            return
+        given.setdefault(module, set()).update(bound.arguments)
 
     def leave(module: nn.Module, _: Any, output: Any) -> None:
         running.pop()
@@ -160,7 +187,7 @@ class _Flat(fx.Tracer):
         return True
 
 
-def _traced(module: nn.Module, name: str) -> tuple[fx.Graph, dict[str, nn.Module]]:
+def _traced(module: nn.Module, name: str, given: set[str]) -> tuple[fx.Graph, dict[str, nn.Module]]:
     """What a module's forward does with modules for functions, and those modules by name."""
     if "forward" in vars(module):
         raise ValueError(f"the forward of {name} was replaced on the module itself; {_WAY_OUT}")
@@ -169,23 +196,27 @@ def _traced(module: nn.Module, name: str) -> tuple[fx.Graph, dict[str, nn.Module
             f"{name} is a {type(module).__name__}, which takes its activation as a module: make it with "
             "activation=nn.ReLU()"
         )
-    graph, evaluated = (_trace(module, name, training=mode) for mode in (True, False))
+    graph, evaluated = (_trace(module, name, given, training=mode) for mode in (True, False))
     nodes, others = list(graph.nodes), list(evaluated.nodes)
     if [_call(node) for node in nodes] != [_call(node) for node in others]:
         raise ValueError(
             f"the forward of {name} does other things in training than in evaluation; {_WAY_OUT}"
         )
     # Before a node changes, since its name is an argument of later ones.
+    origins = _origins(nodes)
     places = [
         (node, own)
         for node, other in zip(nodes, others, strict=True)
         if (own := _dropout(node, other) or _activation(node, name)) is not None
     ]
     added: dict[str, nn.Module] = {}
+    of_origin: dict[int, str] = {}
     for node, own in places:
-        free = (f"{_word(node)}_{number}" for number in itertools.count())
-        place = next(n for n in free if n not in added and not hasattr(module, n))
-        added[place] = own
+        place = of_origin.get(origins[node])
+        if place is None:
+            free = (f"{_word(node)}_{number}" for number in itertools.count())
+            place = next(n for n in free if n not in added and not hasattr(module, n))
+            added[place], of_origin[origins[node]] = own, place
         with graph.inserting_before(node):
             source = node.args[0] if node.args else node.kwargs["input"]
             call = graph.call_module(place, (source,))
@@ -195,25 +226,45 @@ def _traced(module: nn.Module, name: str) -> tuple[fx.Graph, dict[str, nn.Module
     return graph, added
 
 
-def _trace(module: nn.Module, name: str, *, training: bool) -> fx.Graph:
-    before, attributes = module.training, set(vars(module))
+def _origins(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """What each node computes, back to the nearest modules: alike where one place is computed twice."""
+    found: dict[fx.Node, int] = {}
+    numbers: dict[Hashable, int] = {}
+    for node in nodes:
+        called: tuple[Any, ...] = (node.op, node.target)
+        if node.op in ("call_function", "call_method"):
+            # Numbers, where names of nodes differ from call to call.
+            called += (str(fx.map_arg((node.args, dict(node.kwargs)), found.__getitem__)),)
+        found[node] = numbers.setdefault(called, len(numbers))
+    return found
+
+
+def _trace(module: nn.Module, name: str, given: set[str], *, training: bool) -> fx.Graph:
+    """The graph of a module's own code, with the arguments that are not given at their defaults."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    defaults = {
+        p.name: p.default
+        for p in parameters
+        if p.name not in given and isinstance(p.default, int | float | str | None)
+    }
+    before = Attributes.of(module)
     try:
         module.training = training
-        graph = _Flat().trace(module)
-        if constants := set(vars(module)) - attributes:
-            raise ValueError(f"it makes a tensor of its own, {sorted(constants)}")
+        graph = _Flat().trace(module, concrete_args=defaults or None)
+        module.training = before.training
+        if written := before.changed():
+            constants = all(name.startswith("_tensor_constant") for name in written)
+            what = "makes a tensor of its own" if constants else "writes to attributes"
+            raise ValueError(f"it {what}, {written}")
         return graph
     # A forward may fail under a trace in any way.
     except Exception as error:
-        for constant in set(vars(module)) - attributes:
-            delattr(module, constant)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"torch.fx cannot trace the forward of {name}, which calls an activation function "
-            f"({reason}); {_WAY_OUT}"
+            f"({_first_line(error)}); {_WAY_OUT}"
         ) from error
     finally:
-        module.training = before
+        before.put_back()
 
 
 def _call(node: fx.Node) -> tuple[Any, ...]:
@@ -264,55 +315,3 @@ def _activation(node: fx.Node, name: str) -> nn.Module | None:
 def _word(node: fx.Node) -> str:
     """The function's name, such as ``relu``."""
     return str(getattr(node.target, "__name__", node.target)).rstrip("_")
-
-
-@dataclass(frozen=True)
-class _Code:
-    """A forward as torch.fx has written it: data, for copies and pickles.
-
-    Attributes:
-        source: the method.
-        objects: what it refers to, by name.
-        modules: full names of Python modules that it refers to, by name; such cannot be copied.
-    """
-
-    source: str
-    objects: dict[str, Any]
-    modules: dict[str, str]
-
-    @classmethod
-    def of(cls, graph: fx.Graph) -> _Code:
-        """The code of a graph."""
-        code = graph.python_code("self")
-        modules = {n: v.__name__ for n, v in code.globals.items() if isinstance(v, ModuleType)}
-        objects = {n: v for n, v in code.globals.items() if n not in modules}
-        return cls(code.src, objects, modules)
-
-    def method(self) -> Any:
-        """The method, ready to run."""
-        modules = {name: importlib.import_module(path) for name, path in self.modules.items()}
-        scope: dict[str, Any] = {**modules, **self.objects}
-        exec(self.source, scope)  # there is no other way to run a graph as fast
-        return scope["forward"]
-
-
-def _with_forward(kind: type[nn.Module], code: _Code) -> type[nn.Module]:
-    """A subclass with another forward."""
-
-    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        _, _, *state = tuple(kind.__reduce_ex__(self, protocol))
-        return _bare, (kind, code), *state
-
-    members = {
-        "forward": code.method(),
-        "__reduce_ex__": reduce,
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-    }
-    return type(kind.__name__, (kind,), members)
-
-
-def _bare(kind: type[nn.Module], code: _Code) -> nn.Module:
-    """A module without its state, which whoever copies or unpickles it puts in."""
-    own = _with_forward(kind, code)
-    return own.__new__(own)

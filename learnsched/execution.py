@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -83,12 +83,12 @@ def execution(model: nn.Module, example_input: Example | None) -> Execution:
         m: n for m, n in wanted.items() if getattr(m, "inplace", False)
     }
 
-    def enter(module: nn.Module, _: Any) -> None:
+    def enter(module: nn.Module, *_: Any) -> None:
         executed.setdefault(module, wanted[module])
-        seen.inside += 1
+        seen.inside += _is_torchs(module)
 
     def leave(module: nn.Module, _: Any, output: Any) -> Any:
-        seen.inside -= 1
+        seen.inside -= _is_torchs(module)
         if module not in in_place:
             return None
         # What is returned is the input itself; only as another object can its uses be told apart.
@@ -112,12 +112,17 @@ def execution(model: nn.Module, example_input: Example | None) -> Execution:
     )
 
 
+def _is_torchs(module: nn.Module) -> bool:
+    """Whether what its forward calls is no call of the user's, as in a subclass of a batch norm."""
+    return type(module).__module__.startswith("torch.")
+
+
 def reached(
     model: nn.Module, example_input: Example, modules: Iterable[nn.Module]
 ) -> set[nn.Module]:
     """Which of the modules the example input reaches; the model stays as it is."""
     found: set[nn.Module] = set()
-    with hooked(modules, lambda module, _: found.add(module)):
+    with hooked(modules, lambda module, *_: found.add(module)):
         run_example(model, example_input)
     return found
 
@@ -125,12 +130,12 @@ def reached(
 @contextmanager
 def hooked(
     modules: Iterable[nn.Module],
-    enter: Callable[[nn.Module, Any], None],
+    enter: Callable[[nn.Module, Any, Any], None],
     leave: Callable[[nn.Module, Any, Any], Any] | None = None,
 ) -> Iterator[None]:
-    """Hooks ahead of and behind the modules' forward, within the block."""
+    """Hooks ahead of (with arguments by name) and behind the modules' forward, within the block."""
     modules = list(modules)
-    handles = [module.register_forward_pre_hook(enter) for module in modules]
+    handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules]
     if leave is not None:
         handles += [module.register_forward_hook(leave) for module in modules]
     try:
@@ -201,9 +206,25 @@ class _Calls(TorchFunctionMode):
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of a value, alone or in nested collections."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple | Mapping):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors(part)
+    """The tensors of a value: alone, in nested collections, in attributes of plain objects."""
+    seen: set[int] = set()
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            pending += reversed(_parts(value))
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, type | nn.Module | Callable):  # type: ignore[arg-type]
+        return []
+    if is_dataclass(value):
+        return [getattr(value, field.name) for field in fields(value)]
+    return list(getattr(value, "__dict__", {}).values())

@@ -2,10 +2,11 @@
 
 import copy
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from learnsched.activation_calls import activations_to_modules_
@@ -168,10 +169,6 @@ def on_values(self, x, _):
     return F.relu(x) if x.sum() < 99 else x
 
 
-def on_an_argument(self, x, extra):
-    return F.relu(x) if extra is None else F.relu(x + 1)
-
-
 def in_place(self, x, _):
     F.relu_(x)
     return x
@@ -188,7 +185,6 @@ REFUSED = {
     "no function": (lambda self, x, _: x + 1, "calls no activation functions itself"),
     "values": (on_values, "cannot trace the forward of the model itself"),
     "training": (scaled_in_training, "other things in training than in evaluation"),
-    "argument": (on_an_argument, "something else on the example input"),
     "in place": (in_place, "something else on the example input"),
     "prelu": (
         lambda self, x, _: F.prelu(x, self.slope),
@@ -211,6 +207,173 @@ def test_what_cannot_be_done_is_refused_and_leaves_the_model_as_it_was(function,
     assert type(model) is Of and model.training
     assert set(vars(model)) == attributes and [n for n, _ in model.named_children()] == ["fc"]
     assert torch.equal(outputs(model, x, False), before)
+
+
+class Writing(nn.Module):
+    """What a forward may write to, and objects that it may return."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.fc, self.function = nn.Linear(8, 8), function
+        self.kept, self.features, self.seen, self.calls = torch.zeros(()), [], {}, 2
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def writes(self, x):
+    self.kept = F.relu(self.fc(x))
+    return self.kept
+
+
+def writes_anew(self, x):
+    self.last = F.relu(self.fc(x))
+    return self.last
+
+
+def appends(self, x):
+    self.features.append(F.relu(self.fc(x)))
+    return self.features[-1]
+
+
+def stores(self, x):
+    self.seen["x"] = F.relu(self.fc(x))
+    return self.seen["x"]
+
+
+def counts(self, x):
+    self.calls += 1
+    return F.relu(self.fc(x))
+
+
+def writes_to_a_child(self, x):
+    self.fc.last = F.relu(self.fc(x))
+    return self.fc.last
+
+
+WRITING = {
+    writes: "kept", writes_anew: "last", appends: "features", stores: "seen", counts: "calls",
+    writes_to_a_child: "last",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", WRITING, ids=lambda function: function.__name__)
+def test_a_forward_that_writes_to_attributes_is_refused_and_they_are_as_they_were(function):
+    model, x = Writing(function), torch.randn(5, 8)
+    model(x)
+    before = dict(vars(model)), list(model.features), dict(model.seen), dict(vars(model.fc))
+    calls = model.calls
+    with pytest.raises(ValueError, match=rf"it writes to attributes, \['{WRITING[function]}'\]"):
+        activations_to_modules_(model, x)
+    after = dict(vars(model)), list(model.features), dict(model.seen), dict(vars(model.fc))
+    if function in (counts, appends):  # the example input was run, once
+        assert model.calls == calls + (function is counts)
+        assert not any(isinstance(feature, fx.Proxy) for feature in model.features)
+    else:
+        assert before[0].keys() == after[0].keys() and before[3].keys() == after[3].keys()
+    kept = [model.kept, *model.features, *model.seen.values(), getattr(model, "last", x)]
+    assert all(isinstance(value, torch.Tensor) for value in kept)
+    assert model.training
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+
+
+def overwritten(self, x):
+    x = self.fc(x)
+    F.relu(x, inplace=True)
+    return self.fc(x)
+
+
+RETURNED = {
+    "dataclass": lambda self, x: Output(self.fc(x)),
+    "distribution": lambda self, x: torch.distributions.Categorical(logits=self.fc(x)),
+}
+
+
+@pytest.mark.parametrize("function", RETURNED.values(), ids=RETURNED)
+def test_what_is_returned_in_objects_is_compared(function):
+    body = Writing(overwritten)
+    model = nn.Sequential(body, Writing(function))
+    with pytest.raises(ValueError, match="something else on the example input"):
+        activations_to_modules_(model, torch.randn(5, 8))
+    assert type(body) is Writing
+
+
+def test_an_output_without_tensors_is_refused():
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Writing(lambda self, x: F.relu(self.fc(x)))
+
+        def forward(self, x):
+            return self.body(x).sum().item()
+
+    with pytest.raises(ValueError, match="holds no tensors that could be compared"):
+        activations_to_modules_(Loss(), torch.randn(5, 8))
+
+
+class Siamese(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.last = nn.Linear(8, 4)
+
+    def once(self, x):
+        for layer in self.layers:
+            x = F.relu(layer(x))
+        return self.last(x)
+
+    def forward(self, one, other):
+        return self.once(one), self.once(other), F.relu(one + 1) - F.relu(one + 2)
+
+
+def test_calls_of_one_place_get_one_module():
+    one, other = torch.randn(5, 8), torch.randn(5, 8)
+    model = activations_to_modules_(Siamese(), (one, other))
+    assert [n for n, _ in model.named_children()][2:] == ["relu_0", "relu_1", "relu_2", "relu_3"]
+    quantize_(model, ternary(), unsigned(2), example_input=(one, other))
+    first, second, _ = model(one, one)
+    assert torch.equal(first, second)
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x, mask=None, double=False):
+        x = F.relu(self.fc(x))
+        if mask is not None:
+            x = x * mask
+        return 2 * x if double else x
+
+
+def test_arguments_that_the_example_leaves_out_stay_at_their_defaults():
+    model, x, mask = Masked(), torch.randn(5, 8), torch.rand(5, 8)
+    expected, masked = model(x), model(x, mask)
+    plain = activations_to_modules_(copy.deepcopy(model), x)
+    assert torch.equal(plain(x), expected)
+    with pytest.raises(AssertionError):
+        plain(x, mask)
+    assert torch.equal(activations_to_modules_(model, {"x": x, "mask": mask})(x, mask), masked)
+
+
+def test_a_batch_norm_of_ones_own_that_rectifies_is_noticed():
+    class Rectifying(nn.BatchNorm1d):
+        def forward(self, x):
+            return F.relu(super().forward(x))
+
+    def net():
+        return nn.Sequential(nn.Linear(8, 8), Rectifying(8), nn.Linear(8, 8), nn.ReLU())
+
+    x = torch.randn(5, 8)
+    with pytest.warns(UserWarning, match="calls relu as functions"):
+        quantize_(net(), ternary(), unsigned(2), example_input=x)
+    with pytest.raises(ValueError, match="cannot trace the forward of 1"):
+        activations_to_modules_(net(), x)
 
 
 def test_a_transformer_layer_takes_its_module_itself():
