@@ -247,11 +247,11 @@ def _trace(module: nn.Module, name: str, given: set[str], *, training: bool) -> 
         for p in parameters
         if p.name not in given and isinstance(p.default, int | float | str | None)
     }
-    before = Attributes.of(module)
+    before, usual = Attributes.of(module), module.training
     try:
         module.training = training
         graph = _Flat().trace(module, concrete_args=defaults or None)
-        module.training = before.training
+        module.training = usual
         if written := before.changed():
             constants = all(name.startswith("_tensor_constant") for name in written)
             what = "makes a tensor of its own" if constants else "writes to attributes"

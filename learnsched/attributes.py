@@ -1,4 +1,4 @@
-"""The attributes of a module before something that may write to them, to be told of it and to undo it."""
+"""The attributes of a module ahead of what may write to them: to be told of it, and to undo it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import nn
 class Attributes:
     """The attributes of a module and its children, and what their collections held."""
 
-    training: bool
     attributes: list[tuple[nn.Module, dict[str, Any]]]
     collections: list[tuple[Any, Any]]
 
@@ -23,7 +22,7 @@ class Attributes:
         attributes = [(m, dict(vars(m))) for m in module.modules()]
         values = (value for _, every in attributes for value in every.values())
         held = [(v, copy.copy(v)) for v in values if isinstance(v, list | dict | set)]
-        return cls(module.training, attributes, held)
+        return cls(attributes, held)
 
     def changed(self) -> list[str]:
         """Names of those that are not what they were."""
@@ -49,7 +48,9 @@ class Attributes:
 
 def _identical(one: Any, other: Any) -> bool:
     """Whether two collections hold the same objects."""
-    parts = [x.items() if isinstance(x, dict) else x for x in (one, other)]
-    if isinstance(one, dict):
-        return [(k, id(v)) for k, v in parts[0]] == [(k, id(v)) for k, v in parts[1]]
-    return [*map(id, parts[0])] == [*map(id, parts[1])]
+
+    def parts(held: Any) -> list[Any]:
+        named = isinstance(held, dict)
+        return [(k, id(v)) for k, v in held.items()] if named else [*map(id, held)]
+
+    return parts(one) == parts(other)

@@ -66,6 +66,8 @@ def calibrate_(
         for handle in handles:
             handle.remove()
         put_back(statistics)
+    for activation in activations:
+        activation.bound_scale_()
     if missed := [a.layer_name for a, hook in hooks.items() if not hook.seen]:
         warnings.warn(
             f"the batches do not reach activations after {missed}, so they keep their scale",

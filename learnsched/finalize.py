@@ -168,7 +168,7 @@ def finalize_(
                     "scales at a lower rate"
                 )
         for activation in layer.activations:
-            scale = float(activation.scale)
+            scale = float(activation.bounded_scale)
             if not 0 < scale < math.inf:
                 raise RuntimeError(
                     f"the scale of the activation after {layer.info.name} has become {scale:g}, which "
@@ -183,6 +183,8 @@ def _tensors(layer: Layer) -> Iterator[Tensor]:
     """What hardening changes of a layer."""
     if layer.weight is not None:
         yield layer.weight.weight
+    for activation in layer.activations:
+        yield activation.scale
     for quantizer in layer.quantizers:
         yield from quantizer.buffers()
 
@@ -195,6 +197,8 @@ def _harden(model: nn.Module, layers: Iterable[Layer]) -> None:
             for name in NOISE_BUFFERS:
                 if name != "backward_std":
                     getattr(quantizer, name).zero_()
+        for activation in layer.activations:
+            activation.restore_scale_()
         if layer.weight is not None:
             layer.weight.weight_quantizer.freeze_(layer.weight.weight, 1.0, "settled")
             _check_on_levels(layer.info.name, layer.weight)

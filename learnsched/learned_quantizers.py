@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch import nn
@@ -15,8 +14,8 @@ def learn_scales_(model: nn.Module) -> list[nn.Parameter]:
     """Make the scale of every quantized activation a parameter, in place.
 
     Its gradient is that of ``scale * E(x / scale)``: the rounding error of entries inside the range, and
-    the outermost level for those beyond. Calibrate before, for the scale starts from what it is.
-    ``state_dict`` keeps the names.
+    the outermost level for those beyond. Calibrate before, for the scale starts from what it is; it does
+    not fall below a 32nd of that, which ``state_dict`` holds as ``lowest_scale`` beside ``scale``.
 
     Args:
         model: converted by ``quantize_``.
@@ -25,7 +24,8 @@ def learn_scales_(model: nn.Module) -> list[nn.Parameter]:
         the new parameters, one an activation, scalars. An optimizer that was made before does not know
         them: ``optimizer.add_param_group({"params": learn_scales_(model), "weight_decay": 0})``, before
         a learning-rate scheduler of torch is made, which counts the groups. With
-        SGD, learn them at a fraction of the weights' learning rate; Adam's steps need no such care.
+        SGD, learn them at a fraction of the weights' learning rate. Adam's steps are about as large as
+        the learning rate whatever the scale: small scales, of some hundredths, want a smaller one.
 
     Raises:
         ValueError: the model has no quantized activations.
@@ -49,14 +49,7 @@ def learn_scales_(model: nn.Module) -> list[nn.Parameter]:
             "the model has no quantized activations whose scale could be learned; give quantize_ an "
             "activation level set such as unsigned(2)"
         )
-    learned: list[nn.Parameter] = []
-    for activation in activations:
-        if not activation.learns_scale:
-            scale = nn.Parameter(activation.scale.detach().clone())
-            del activation.scale
-            activation.scale = scale
-        learned.append(cast(nn.Parameter, activation.scale))
-    return learned
+    return [activation.learn_scale_() for activation in activations]
 
 
 def learn_weight_scales_(model: nn.Module) -> list[nn.Parameter]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,10 @@ from learnsched.scales import ScaleRule
 _EXTRA = "_extra_state"  # as torch calls it in a state_dict
 
 NOISE_BUFFERS = ("forward_std", "backward_std", "forward_mean", "backward_mean")
+
+
+# What is left of a learned scale at least, as a part of what it was.
+_LARGEST_FALL = 32.0
 
 
 class _Quantizer(nn.Module):
@@ -96,8 +100,14 @@ class _Quantizer(nn.Module):
         own |= {prefix + name: getattr(self, name) for name in learned}
         if own.keys().isdisjoint(state_dict):
             state_dict = {**state_dict, **own}
-        if prefix + _EXTRA not in state_dict:  # nor do older states know the level set
-            state_dict = {**state_dict, prefix + _EXTRA: self.get_extra_state()}
+        # Nor do older states know the level set, or bounds of learned scales.
+        later = {_EXTRA: self.get_extra_state(), "lowest_scale": own.get(prefix + "lowest_scale")}
+        state_dict = {
+            **{prefix + name: value for name, value in later.items() if value is not None},
+            **state_dict,
+        }
+        if later["lowest_scale"] is None:  # a scale that is not learned any more needs no bound
+            state_dict.pop(prefix + "lowest_scale", None)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -299,6 +309,8 @@ class ActivationQuantizer(_Quantizer):
     """
 
     scale: Tensor
+    # below which a learned scale does not fall
+    lowest_scale: Tensor | None
     # of a finished network, whose weights have none any more
     is_left_over = False
 
@@ -317,6 +329,7 @@ class ActivationQuantizer(_Quantizer):
         self.ceiling = ceiling
         scale = min(scale, self.largest_scale)
         self.register_buffer("scale", torch.full((), scale, dtype=like.dtype, device=like.device))
+        self.register_buffer("lowest_scale", None)
 
     @property
     def largest_scale(self) -> float:
@@ -329,6 +342,36 @@ class ActivationQuantizer(_Quantizer):
         """Whether the scale is a parameter, see :func:`learnsched.learn_scales_`."""
         return "scale" in self._parameters
 
+    @torch.no_grad()
+    def learn_scale_(self) -> nn.Parameter:
+        """Make the scale a parameter, that of before if it is one, bounded by where it is now."""
+        if not self.learns_scale:
+            scale = nn.Parameter(self.scale.detach().clone())
+            del self.scale
+            self.scale = scale
+            self.bound_scale_()
+        return cast(nn.Parameter, self.scale)
+
+    @torch.no_grad()
+    def bound_scale_(self) -> None:
+        """Let a learned scale fall to a 32nd of what it is now, and no further."""
+        if self.learns_scale:
+            self.lowest_scale = self.scale / _LARGEST_FALL
+
+    @torch.no_grad()
+    def restore_scale_(self) -> None:
+        """Put a learned scale back to its bound if an optimizer took it below."""
+        if self.lowest_scale is not None:
+            self.scale.copy_(self.bounded_scale)
+
+    @property
+    def bounded_scale(self) -> Tensor:
+        """The scale, or its bound with the gradient of the scale, so that it can rise again."""
+        if self.lowest_scale is None:
+            return self.scale
+        raised = self.lowest_scale + (self.scale - self.scale.detach())
+        return torch.where(self.scale < self.lowest_scale, raised, self.scale)
+
     def ahead(self, x: Tensor) -> Tensor:
         """What the staircase is applied to."""
         result: Tensor = x if self.before is None else self.before(x)
@@ -337,7 +380,8 @@ class ActivationQuantizer(_Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         x = self.ahead(x)
         if self.learns_scale or self.scale.requires_grad:
-            return self._annealed(x / self.scale) * self.scale
+            scale = self.bounded_scale
+            return self._annealed(x / scale) * scale
         return self._annealed(x, self.scale)
 
 

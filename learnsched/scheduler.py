@@ -352,8 +352,10 @@ class QuantizationScheduler:
         return [[spelled(q.levels) for q in layer.quantizers] for layer in self._layers]
 
     def _restore(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Put frozen weights back after an optimizer's step."""
+        """Put frozen weights and learned scales in their place after an optimizer's step."""
         for layer in self._layers:
+            for activation in layer.activations:
+                activation.restore_scale_()
             if layer.weight is not None:
                 layer.weight.weight_quantizer.restore_(layer.weight.weight)
 

@@ -1,6 +1,7 @@
 """Learned scales and noise: their gradients, checkpoints, training, and populations."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -139,7 +140,8 @@ def test_without_quantized_activations_there_is_nothing_to_learn():
 def test_checkpoints_keep_their_names_and_float_ones_still_load():
     model, plain = quantized(), quantized()
     ls.learn_scales_(model)
-    assert model.state_dict().keys() == plain.state_dict().keys()
+    bounds = {"2.lowest_scale", "4.lowest_scale"}
+    assert model.state_dict().keys() - bounds == plain.state_dict().keys()
     plain.load_state_dict(model.state_dict())
     model.load_state_dict(plain.state_dict())
     model.load_state_dict(network(1).state_dict())
@@ -153,14 +155,6 @@ def test_scales_are_trained_and_the_network_is_finalized():
     before = [scale.item() for scale in learned]
     train(model)
     assert all(scale.item() != old for scale, old in zip(learned, before, strict=True))
-
-
-def test_a_scale_that_is_not_positive_is_named():
-    model = quantized()
-    with torch.no_grad():
-        ls.learn_scales_(model)[0].fill_(-0.1)
-    with pytest.raises(RuntimeError, match=r"scale of the activation after 0 has become -0\.1"):
-        ls.finalize_(model)
 
 
 def test_a_population_learns_a_scale_for_each_member():
@@ -276,3 +270,76 @@ def test_float_checkpoints_load_where_noise_is_learned_and_its_own_come_back():
 
 def test_a_population_learns_noise_for_each_member():
     check_that_each_member_learned_its_own(ls.learn_noise_, 3, "log_std", [(2,)] * 5)
+
+
+def bounded_net():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    net = ls.quantize_(net, ls.ternary(), ls.unsigned(2))
+    return net, ls.learn_scales_(net)
+
+
+def test_a_learned_scale_falls_to_a_32nd_of_its_start_and_can_rise_again():
+    x = torch.randn(64, 8)
+    net, [scale] = bounded_net()
+    quantizer, start = net[2], scale.item()
+    assert quantizer.lowest_scale.item() == pytest.approx(start / 32)
+    at_bound, _ = bounded_net()
+    with torch.no_grad():
+        scale.fill_(-1.0)
+        at_bound[2].scale.fill_(start / 32)
+    outputs = [model(x).square().sum() for model in (net, at_bound)]
+    assert outputs[0] == outputs[1]
+    gradients = [
+        torch.autograd.grad(output, model[2].scale)[0]
+        for output, model in zip(outputs, (net, at_bound), strict=True)
+    ]
+    assert torch.equal(*gradients) and gradients[0] != 0
+
+    policy = ls.policies.StraightThrough()
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    ls.QuantizationScheduler(net, policy, epochs=2, optimizer=optimizer)
+    net(x).sum().backward()
+    optimizer.step()
+    assert scale.item() == quantizer.lowest_scale.item()
+
+
+def test_finalize_leaves_a_scale_at_its_bound_and_refuses_what_is_no_number():
+    x = torch.randn(64, 8)
+    net, [scale] = bounded_net()
+    with torch.no_grad():
+        scale.fill_(-1.0)
+    expected = net[2].lowest_scale.item()
+    ls.finalize_(net, [x])
+    assert scale.item() == expected
+    net, [scale] = bounded_net()
+    with torch.no_grad():
+        scale.fill_(math.nan)
+    with pytest.raises(RuntimeError, match="the activation after 0 has become nan, which must"):
+        ls.finalize_(net, [x])
+
+
+def test_bounds_of_learned_scales_are_kept_in_states_and_not_missed_in_older_ones():
+    net, [scale] = bounded_net()
+    with torch.no_grad():
+        net[2].lowest_scale.fill_(0.125)
+        scale.fill_(0.5)
+    state = net.state_dict()
+    other, [found] = bounded_net()
+    other.load_state_dict(state)
+    assert (found.item(), other[2].lowest_scale.item()) == (0.5, 0.125)
+    older = {name: value for name, value in state.items() if "lowest_scale" not in name}
+    other, [found] = bounded_net()
+    bound = other[2].lowest_scale.clone()
+    other.load_state_dict(older)
+    assert found.item() == 0.5 and other[2].lowest_scale == bound
+    fixed = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    fixed = ls.quantize_(fixed, ls.ternary(), ls.unsigned(2))
+    fixed.load_state_dict(state)
+    assert fixed[2].scale.item() == 0.5 and fixed[2].lowest_scale is None
+
+
+def test_calibration_moves_the_bound_of_a_learned_scale():
+    net, [scale] = bounded_net()
+    ls.calibrate_(net, [100 * torch.randn(64, 8)])
+    assert net[2].lowest_scale.item() == pytest.approx(scale.item() / 32)
