@@ -20,6 +20,7 @@ from learnsched.modules import (
     BATCH_NORMS,
     CLIPPING,
     KNOWN,
+    QUANTIZED_LAYERS,
     QUANTIZED_TYPES,
     REAL,
     channel_dim,
@@ -227,8 +228,16 @@ def _notes(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[str]:
             "parametrization makes one, too)"
         )
     asked = any(type(modules[name]) in QUANTIZED_TYPES for name in chosen)
-    if asked and (real := [name for name, module in named if isinstance(module, REAL)]):
+    if asked and (real := [n for n, m in named if isinstance(m, REAL) or _has_a_matrix(m)]):
         yield f"{real} stay real: of such layers no quantized kind is known"
+
+
+def _has_a_matrix(module: nn.Module) -> bool:
+    """Whether a module that is not torch's has a weight to form a product with, as it seems."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    known = (*KNOWN, *QUANTIZED_LAYERS, nn.Embedding, nn.EmbeddingBag)
+    foreign = not type(module).__module__.startswith("torch.") and not isinstance(module, known)
+    return foreign and weight is not None and weight.dim() >= 2
 
 
 def _has_hooks(module: nn.Module) -> bool:

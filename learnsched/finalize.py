@@ -274,24 +274,25 @@ def _take_moved(model: nn.Module, layers: Iterable[Layer]) -> None:
     # In the middle of a run, an optimizer that the scheduler does not know has moved them.
     ended = all(bool(quantizer.membership.all()) for _, quantizer, _ in quantizers)
     taken: list[str] = []
-    put_back: list[str] = []
+    returned: list[str] = []
     for name, quantizer, weight in quantizers:
         moved = quantizer.is_moved(weight)
         if quantizer.is_averaged or (moved and (averaged or ended)):
             quantizer.take_(weight)
             taken.append(name)
         elif moved:
-            put_back.append(name)
+            returned.append(name)
     if taken:
         warnings.warn(
             f"averages of quantized weights lie between the levels, and so do other values written "
-            f"over them: those of {taken} are projected anew. Compare with the model that was not "
-            "averaged",
+            f"over them, as by an optimizer that the scheduler does not know: those of {taken} are "
+            "projected anew. Compare with the model that was not averaged, or give the scheduler the "
+            "optimizer",
             stacklevel=5,
         )
-    if put_back:
+    if returned:
         warnings.warn(
-            f"frozen weights of {put_back} were moved since the scheduler's last step(), and go back "
+            f"frozen weights of {returned} were moved since the scheduler's last step(), and go back "
             "to their levels. If an optimizer did that, give it to the scheduler; if they are averages, "
             "finalize the AveragedModel itself",
             stacklevel=5,

@@ -96,7 +96,12 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
                     "since quantize_ gave each a quantizer of its own; share it before quantize_"
                 )
         if isinstance(module, WeightQuantizer | ActivationQuantizer):
-            names[module.layer_index] = module.layer_name
+            known = names.setdefault(module.layer_index, module.layer_name)
+            if known != module.layer_name:
+                raise ValueError(
+                    f"{known} and {module.layer_name} were quantized in different calls; call quantize_ "
+                    "once, on the whole model"
+                )
         if isinstance(module, ActivationQuantizer):
             if module.is_left_over:
                 raise ValueError(

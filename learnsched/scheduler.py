@@ -277,12 +277,13 @@ class QuantizationScheduler:
         if self.epoch >= self.epochs:
             raise RuntimeError(
                 f"step() was called {self.epoch + 1} times for a horizon of {self.epochs} epochs; "
-                "make a new scheduler with more epochs"
+                "to train for longer, quantize the float model again and give the scheduler more epochs"
             )
         if is_finalized(self._layers, self.history.settings[-1]):
             raise RuntimeError(
-                f"finalize_ was called after {self.epoch} of {self.epochs} epochs, which ended the "
-                "noise and froze all weights; call it after the last step()"
+                f"after {self.epoch} of {self.epochs} epochs the model is not as step() left it: "
+                "finalize_ was called, which belongs after the last step(), or another state was loaded "
+                "into the model; load the scheduler's state with it"
             )
 
     def _check_metrics(self, numbers: Mapping[str, float]) -> None:

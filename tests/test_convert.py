@@ -948,3 +948,28 @@ def test_layers_of_a_kind_that_is_not_quantized_are_named():
     with pytest.warns(UserWarning, match=r"\['0 \(Conv3d\)'\] stay real") as caught:
         ls.quantize_(model, ls.ternary())
     assert caught[0].filename == __file__
+
+
+def test_matrices_of_layers_of_ones_own_are_warned_of():
+    class Transposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    model = nn.Sequential(Transposed(), nn.Linear(8, 4), nn.LayerNorm((4,)))
+    with pytest.warns(UserWarning, match=r"\['0 \(Transposed\)'\] stay real"):
+        ls.quantize_(model, ls.ternary())
+
+
+def test_parts_quantized_in_different_calls_are_refused_where_only_one_has_weights():
+    encoder = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    decoder = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8))
+    decoder.extend([nn.BatchNorm1d(8), nn.ReLU()])
+    model = nn.Sequential(encoder, decoder)
+    ls.quantize_(model[0], ls.ternary())
+    ls.quantize_(model[1], activation=ls.unsigned(2))
+    with pytest.raises(ValueError, match="were quantized in different calls"):
+        ls.finalize_(model)
