@@ -31,7 +31,8 @@ def calibrate_(
 
     Each activation is fitted to what the layers before it, already calibrated, put out: one pass,
     and the mean over batches. Batch norms use the statistics of each batch, and keep their own. An
-    activation that is 0 throughout keeps its scale, with a warning.
+    activation that is 0 throughout keeps its scale, with a warning. In training from random weights
+    activations grow: let their scales be learned from there (:func:`learnsched.learn_scales_`).
 
     Args:
         model: converted by ``quantize_``.

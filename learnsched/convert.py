@@ -184,7 +184,8 @@ def _notes(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[str]:
     if uncalibrated := [name for name in activations if name not in normalized]:
         yield (
             f"no batch norm precedes {uncalibrated}: their scale is a guess until "
-            "learnsched.calibrate_(model, batches) has seen data"
+            "learnsched.calibrate_(model, batches) has seen data; from random weights, learn it from "
+            "there with learnsched.learn_scales_(model)"
         )
     if idle := [name for name, _ in order[found.executed :] if name in chosen]:
         yield (

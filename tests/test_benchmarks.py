@@ -44,6 +44,7 @@ def run(name, *arguments):
         "follow_loss",
         "warm_up",
         "selection",
+        "without_batch_norm",
     ],
 )
 def test_a_quick_run_writes_its_rows(name, tmp_path):

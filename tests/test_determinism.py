@@ -110,6 +110,7 @@ SLOW = {
     "warm_up": benchmark("warm_up"),
     "stability": benchmark("stability"),
     "selection": benchmark("selection"),
+    "without_batch_norm": benchmark("without_batch_norm"),
     "payback": module("learnsched.benchmarks.payback"),
     "embed_card": ["-c", EMBED],
 }

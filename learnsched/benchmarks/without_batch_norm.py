@@ -1,0 +1,172 @@
+"""Where no batch norm sets the scale of an activation: calibrate it, learn it, both or neither?
+
+    torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.without_batch_norm [--quick]
+                                             [--seed N] [--json PATH]
+
+Small networks of ternary weights and 2-bit activations under the default schedule, from scratch and
+from a trained float network; accuracy on validation data, at the better of two learning rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import learnsched as ls
+from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
+from learnsched.data import DataSet, load
+from learnsched.meta import distribution
+from learnsched.tables import markdown
+
+WAYS = ("as made", "calibrated", "learned", "calibrated and learned")
+RATES = (0.008, 0.02)
+_EPOCHS, _STEPS, _BATCH = 8, 20, 50
+_SEEDS = 3
+
+
+def _convolutional(depth: int, start: Callable[[Tensor], object] | None = None) -> nn.Module:
+    layers: list[nn.Module] = []
+    for channels in (1, *[16] * (depth - 1)):
+        layers += [nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(256, 10))
+    for layer in net if start is not None else ():
+        if isinstance(layer, nn.Conv2d | nn.Linear) and start is not None:
+            start(layer.weight)
+    return net
+
+
+def _mlp() -> nn.Module:
+    hidden = [part for _ in range(2) for part in (nn.Linear(64, 64), nn.ReLU())]
+    return nn.Sequential(nn.Linear(40, 64), nn.ReLU(), *hidden, nn.Linear(64, 10))
+
+
+# Names, data sets and networks.
+NETWORKS: Mapping[str, tuple[str, Callable[[], nn.Module]]] = {
+    "3 convolutions": ("noisy_digits", lambda: _convolutional(3)),
+    "5 convolutions": ("noisy_digits", lambda: _convolutional(5)),
+    "5 convolutions, Kaiming's initial weights": (
+        "noisy_digits",
+        lambda: _convolutional(5, nn.init.kaiming_normal_),
+    ),
+    "MLP of 4 layers": ("mnist1d", _mlp),
+}
+
+
+def accuracy(
+    data: DataSet, make: Callable[[], nn.Module], way: str, rate: float, seed: int, *, tuned: bool
+) -> float:
+    """Validation accuracy of the finished network."""
+    torch.manual_seed(seed)
+    x, y = data.train.x, data.train.y
+    net = make()
+    if tuned:
+        optimizer = torch.optim.Adam(net.parameters(), 0.005)
+        for _ in range(_EPOCHS):
+            for loss in _epoch(net, x, y):
+                _step(optimizer, loss)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "no batch norm precedes")
+        ls.quantize_(net, ls.ternary(), ls.unsigned(2), example_input=x[:1])
+    if way.startswith("calibrated"):
+        ls.calibrate_(net, [x[:200]])
+    optimizer = torch.optim.Adam(net.parameters(), rate)
+    if way.endswith("learned"):
+        optimizer.add_param_group({"params": ls.learn_scales_(net), "weight_decay": 0})
+    scheduler = ls.QuantizationScheduler(
+        net,
+        ls.load_pretrained("default"),
+        epochs=_EPOCHS,
+        steps_per_epoch=_STEPS,
+        optimizer=optimizer,
+        fine_tuning=tuned,
+    )
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, scheduler.learning_rate_factor)
+    for _ in range(_EPOCHS):
+        total = 0.0
+        for loss in _epoch(net, x, y):
+            _step(optimizer, loss)
+            decay.step()
+            total += loss.item()
+        scheduler.step(metrics={"train_loss": total / _STEPS})
+    ls.finalize_(net).eval()
+    with torch.no_grad():
+        hits = net(data.validation.x).argmax(1) == data.validation.y
+    return float(hits.float().mean())
+
+
+def _epoch(net: nn.Module, x: Tensor, y: Tensor) -> Iterator[Tensor]:
+    for _ in range(_STEPS):
+        chosen = torch.randint(len(x), (_BATCH,))
+        yield F.cross_entropy(net(x[chosen]), y[chosen])
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: accuracy in %, mean over seeds at the better learning rate."""
+    found = {
+        (r["network"], r["fine_tuned"], r["way"]): 100 * np.max(np.mean(r["accuracy"], axis=1))
+        for r in records
+    }
+    rows = [["network", *WAYS]]
+    for network, tuned in dict.fromkeys((network, tuned) for network, tuned, _ in found):
+        label = f"{network}, fine-tuned" if tuned else network
+        rows.append([label, *(f"{found[network, tuned, way]:.1f}" for way in WAYS)])
+    means = [np.mean([v for (_, _, w), v in found.items() if w == way]) for way in WAYS]
+    return markdown([*rows, ["mean", *(f"{mean:.1f}" for mean in means)]])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="one network from scratch, one seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write records here; those there are kept")
+    options = parser.parse_args(arguments)
+    names, regimes, seeds = (
+        (list(NETWORKS)[-1:], (False,), 1)
+        if options.quick
+        else (list(NETWORKS), (False, True), _SEEDS)
+    )
+    jobs = {job: job for tuned in regimes for job in ((n, tuned, w) for n in names for w in WAYS)}
+
+    def work(job: tuple[str, bool, str]) -> list[dict[str, Any]]:
+        name, tuned, way = job
+        data, make = load(NETWORKS[name][0]), NETWORKS[name][1]
+        found = [
+            [
+                accuracy(data, make, way, rate, 1000 * options.seed + seed, tuned=tuned)
+                for seed in range(seeds)
+            ]
+            for rate in RATES
+        ]
+        return [{"network": name, "fine_tuned": tuned, "way": way, "accuracy": found}]
+
+    with one_of_the_ranks():
+        records = recorded(
+            options.json,
+            jobs,
+            work,
+            lambda record: (record["network"], record["fine_tuned"], record["way"]),
+            seed=options.seed,
+        )
+        if distribution.rank() == 0:
+            print(table(records))
+
+
+if __name__ == "__main__":
+    main()
