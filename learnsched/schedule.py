@@ -224,6 +224,10 @@ class Telemetry:
         one = weight_error.new_ones(weight_error.shape[:-1])
         return cls(one, one, weight_error)
 
+    def __getitem__(self, runs: slice) -> Telemetry:
+        """What is seen of some of the runs that are trained together."""
+        return Telemetry(self.loss[runs], self.loss_trend[runs], self.weight_error[runs])
+
 
 @runtime_checkable
 class Policy(Protocol):

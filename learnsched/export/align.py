@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from learnsched.batches import keep, put_back, put_back_on_failure
 from learnsched.export import graph as g
 from learnsched.export.errors import ExportError
-from learnsched.export.operations import BATCH_NORMS
+from learnsched.export.operations import FOLDED_NORMS
 from learnsched.export.thresholds import centre, fit_line
 from learnsched.export.trace import Translation, trace, translate
 from learnsched.export.values import Doubles
@@ -152,7 +152,7 @@ def _movable(translation: Translation, call: fx.Node) -> str | None:
 
 def _changeable(module: Any) -> list[Tensor]:
     """The tensors of a batch norm or biased layer that :func:`_apply` changes."""
-    if not isinstance(module, BATCH_NORMS):
+    if not isinstance(module, FOLDED_NORMS):
         return [module.bias]
     if module.weight is None or module.bias is None:
         return [module.running_mean, module.running_var]
@@ -161,7 +161,7 @@ def _changeable(module: Any) -> list[Tensor]:
 
 def _apply(module: Any, move: _Move) -> None:
     """Change what the module puts out."""
-    norm = isinstance(module, BATCH_NORMS)
+    norm = isinstance(module, FOLDED_NORMS)
     if norm and (module.weight is None or module.bias is None):
         # Without factors of its own: (x - mean) / deviation, of which both can change.
         mean, variance = module.running_mean, module.running_var

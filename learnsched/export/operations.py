@@ -19,7 +19,7 @@ from learnsched.quantizers import ActivationQuantizer, PReLUQuantizer, WeightQua
 QUANTIZERS = (ActivationQuantizer, QuantizedInput)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, *TRANSPOSED)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+FOLDED_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)
 MEAN_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
 _ADAPTIVE = (*MAX_POOLS[2:], *MEAN_POOLS[2:])
@@ -145,7 +145,7 @@ class Operation:
     def _module_kind(self) -> str:
         module = self.module
         kinds: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
-            (QUANTIZERS, "quantizer"), (PRODUCTS, "product"), (BATCH_NORMS, "batch_norm"),
+            (QUANTIZERS, "quantizer"), (PRODUCTS, "product"), (FOLDED_NORMS, "batch_norm"),
             (MAX_POOLS, "max_pool"), (MEAN_POOLS, "mean_pool"), (PASSING, "passing"),
             (RESHAPES, "reshape"), (RISING, "activation"), (PADS, "padding"),
             (UPSAMPLINGS, "upsampling"),

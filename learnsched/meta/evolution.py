@@ -120,10 +120,9 @@ class _Perturbed:
 
     def __call__(self, epoch: int, telemetry: Telemetry) -> Tensor:
         evolution, run = self._evolution, self._inner.run
-        fields = (telemetry.loss, telemetry.loss_trend, telemetry.weight_error)
-        first = [field[: len(field) // (1 + 2 * evolution.pairs)] for field in fields]
+        first = telemetry[: len(telemetry.loss) // (1 + 2 * evolution.pairs)]
         with torch.enable_grad():
-            settings = terminal_settings(self._rollout(epoch, Telemetry(*first)), run, epoch)
+            settings = terminal_settings(self._rollout(epoch, first), run, epoch)
         self.rows.append(settings)
         centre = settings.detach()
         if epoch == 0:

@@ -130,12 +130,10 @@ class PolicyRollout:
             rollouts.append(PolicyRollout(policy, self._run, self._members))
 
         def rollout(epoch: int, telemetry: Telemetry) -> Tensor:
-            parts = [
-                field.split(self._members)
-                for field in (telemetry.loss, telemetry.loss_trend, telemetry.weight_error)
-            ]
-            each = zip(rollouts, *parts, strict=True)
-            return torch.cat([one(epoch, Telemetry(*seen)) for one, *seen in each])
+            starts = range(0, len(telemetry.loss), self._members)
+            seen = [telemetry[start : start + self._members] for start in starts]
+            each = zip(rollouts, seen, strict=True)
+            return torch.cat([one(epoch, part) for one, part in each])
 
         return rollout
 
