@@ -121,11 +121,15 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         for r in records
     }
     rows = [["network", *WAYS]]
-    for network, tuned in dict.fromkeys((network, tuned) for network, tuned, _ in found):
-        label = f"{network}, fine-tuned" if tuned else network
-        rows.append([label, *(f"{found[network, tuned, way]:.1f}" for way in WAYS)])
-    means = [np.mean([v for (_, _, w), v in found.items() if w == way]) for way in WAYS]
-    return markdown([*rows, ["mean", *(f"{mean:.1f}" for mean in means)]])
+    for tuned, regime in ((False, "from scratch"), (True, "fine-tuned")):
+        networks = dict.fromkeys(network for network, other, _ in found if other == tuned)
+        if not networks:
+            continue
+        numbers = [[found[network, tuned, way] for way in WAYS] for network in networks]
+        labels = [*(f"{network}, {regime}" for network in networks), f"{regime}, mean"]
+        for label, row in zip(labels, [*numbers, np.mean(numbers, axis=0)], strict=True):
+            rows.append([label, *(f"{number:.1f}" for number in row)])
+    return markdown(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
