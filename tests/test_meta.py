@@ -231,7 +231,7 @@ def test_a_start_that_is_never_beaten_is_kept(tmp_path):
     trainer = small_trainer(tmp_path, learning_rate=3.0)
     start = {n: p.detach().clone() for n, p in trainer.policy.network.named_parameters()}
     errors = iter([0.4, 0.6, 0.5])
-    trainer._task_error = lambda task: {"error": torch.tensor(next(errors), dtype=torch.float64)}
+    trainer._task_error = lambda task: torch.tensor(next(errors), dtype=torch.float64)
     trainer.run(4)
     assert (trainer.best_step, trainer.best_error) == (0, 0.4)
     assert [e.get("validation_error") for e in trainer.log] == pytest.approx(

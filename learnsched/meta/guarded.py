@@ -32,7 +32,7 @@ class Guarded:
         >>> from learnsched.meta.rollout import PolicyRollout
         >>> from learnsched.meta.tasks import Task
         >>> from learnsched.policies import LearnedPolicy, MetaNetwork
-        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
+        >>> task = Task(family="mlp", data="digits", width=4, depth=2, horizon=2, steps=2, batch=16,
         ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
         >>> inner = task.build(load("digits"))
         >>> rollout = PolicyRollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)

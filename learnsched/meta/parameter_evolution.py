@@ -82,7 +82,7 @@ class ParameterEvolution:
         >>> from learnsched.meta.rollout import PolicyRollout
         >>> from learnsched.meta.tasks import Task
         >>> from learnsched.policies import LearnedPolicy, MetaNetwork
-        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
+        >>> task = Task(family="mlp", data="digits", width=4, depth=2, horizon=2, steps=2, batch=16,
         ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
         >>> inner, policy = task.build(load("digits")), LearnedPolicy(MetaNetwork(2, 2))
         >>> estimate = ParameterEvolution(pairs=2)(inner, PolicyRollout(policy, inner.run, members=2))

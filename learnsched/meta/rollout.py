@@ -48,7 +48,7 @@ def run_forward(
         >>> from learnsched.data import load
         >>> from learnsched.meta.tasks import Task
         >>> from learnsched.policies import LearnedPolicy, MetaNetwork
-        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
+        >>> task = Task(family="mlp", data="digits", width=4, depth=2, horizon=2, steps=2, batch=16,
         ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
         >>> inner = task.build(load("digits"))
         >>> rollout = PolicyRollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
@@ -96,7 +96,7 @@ class PolicyRollout:
         >>> from learnsched.data import load
         >>> from learnsched.meta.tasks import Task
         >>> from learnsched.policies import LearnedPolicy, MetaNetwork
-        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
+        >>> task = Task(family="mlp", data="digits", width=4, depth=2, horizon=2, steps=2, batch=16,
         ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
         >>> inner = task.build(load("digits"))
         >>> rollout = PolicyRollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
@@ -204,7 +204,7 @@ def begin(
     Example:
         >>> from learnsched.data import load
         >>> from learnsched.policies import MetaNetwork
-        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
+        >>> task = Task(family="mlp", data="digits", width=4, depth=2, horizon=2, steps=2, batch=16,
         ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
         >>> inner, rollout = begin(LearnedPolicy(MetaNetwork()), task, load("digits"))
         >>> inner.run.horizon, inner.rates.shape

@@ -78,7 +78,7 @@ class Task:
 
     Example:
         >>> from learnsched.data import load
-        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=3, steps=2, batch=16,
+        >>> task = Task(family="mlp", data="digits", width=4, depth=2, horizon=3, steps=2, batch=16,
         ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
         >>> task.name
         'digits mlp 2×4, ternary/2-bit, 3×2 steps'

@@ -22,7 +22,7 @@ def hard_errors(
     Example:
         >>> from learnsched.data import load
         >>> from learnsched.policies import MetaNetwork
-        >>> task = Task("mlp", "digits", width=4, depth=2, horizon=2, steps=2, batch=16,
+        >>> task = Task(family="mlp", data="digits", width=4, depth=2, horizon=2, steps=2, batch=16,
         ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
         >>> errors = hard_errors(LearnedPolicy(MetaNetwork()), task, load("digits"))
         >>> errors.shape, bool(((errors > 0) & (errors < 1)).all())
