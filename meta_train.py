@@ -22,6 +22,7 @@ import torch
 
 from learnsched.benchmarks import comparison, held_out
 from learnsched.benchmarks import methods as field
+from learnsched.benchmarks.campaign import one_of_the_ranks
 from learnsched.benchmarks.environment import describe
 from learnsched.files import write_text
 from learnsched.meta import distribution
@@ -36,16 +37,13 @@ from learnsched.schedule import LayerInfo, RunInfo, plan
 def main() -> None:
     """Train, save, compare, plot."""
     options = _options()
-    torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
-    distribution.start()
-    try:
-        _train_and_report(options)
-    except (OSError, ValueError) as error:
-        sys.exit(f"meta_train.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"meta_train.py: interrupted; go on with --out {options.out} --resume")
-    finally:
-        distribution.stop()
+    with one_of_the_ranks():
+        try:
+            _train_and_report(options)
+        except (OSError, ValueError) as error:
+            sys.exit(f"meta_train.py: {error}")
+        except KeyboardInterrupt:
+            sys.exit(f"meta_train.py: interrupted; go on with --out {options.out} --resume")
 
 
 def _options() -> argparse.Namespace:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -167,11 +167,9 @@ def _watched(model: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         running.append(module)
-        try:
-            bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        except (TypeError, ValueError):  # the call itself will tell
-            return
-        given.setdefault(module, set()).update(bound.arguments)
+        names = given.setdefault(module, set())
+        with suppress(TypeError, ValueError):  # the call itself will tell
+            names.update(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
 
     def leave(module: nn.Module, _: Any, output: Any) -> None:
         running.pop()

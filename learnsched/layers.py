@@ -85,9 +85,8 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
                 )
             twin = weights.setdefault(module.weight_quantizer.layer_index, module)
             if twin.weight_quantizer is not module.weight_quantizer:
-                raise ValueError(
-                    f"{twin.weight_quantizer.layer_name} and {module.weight_quantizer.layer_name} "
-                    "were quantized in different calls; call quantize_ once, on the whole model"
+                raise _quantized_apart(
+                    twin.weight_quantizer.layer_name, module.weight_quantizer.layer_name
                 )
             owner = owners.setdefault(module.weight, module.weight_quantizer)
             if owner is not module.weight_quantizer:
@@ -98,10 +97,7 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
         if isinstance(module, WeightQuantizer | ActivationQuantizer):
             known = names.setdefault(module.layer_index, module.layer_name)
             if known != module.layer_name:
-                raise ValueError(
-                    f"{known} and {module.layer_name} were quantized in different calls; call quantize_ "
-                    "once, on the whole model"
-                )
+                raise _quantized_apart(known, module.layer_name)
         if isinstance(module, ActivationQuantizer):
             if module.is_left_over:
                 raise ValueError(
@@ -122,3 +118,9 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
         )
         result.append(Layer(info, weight, after))
     return tuple(result)
+
+
+def _quantized_apart(one: str, other: str) -> ValueError:
+    return ValueError(
+        f"{one} and {other} were quantized in different calls; call quantize_ once, on the whole model"
+    )

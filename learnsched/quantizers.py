@@ -100,14 +100,13 @@ class _Quantizer(nn.Module):
         own |= {prefix + name: getattr(self, name) for name in learned}
         if own.keys().isdisjoint(state_dict):
             state_dict = {**state_dict, **own}
-        # Nor do older states know the level set, or bounds of learned scales.
-        later = {_EXTRA: self.get_extra_state(), "lowest_scale": own.get(prefix + "lowest_scale")}
-        state_dict = {
-            **{prefix + name: value for name, value in later.items() if value is not None},
-            **state_dict,
-        }
-        if later["lowest_scale"] is None:  # a scale that is not learned any more needs no bound
-            state_dict.pop(prefix + "lowest_scale", None)
+        if prefix + _EXTRA not in state_dict:  # nor do older states know the level set
+            state_dict = {**state_dict, prefix + _EXTRA: self.get_extra_state()}
+        bound = prefix + "lowest_scale"
+        if bound in own and bound not in state_dict:  # or bounds of learned scales
+            state_dict = {**state_dict, bound: own[bound]}
+        elif bound in state_dict and bound not in own:  # of a scale that is not learned here
+            state_dict = {name: value for name, value in state_dict.items() if name != bound}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -21,12 +21,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_task import SMALL
 
 import learnsched as ls
 from learnsched.data import load
 from learnsched.files import write, write_text
 from learnsched.meta.presets import PRESETS
-from learnsched.meta.tasks import Task
 from learnsched.meta.trainer import MetaTrainer
 from learnsched.policies import LearnedPolicy, MetaNetwork
 
@@ -50,19 +50,7 @@ def meta_train(folder):
         architectures=(("digits", "mlp", (4,), (2,)),),
         horizons=(2,), total_steps=(4, 5), members=2, tasks=1, fine_tuning=0.0,
     )  # fmt: skip
-    task = Task(
-        family="mlp",
-        data="digits",
-        width=4,
-        depth=2,
-        horizon=2,
-        steps=2,
-        batch=16,
-        bits="ternary/2-bit",
-        learning_rates=(0.01, 0.02),
-        fine_tuning=False,
-        seed=3,
-    )
+    task = dataclasses.replace(SMALL, width=4, depth=2, horizon=2, steps=2)
     config = dataclasses.replace(preset.trainer, mix=mix, validation=(task,), validate_every=2)
     torch.manual_seed(0)
     policy = LearnedPolicy(MetaNetwork(6, 4), preset.base, preset.domain)

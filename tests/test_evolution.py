@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from small_task import SMALL
 
 from learnsched.data import load
 from learnsched.meta.evolution import (
@@ -16,24 +17,10 @@ from learnsched.meta.evolution import (
 )
 from learnsched.meta.inner import InnerState
 from learnsched.meta.rollout import PolicyRollout, run_forward, table_rollout
-from learnsched.meta.tasks import Task
 from learnsched.policies import LearnedPolicy, MetaNetwork
 from learnsched.schedule import FIELDS, LayerInfo, RunInfo, Telemetry
 
 DIGITS = load("digits")
-SMALL = Task(
-    family="mlp",
-    data="digits",
-    width=6,
-    depth=3,
-    horizon=3,
-    steps=4,
-    batch=16,
-    bits="ternary/2-bit",
-    learning_rates=(0.01, 0.02),
-    fine_tuning=False,
-    seed=3,
-)
 
 
 @dataclass

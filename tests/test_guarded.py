@@ -5,29 +5,16 @@ import math
 
 import pytest
 import torch
+from small_task import THREE_MEMBERS as SMALL
 
 from learnsched.data import load
 from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.guarded import Guarded
 from learnsched.meta.rollout import PolicyRollout
-from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import LearnedPolicy, MetaNetwork
 
 DIGITS = load("digits")
-SMALL = Task(
-    family="mlp",
-    data="digits",
-    width=6,
-    depth=3,
-    horizon=3,
-    steps=4,
-    batch=16,
-    bits="ternary/2-bit",
-    learning_rates=(0.01, 0.02, 0.03),
-    fine_tuning=False,
-    seed=3,
-)
 UNROLLED, EVOLUTION = Unrolled(damping=0.5), EvolutionStrategies(pairs=3, knots=2)
 
 

@@ -4,30 +4,17 @@ import dataclasses
 
 import pytest
 import torch
+from small_task import THREE_MEMBERS as SMALL
 
 from learnsched.data import load
 from learnsched.meta.estimators import clipped
 from learnsched.meta.evolution import EvolutionStrategies, regression
 from learnsched.meta.hybrid import Hybrid, share_of_precise
 from learnsched.meta.rollout import PolicyRollout
-from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import LearnedPolicy, MetaNetwork
 
 DIGITS = load("digits")
-SMALL = Task(
-    family="mlp",
-    data="digits",
-    width=6,
-    depth=3,
-    horizon=3,
-    steps=4,
-    batch=16,
-    bits="ternary/2-bit",
-    learning_rates=(0.01, 0.02, 0.03),
-    fine_tuning=False,
-    seed=3,
-)
 
 
 def estimates(noise, bias=0.0, members=400, seed=0):

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_task import SMALL
 from torch import nn
 
 import learnsched as ls
 from learnsched.data import load
 from learnsched.layers import quantized_layers
 from learnsched.meta.rollout import run_forward, table_rollout
-from learnsched.meta.tasks import Task
 from learnsched.policies import RelaxedQuantization
 from learnsched.schedule import plan
 
@@ -40,19 +40,7 @@ def finite_difference(total, parameter):
 
 def trained_population(prepare, horizon):
     """What two members and the first alone have learned, by the end of the parameter's name."""
-    task = Task(
-        family="mlp",
-        data="digits",
-        width=6,
-        depth=3,
-        horizon=horizon,
-        steps=4,
-        batch=16,
-        bits="ternary/2-bit",
-        learning_rates=(0.01, 0.03),
-        fine_tuning=False,
-        seed=3,
-    )
+    task = replace(SMALL, horizon=horizon, learning_rates=(0.01, 0.03))
     found = []
     for members in (2, 1):
         few = replace(task, learning_rates=task.learning_rates[:members])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import small_task
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -11,25 +12,12 @@ from safetensors.torch import save_file
 from learnsched.data import DataSet, Split, load, reduced
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.rollout import PolicyRollout, run_forward, table_rollout, terminal_settings
-from learnsched.meta.tasks import Task
 from learnsched.meta.trainer import MetaTrainer
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import LearnedPolicy, MetaNetwork
 
 DIGITS = load("digits")
-SMALL = Task(
-    family="mlp",
-    data="digits",
-    width=6,
-    depth=3,
-    horizon=2,
-    steps=3,
-    batch=16,
-    bits="ternary/2-bit",
-    learning_rates=(0.01, 0.02),
-    fine_tuning=False,
-    seed=3,
-)
+SMALL = dataclasses.replace(small_task.SMALL, horizon=2, steps=3)
 
 
 def as_double(inner):

@@ -12,30 +12,17 @@ import dataclasses
 
 import pytest
 import torch
+from small_task import SMALL as TASK
 
 from learnsched.data import load
 from learnsched.meta.inner_optimizers import SGD, Adam
 from learnsched.meta.parameter_evolution import ParameterEvolution, perturbations
 from learnsched.meta.rollout import PolicyRollout, table_rollout
-from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import BaseCurve, LearnedPolicy, MetaNetwork
 from learnsched.schedule import FIELDS
 
 DIGITS = load("digits")
-TASK = Task(
-    family="mlp",
-    data="digits",
-    width=6,
-    depth=3,
-    horizon=3,
-    steps=4,
-    batch=16,
-    bits="ternary/2-bit",
-    learning_rates=(0.01, 0.02),
-    fine_tuning=False,
-    seed=3,
-)
 W_FORWARD, W_BACKWARD, A_FORWARD, A_BACKWARD, FRACTION = range(5)
 OPTIMIZERS = {
     "sgd": (SGD(), 20.0),

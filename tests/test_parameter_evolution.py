@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from small_task import SMALL
 
 from learnsched.data import load
 from learnsched.meta.inner import InnerState
@@ -15,25 +16,11 @@ from learnsched.meta.parameter_evolution import (
 )
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.rollout import PolicyRollout
-from learnsched.meta.tasks import Task
 from learnsched.meta.trainer import MetaTrainer
 from learnsched.policies import LearnedPolicy, MetaNetwork
 from learnsched.schedule import FIELDS, LayerInfo, RunInfo, Telemetry
 
 DIGITS = load("digits")
-SMALL = Task(
-    family="mlp",
-    data="digits",
-    width=6,
-    depth=3,
-    horizon=3,
-    steps=4,
-    batch=16,
-    bits="ternary/2-bit",
-    learning_rates=(0.01, 0.02),
-    fine_tuning=False,
-    seed=3,
-)
 
 
 @dataclasses.dataclass

@@ -4,26 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from small_task import SMALL
 
 from learnsched.data import load
 from learnsched.meta.rollout import table_rollout, terminal_settings
-from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.schedule import FIELDS
 
-TASK = Task(
-    family="mlp",
-    data="digits",
-    width=6,
-    depth=3,
-    horizon=5,
-    steps=2,
-    batch=16,
-    bits="ternary/2-bit",
-    learning_rates=(0.01, 0.02),
-    fine_tuning=False,
-    seed=3,
-)
+TASK = dataclasses.replace(SMALL, horizon=5, steps=2)
 
 
 def setup():

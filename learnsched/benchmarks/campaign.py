@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ def recorded(
     path: Path | None,
     jobs: Mapping[Any, Job],
     work: Callable[[Job], list[dict[str, Any]]],
-    key: Callable[[dict[str, Any]], Hashable],
+    key: Callable[[Mapping[str, Any]], Hashable],
     *,
     progress: Callable[[dict[str, Any]], None] | None = None,
     **content: Any,
@@ -49,15 +49,43 @@ def recorded(
         >>> recorded(None, {1: "a", 2: "b"}, lambda job: [{"key": job}], lambda record: record["key"])
         [{'key': 'a'}, {'key': 'b'}]
     """
-    records = stored_records(path)
-    done = {key(record) for record in records}
-    todo = [job for name, job in jobs.items() if name not in done]
-    for made in distribution.shared(todo, work):
-        new = [record for part in made for record in part]
-        records += new
+
+    def keep(made: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:
         if distribution.rank() == 0:
             if progress is not None:
-                for record in new:
+                for record in made:
                     progress(record)
             write_results(path, {**content, "records": records})
+
+    return completed(stored_records(path), jobs, work, key, keep)
+
+
+def completed(
+    done: Sequence[Mapping[str, Any]],
+    jobs: Mapping[Any, Job],
+    work: Callable[[Job], list[dict[str, Any]]],
+    key: Callable[[Mapping[str, Any]], Hashable],
+    progress: Callable[[list[dict[str, Any]], list[dict[str, Any]]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """The records that are done, and those of the other jobs, on every rank; each does one a round.
+
+    Args:
+        done: records of an interrupted run, which are not made again.
+        jobs: by what tells their records apart.
+        work: from a job to its records.
+        key: from a record to the key of its job.
+        progress: called after every round, on every rank, with its records and with all of them.
+
+    Example:
+        >>> completed([{"n": 1}], {1: 1, 2: 2}, lambda job: [{"n": job}], lambda record: record["n"])
+        [{'n': 1}, {'n': 2}]
+    """
+    records = [dict(record) for record in done]
+    finished = {key(record) for record in records}
+    todo = [job for name, job in jobs.items() if name not in finished]
+    for parts in distribution.shared(todo, work):
+        made = [record for part in parts for record in part]
+        records += made
+        if progress is not None:
+            progress(made, records)
     return records

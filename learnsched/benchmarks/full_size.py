@@ -27,7 +27,7 @@ from learnsched.benchmarks.records import HAND_CODED, read
 from learnsched.benchmarks.search import Budget
 from learnsched.intervals import interval
 from learnsched.meta import distribution
-from learnsched.meta.tasks import Task
+from learnsched.meta.tasks import Task, task_of
 from learnsched.policies import LearnedPolicy
 from learnsched.schedule import Policy
 from learnsched.tables import markdown
@@ -42,13 +42,8 @@ class FullSize:
 
 
 def _fashion(family: str, depth: int, *, fine_tuned: bool = False) -> Task:
-    return Task(
-        family=family,
-        data="fashion_mnist",
-        width=16,
-        depth=depth,
-        horizon=8,
-        steps=430,
+    return task_of(
+        ("fashion_mnist", family, 16, depth, 8, 430),
         batch=128,
         bits="ternary/2-bit",
         learning_rates=(0.01,),
@@ -63,13 +58,8 @@ TASKS = {
     "fine-tuned": FullSize(_fashion("cnn2d", 5, fine_tuned=True), "fashion-cnn-fine-tuned"),
 }
 QUICK = FullSize(
-    Task(
-        family="cnn2d",
-        data="digits",
-        width=4,
-        depth=3,
-        horizon=2,
-        steps=3,
+    task_of(
+        ("digits", "cnn2d", 4, 3, 2, 3),
         batch=16,
         bits="ternary/2-bit",
         learning_rates=(0.01,),

@@ -11,6 +11,7 @@ round train as one population.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from learnsched.benchmarks import methods as field
-from learnsched.benchmarks.campaign import one_of_the_ranks
+from learnsched.benchmarks.campaign import completed, one_of_the_ranks
 from learnsched.benchmarks.comparison import table
 from learnsched.benchmarks.environment import describe, stored_records, write_results
 from learnsched.benchmarks.methods import Method
@@ -123,26 +124,23 @@ def compare(
         progress: called with each record as it is made.
         done: records of an interrupted comparison, which are not made again.
     """
-    finished = {(r["task"], r["method"]) for r in done}
-    jobs = [
-        (name, task, method)
+    jobs = {
+        (name, method.name): (name, task, method)
         for name, task in tasks.items()
         for method in methods
-        if (name, method.name) not in finished
-    ]
-    data = {name: load(name) for name in {task.data for _, task, _ in jobs}}
-    records = [dict(record) for record in done]
+    }
+    data = functools.cache(load)
 
-    def work(job: tuple[str, Task, Method]) -> dict[str, Any]:
+    def work(job: tuple[str, Task, Method]) -> list[dict[str, Any]]:
         name, task, method = job
-        return _record(name, task, method, data[task.data], budget, seed)
+        return [_record(name, task, method, data(task.data), budget, seed)]
 
-    for made in distribution.shared(jobs, work):
-        for record in made:
-            records.append(record)
-            if progress is not None:
+    def report(made: list[dict[str, Any]], _: list[dict[str, Any]]) -> None:
+        if progress is not None:
+            for record in made:
                 progress(record)
-    return records
+
+    return completed(done, jobs, work, lambda record: (record["task"], record["method"]), report)
 
 
 def _record(

@@ -45,7 +45,7 @@ from learnsched.meta.estimators import Estimator
 from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.mix import Mix
 from learnsched.meta.presets import PRESETS
-from learnsched.meta.tasks import Task
+from learnsched.meta.tasks import Task, task_of
 from learnsched.meta.trainer import MetaTrainer, TrainerConfig
 from learnsched.meta.unrolled import Unrolled
 from learnsched.meta.validation import hard_errors
@@ -105,17 +105,11 @@ _MIX = Mix(
 
 
 def _task(width: int, horizon: int, steps: int, seed: int) -> Task:
-    rates = (0.015, 0.02, 0.03, 0.04) * 6
-    return Task(
-        family="cnn1d",
-        data="mnist1d",
-        width=width,
-        depth=4,
-        horizon=horizon,
-        steps=steps,
+    return task_of(
+        ("mnist1d", "cnn1d", width, 4, horizon, steps),
         batch=32,
         bits="ternary/2-bit",
-        learning_rates=rates,
+        learning_rates=(0.015, 0.02, 0.03, 0.04) * 6,
         fine_tuning=False,
         seed=seed,
     )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from learnsched.benchmarks import methods as field
-from learnsched.benchmarks.campaign import one_of_the_ranks
+from learnsched.benchmarks.campaign import completed, one_of_the_ranks
 from learnsched.benchmarks.environment import stored_records, write_results
 from learnsched.benchmarks.held_out import tune
 from learnsched.benchmarks.methods import Method
@@ -30,7 +30,7 @@ from learnsched.data import load
 from learnsched.figure_style import DASHES, MARKERS, paper_style, save_figure
 from learnsched.intervals import bootstrap_interval
 from learnsched.meta import distribution
-from learnsched.meta.tasks import Task
+from learnsched.meta.tasks import Task, task_of
 from learnsched.policies import LearnedPolicy
 from learnsched.schedule import Policy
 from learnsched.tables import markdown
@@ -39,13 +39,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CENTRE = Task(
-    family="cnn1d",
-    data="mnist1d",
-    width=12,
-    depth=4,
-    horizon=12,
-    steps=20,
+CENTRE = task_of(
+    ("mnist1d", "cnn1d", 12, 4, 12, 20),
     batch=64,
     bits="ternary/2-bit",
     learning_rates=(0.01,),
@@ -138,24 +133,23 @@ def transfer(
         done: records of an interrupted run, which are not made again.
         progress: called with all records after every round.
     """
-    records = [dict(record) for record in done]
-    finished = {(r["cell"], r["method"]) for r in records}
-    todo: dict[tuple[str, str], tuple[Task, Method, Policy | None]] = {
+    jobs = {
         (task.name, method.name): (task, method, policy)
         for values in axes.values()
         for task in values.values()
         for method, policy in rows
-        if (task.name, method.name) not in finished
     }
 
-    def work(job: tuple[Task, Method, Policy | None]) -> dict[str, Any]:
-        return measure(*job, rates_of(job[0], budget.trials), budget)
+    def work(job: tuple[Task, Method, Policy | None]) -> list[dict[str, Any]]:
+        return [measure(*job, rates_of(job[0], budget.trials), budget)]
 
-    for made in distribution.shared(list(todo.values()), work):
-        records += made
-        if progress is not None:
-            progress(records)
-    return records
+    return completed(
+        done,
+        jobs,
+        work,
+        lambda record: (record["cell"], record["method"]),
+        None if progress is None else lambda made, records: progress(records),
+    )
 
 
 def table(records: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> str:

@@ -37,7 +37,7 @@ from learnsched.data import load
 from learnsched.meta.inner import InnerLoop, InnerState, member_losses
 from learnsched.meta.inner_optimizers import Adam
 from learnsched.meta.rollout import table_rollout, terminal_settings
-from learnsched.meta.tasks import Task
+from learnsched.meta.tasks import task_of
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import BaseCurve
 from learnsched.schedule import plan
@@ -129,13 +129,8 @@ def _with_graph(inner: InnerLoop) -> InnerState:
 def measure(method: str, optimizer: str, horizon: int, steps: int, seed: int) -> dict[str, Any]:
     """CPU seconds of the gradient, MiB that it adds to the process's peak, and the gradient."""
     torch.set_num_threads(1)
-    task = Task(
-        family="cnn2d",
-        data="digits",
-        width=6,
-        depth=4,
-        horizon=horizon,
-        steps=steps,
+    task = task_of(
+        ("digits", "cnn2d", 6, 4, horizon, steps),
         batch=32,
         bits="ternary/2-bit",
         learning_rates=(_RATES[optimizer],) * _MEMBERS,

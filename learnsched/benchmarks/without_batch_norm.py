@@ -37,9 +37,10 @@ def _convolutional(depth: int, start: Callable[[Tensor], object] | None = None) 
     for channels in (1, *[16] * (depth - 1)):
         layers += [nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU()]
     net = nn.Sequential(*layers, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(256, 10))
-    for layer in net if start is not None else ():
-        if isinstance(layer, nn.Conv2d | nn.Linear) and start is not None:
-            start(layer.weight)
+    if start is not None:
+        for layer in net:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                start(layer.weight)
     return net
 
 
@@ -146,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.quick
         else (list(NETWORKS), (False, True), _SEEDS)
     )
-    jobs = {job: job for tuned in regimes for job in ((n, tuned, w) for n in names for w in WAYS)}
+    jobs = [(name, tuned, way) for tuned in regimes for name in names for way in WAYS]
 
     def work(job: tuple[str, bool, str]) -> list[dict[str, Any]]:
         name, tuned, way = job
@@ -163,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_of_the_ranks():
         records = recorded(
             options.json,
-            jobs,
+            {job: job for job in jobs},
             work,
             lambda record: (record["network"], record["fine_tuned"], record["way"]),
             seed=options.seed,

@@ -96,11 +96,8 @@ def shared(jobs: Sequence[Job], work: Callable[[Job], T]) -> Iterator[list[T]]:
         >>> list(shared([1, 2], lambda job: 10 * job))
         [[10], [20]]
     """
-    place, world = rank(), world_size()
-    for first in range(0, len(jobs), world):
-        batch = jobs[first : first + world]
-        mine = {place: work(batch[place])} if place < len(batch) else {}
-        yield gather(mine, len(batch))
+    for first in range(0, len(jobs), world_size()):
+        yield mapped(jobs[first : first + world_size()], work)
 
 
 def _active() -> bool:
