@@ -45,6 +45,7 @@ def run(name, *arguments):
         "warm_up",
         "selection",
         "without_batch_norm",
+        "other_problems",
     ],
 )
 def test_a_quick_run_writes_its_rows(name, tmp_path):

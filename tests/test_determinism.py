@@ -111,6 +111,7 @@ SLOW = {
     "stability": benchmark("stability"),
     "selection": benchmark("selection"),
     "without_batch_norm": benchmark("without_batch_norm"),
+    "other_problems": benchmark("other_problems"),
     "payback": module("learnsched.benchmarks.payback"),
     "embed_card": ["-c", EMBED],
 }

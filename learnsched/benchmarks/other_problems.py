@@ -1,0 +1,203 @@
+"""Does the default carry to what is no classifier of images or signals?
+
+    torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.other_problems [--quick]
+        [--problems NAME …] [--artefact default] [--known PATH] [--seed N] [--json PATH]
+
+Regression, denoising, segmentation, attention and text, with ternary weights and 2-bit activations, in
+a loop that anyone would write. Two hand-coded methods come with what their search found on
+Fashion-MNIST (the accuracy benchmark's records), the learned schedule as it is; for all of them, and
+for the network without quantizers, the learning rate is chosen on validation data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+import learnsched as ls
+from learnsched.benchmarks import methods as field
+from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
+from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.problems import PROBLEMS, Problem, Split
+from learnsched.benchmarks.rate_choice import smoothed
+from learnsched.benchmarks.records import read
+from learnsched.intervals import interval
+from learnsched.learning_rate import warm_cosine
+from learnsched.meta import distribution
+from learnsched.meta.presets import WARM_UNTIL
+from learnsched.schedule import Policy
+from learnsched.tables import markdown
+
+RIVALS = ("ANA, normal, warm-up", "STE, moving, warm-up")
+TUNED_ON = "fashion-cnn"
+FLOAT = "float"
+
+RATES = (0.0016, 0.004, 0.01, 0.025, 0.06)
+BATCH = 50
+
+
+@dataclass(frozen=True)
+class Size:
+    """Epochs of a run, runs on test data."""
+
+    epochs: int
+    runs: int
+
+
+_SHOWN, _QUICK = Size(15, 4), Size(6, 1)
+
+
+def compared(artefact: str, known: Path) -> dict[str, Policy | None]:
+    """The learned schedule, its start, rivals as they were tuned, the network without quantizers.
+
+    Args:
+        artefact: name or path of the learned schedule.
+        known: records of the accuracy benchmark.
+
+    Raises:
+        KeyError: there is no record of a rival.
+    """
+    from optuna.trial import FixedTrial
+
+    learned = ls.load_pretrained(artefact)
+    start = field.start_of(learned)
+    rows: dict[str, Policy | None] = {"learned": learned, start.name: start.learned}
+    tuned = {r["method"]: r["parameters"] for r in read(known) if r["cell"] == TUNED_ON}
+    for method in field.hand_coded():
+        if method.name in RIVALS and method.suggest is not None:
+            rows[method.name] = method.suggest(FixedTrial(tuned[method.name]))
+    return rows | {FLOAT: None}
+
+
+def train(
+    problem: Problem, data: Split, policy: Policy | None, rate: float, seed: int, epochs: int
+) -> nn.Module:
+    """A finished network; without a policy, one without quantizers.
+
+    The learning rate has the shape that the default is made for, whatever the method.
+    """
+    torch.manual_seed(seed)
+    net = problem.network()
+    steps = len(data.x) // BATCH
+    optimizer = torch.optim.Adam(net.parameters(), rate)
+    decay = LambdaLR(optimizer, lambda step: warm_cosine(step / (epochs * steps), WARM_UNTIL))
+    scheduler = None
+    if policy is not None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "no batch norm precedes")
+            ls.quantize_(net, ls.ternary(), ls.unsigned(2), example_input=data.x[:2])
+        scheduler = ls.QuantizationScheduler(
+            net, policy, epochs, steps_per_epoch=steps, optimizer=optimizer
+        )
+    for _ in range(epochs):
+        total = 0.0
+        for chosen in torch.randperm(len(data.x)).split(BATCH):
+            loss = problem.loss(net(data.x[chosen]), data.y[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            decay.step()
+            total += loss.item() / steps
+        if scheduler is not None:
+            scheduler.step({"train_loss": total})
+    if scheduler is not None:
+        ls.finalize_(net, data.x.split(BATCH))
+    return net.eval()
+
+
+def measured(
+    problem: Problem, policy: Policy | None, rates: Sequence[float], size: Size, seed: int
+) -> dict[str, Any]:
+    """Validation score at every learning rate, test scores of fresh seeds at the best."""
+    training, validation, test = problem.data()
+
+    def score(rate: float, seed: int, split: Split) -> float:
+        net = train(problem, training, policy, rate, seed, size.epochs)
+        with torch.no_grad():
+            return problem.score(net(split.x), split.y)
+
+    trials = [score(rate, seed, validation) for rate in rates]
+    rate = rates[int(smoothed(torch.tensor(trials)).argmax())]
+    return {
+        "rates": list(rates),
+        "validation": trials,
+        "learning_rate": rate,
+        "test": [score(rate, seed + 1 + n, test) for n in range(size.runs)],
+    }
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: test scores in %, mean over seeds, and by how many points the first is ahead.
+
+    Problems that not all methods have run on are left out.
+    """
+    found = {(r["problem"], r["method"]): 100 * np.asarray(r["test"]) for r in records}
+    names = list(dict.fromkeys(r["method"] for r in records))
+    rows = [["problem", "score", *names, *(f"{names[0]} − {name}" for name in names[1:-1])]]
+    for problem in dict.fromkeys(r["problem"] for r in records):
+        if all((problem, name) in found for name in names):
+            scores = [found[problem, name] for name in names]
+            margins = [interval((scores[0] - other) / 100).text("+") for other in scores[1:-1]]
+            means = [f"{score.mean():.1f}" for score in scores]
+            rows.append([problem, PROBLEMS[problem].metric, *means, *margins])
+    return markdown(rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
+    parser.add_argument(
+        "--known",
+        type=Path,
+        default=Path("figures/methods.jsonl"),
+        help="records of the accuracy benchmark",
+    )
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=[*PROBLEMS])
+    parser.add_argument("--quick", action="store_true", help="regression in six epochs, two rates")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write records here; those there are kept")
+    options = parser.parse_args(arguments)
+    names, rates, size = (
+        (options.problems[:1], RATES[1:3], _QUICK)
+        if options.quick
+        else (options.problems, RATES, _SHOWN)
+    )
+    rows = compared(options.artefact, options.known)
+    jobs = {(name, row): (name, row) for name in names for row in rows}
+
+    def work(job: tuple[str, str]) -> list[dict[str, Any]]:
+        name, row = job
+        made = measured(PROBLEMS[name], rows[row], rates, size, 1000 * options.seed)
+        return [{"problem": name, "method": row, **made, "commit": describe()["commit"]}]
+
+    def progress(record: dict[str, Any]) -> None:
+        score = 100 * np.mean(record["test"])
+        print(f"{record['problem']}, {record['method']}: {score:.1f}", flush=True)
+
+    with one_of_the_ranks():
+        records = recorded(
+            options.json,
+            jobs,
+            work,
+            lambda record: (record["problem"], record["method"]),
+            progress=progress,
+            seed=options.seed,
+        )
+        if distribution.rank() == 0:
+            print(f"\n{table(records)}")
+
+
+if __name__ == "__main__":
+    main()
