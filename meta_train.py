@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -113,7 +114,7 @@ def _train_and_report(options: argparse.Namespace) -> None:
             "processes": distribution.world_size(),
             "seconds": round(trainer.seconds),
             "selected_step": trainer.best_step,
-            "validation_error": trainer.best_error,
+            "validation_error": trainer.best_error if math.isfinite(trainer.best_error) else None,
             "dropped_gradients": sum(entry.get("dropped", 0) for entry in trainer.log),
             "task_mix": asdict(trainer.config.mix),
             **describe(),
@@ -121,7 +122,11 @@ def _train_and_report(options: argparse.Namespace) -> None:
     }
     if distribution.rank() == 0:
         save_artefact(policy, options.out / "schedule.safetensors", card)
-        plot_learning_curve(trainer.log, options.out / "learning_curve.png")
+        plot_learning_curve(
+            trainer.log,
+            options.out / "learning_curve.png",
+            unit="nats" if getattr(trainer.estimator, "objective", "loss") == "loss" else "errors",
+        )
         plot_schedule(
             plan(policy, example_run()),
             options.out / "schedule.png",

@@ -18,7 +18,9 @@ from learnsched.execution import ACTIVATION_FUNCTIONS, Example, hooked, run_exam
 from learnsched.modules import ACTIVATIONS
 from learnsched.traced_forward import Code, with_forward
 
-_METHODS: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "relu_": nn.ReLU}
+_METHODS: Mapping[str, type[nn.Module] | None] = {
+    "relu": nn.ReLU, "relu_": nn.ReLU, "prelu": None,
+}  # fmt: skip
 _DROPOUTS: Mapping[Any, type[nn.Module]] = {
     F.dropout: nn.Dropout,
     F.dropout1d: nn.Dropout1d,

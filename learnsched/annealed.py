@@ -64,7 +64,8 @@ def annealed_quantize(
 
     Raises:
         TypeError: ``x`` is not floating point or ``levels`` is not a :class:`LevelSet`.
-        ValueError: a std is negative or not a number, or ``noise`` or ``mode`` is unknown.
+        ValueError: a std is negative or not finite, or ``noise`` or ``mode`` is unknown. Tensors on a
+            GPU, inside ``torch.compile`` or inside a transform are not looked into.
 
     Source:
         Spallanzani et al. 2019 (arXiv:1905.10452); Spallanzani et al. 2022 (arXiv:2203.11323).
@@ -133,7 +134,7 @@ def level_probabilities(
 
     Raises:
         TypeError: ``x`` is not floating point or ``levels`` is not a :class:`LevelSet`.
-        ValueError: the std is negative or not a number, or the noise is unknown.
+        ValueError: the std is negative or not finite, or the noise is unknown.
 
     Example:
         >>> from learnsched import ternary

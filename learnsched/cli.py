@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "inspect",
         help="what an exported network holds",
-        description="Describe an exported network: layers, bits, sizes, checksums.",
+        description="Describe an exported network: layers, bits, sizes, operations, sparsity, memory.",
     )
     verb.add_argument("path", type=Path, help="what an export function has written")
     verb.set_defaults(verb=_inspect)

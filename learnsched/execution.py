@@ -21,8 +21,10 @@ ACTIVATION_FUNCTIONS: Mapping[Callable[..., Any], type[nn.Module] | None] = {
     F.relu: nn.ReLU, F.relu_: nn.ReLU, torch.relu: nn.ReLU, torch.relu_: nn.ReLU,
     Tensor.relu: nn.ReLU, Tensor.relu_: nn.ReLU, F.relu6: nn.ReLU6,
     F.hardtanh: nn.Hardtanh, F.hardtanh_: nn.Hardtanh,
-    F.leaky_relu: nn.LeakyReLU, F.leaky_relu_: nn.LeakyReLU, F.prelu: None, F.rrelu: None,
-    F.elu: nn.ELU, F.elu_: nn.ELU, F.celu: nn.CELU, F.selu: nn.SELU, F.gelu: nn.GELU,
+    F.leaky_relu: nn.LeakyReLU, F.leaky_relu_: nn.LeakyReLU,
+    F.prelu: None, Tensor.prelu: None, F.rrelu: None, torch.rrelu: None, torch.rrelu_: None,
+    F.elu: nn.ELU, F.elu_: nn.ELU, F.celu: nn.CELU, torch.celu: nn.CELU, torch.celu_: nn.CELU,
+    F.selu: nn.SELU, torch.selu: nn.SELU, torch.selu_: nn.SELU, F.gelu: nn.GELU,
     F.silu: nn.SiLU, F.mish: nn.Mish, F.hardswish: nn.Hardswish, F.softplus: nn.Softplus,
 }  # fmt: skip
 

@@ -109,7 +109,7 @@ def soft_membership(order: Tensor, frozen: Tensor, fraction: Tensor, width: floa
         membership of the same shape, in [0, 1].
     """
     count = order.numel()
-    # Weights that are in come first: their membership outweighs every rank.
+    # Weights that are in by half or more come first: their membership outweighs every rank.
     ranks = order.detach().flatten().argsort().argsort().to(order.dtype) / count
     key = ranks + 2 * frozen.detach().flatten()
     place = (key.argsort(descending=True).argsort().to(order.dtype) + 0.5) / count

@@ -99,6 +99,7 @@ QUANTIZED_TYPES: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.ConvTranspose2d: QuantizedConvTranspose2d,
 }
 
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 QUANTIZED_LAYERS = tuple(QUANTIZED_TYPES.values())
 
 # A staircase contains the clipping of these; the others are computed ahead of it.
@@ -128,12 +129,12 @@ def stays_real(module: nn.Module) -> bool:
 
 def channel_dim(module: nn.Module) -> int:
     """The dimension of a weight that its output channels lie along."""
-    return int(isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d))
+    return int(isinstance(module, TRANSPOSED))
 
 
 def fan_in(module: QuantizedLayer) -> int:
     """Weights that add up to one output; of a transposed convolution with stride 1."""
-    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d):
+    if isinstance(module, TRANSPOSED):
         return module.weight[:, 0].numel() // module.groups
     return module.weight[0].numel()
 

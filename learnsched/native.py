@@ -21,6 +21,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from learnsched.choices import check_choice
+
 SOURCE = Path(__file__).with_name("staircase.c")
 CHOICES = ("auto", "compiled", "eager")
 NAMES = ("value", "slope", "std_slope", "slope_adjoint", "std_slope_adjoint")
@@ -55,11 +57,7 @@ def build() -> Build:
         ValueError: ``LEARNSCHED_KERNELS`` is none of the choices.
     """
     choice = os.environ.get("LEARNSCHED_KERNELS", "auto")
-    if choice not in CHOICES:
-        raise ValueError(
-            f"the environment variable LEARNSCHED_KERNELS is {choice!r}; "
-            f"it must be one of {', '.join(CHOICES)}"
-        )
+    check_choice("LEARNSCHED_KERNELS", choice, CHOICES)
     if choice == "eager":
         return Build(None, "LEARNSCHED_KERNELS=eager")
     try:

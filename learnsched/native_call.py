@@ -67,9 +67,10 @@ class Call:
         kept: list[Tensor | None],
     ) -> None:
         self._library = library
-        self._address = _staircase(levels, noise)[0]
+        made = _staircase(levels, noise)
+        self._address = made[0]
         self._table = ctypes.addressof(table)
-        self._kept = (table, kept)  # what the kernels are given by address must stay alive
+        self._kept = (made, table, kept)  # what the kernels are given by address must stay alive
 
     def value(self, x: Tensor) -> Tensor:
         x = x.contiguous()

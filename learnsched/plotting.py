@@ -150,13 +150,17 @@ def plot_comparison(
 
 
 def plot_learning_curve(
-    log: Sequence[Mapping[str, float]], path: str | os.PathLike[str] | None = None
+    log: Sequence[Mapping[str, float]],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    unit: str = "nats",
 ) -> Figure:
     """Outer loss, validation error and gradient norms of meta-training over its outer steps.
 
     Args:
         log: entries of :attr:`learnsched.meta.trainer.MetaTrainer.log`.
         path: file to write, in the format of its suffix (PNG without one); None writes none.
+        unit: of what the estimator descends: nats, or errors where that is their share.
 
     Raises:
         ValueError: the log is empty.
@@ -180,7 +184,7 @@ def plot_learning_curve(
         figure = _figure(3, height=2.4)
         losses, errors, norms = figure.subplots(1, 3)
         losses.plot(steps, [e["outer_loss"] for e in taken], ".", color="0.6")
-        losses.set(title="sampled tasks", ylabel="outer loss, hard network / nats")
+        losses.set(title="sampled tasks", ylabel=f"outer loss, hard network / {unit}")
         errors.plot(
             [e["step"] for e in checks],
             [100 * e["validation_error"] for e in checks],
@@ -193,7 +197,7 @@ def plot_learning_curve(
             values = [e[name] if np.isfinite(e[name]) else np.nan for e in taken]
             label = name.removeprefix("norm_")
             norms.semilogy(steps, values, style, color="0.4", markerfacecolor="white", label=label)
-        norms.set_ylabel("norm of the gradient / nats")
+        norms.set_ylabel(f"norm of the gradient / {unit}")
         norms.yaxis.set_major_formatter("{x:g}")  # the style writes no mathematics
         norms.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)  # off the points
         for panel in (losses, errors, norms):

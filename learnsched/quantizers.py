@@ -26,7 +26,7 @@ _EXTRA = "_extra_state"  # as torch calls it in a state_dict
 NOISE_BUFFERS = ("forward_std", "backward_std", "forward_mean", "backward_mean")
 
 
-# What is left of a learned scale at least, as a part of what it was.
+# What a learned scale was at first, over what is left of it at least.
 _LARGEST_FALL = 32.0
 
 
@@ -180,11 +180,13 @@ class WeightQuantizer(_Quantizer):
         return scale if self.log_scale is None else scale * self.log_scale.exp()
 
     def _rule_scale(self, weight: Tensor) -> Tensor:
-        if self.channel_dim == 0:
-            return self.rule(weight, self.levels)
         # Rules take the first dimension for the channels.
         scale = self.rule(weight.transpose(0, self.channel_dim), self.levels)
-        return scale.transpose(0, self.channel_dim) if scale.dim() else scale
+        if scale.dim() == 0:
+            return scale
+        # What broadcasts may have fewer dimensions: they are the last ones.
+        whole = scale.reshape((1,) * (weight.dim() - scale.dim()) + scale.shape)
+        return whole.transpose(0, self.channel_dim)
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.shared is not None:
@@ -376,8 +378,8 @@ class ActivationQuantizer(_Quantizer):
         result: Tensor = x if self.before is None else self.before(x)
         return result
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.ahead(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.ahead(input)
         if self.learns_scale or self.scale.requires_grad:
             scale = self.bounded_scale
             return self._annealed(x / scale) * scale

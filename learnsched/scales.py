@@ -9,6 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from learnsched.choices import check_choice
 from learnsched.levels import LevelSet
 
 Per = Literal["tensor", "channel"]
@@ -247,5 +248,4 @@ def _reduced(x: Tensor, per: Per) -> tuple[int, ...]:
 
 
 def _check_per(per: str) -> None:
-    if per not in ("tensor", "channel"):
-        raise ValueError(f"per must be 'tensor' or 'channel', got {per!r}")
+    check_choice("grouping", per, ("tensor", "channel"))

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from learnsched.annealed import MODES
 from learnsched.apply_settings import check_fractions, freeze_, is_finalized, set_noise_
 from learnsched.choices import check_choice
-from learnsched.history import History
+from learnsched.history import History, as_numbers
 from learnsched.incremental import PARTITIONS
 from learnsched.layers import quantized_layers
 from learnsched.learning_rate import learning_rate_factor
@@ -248,7 +248,7 @@ class QuantizationScheduler:
         try:
             rows = state_dict["settings"].tolist()
             settings = [tuple(Setting(*values) for values in row) for row in rows]
-            metrics = [dict(m) for m in state_dict["metrics"]]
+            metrics = [as_numbers(m) for m in state_dict["metrics"]]
             state, steps = state_dict["policy_state"], state_dict["steps_per_epoch"]
             epoch, seed, counted = (
                 operator.index(state_dict[key]) for key in ("epoch", "seed", "counted")

@@ -9,6 +9,7 @@
  * with -ffast-math, which would flush small numbers to 0 in the whole process.
  */
 
+#include <math.h>
 #include <stdlib.h>
 
 #define INLINE static inline __attribute__((always_inline))
@@ -480,10 +481,14 @@ static double *new_totals(const Table *t) {
     return malloc((size_t)(t->rows * blocks_per_row(t) + 1) * sizeof(double));
 }
 
-/* The sums of blocks, in their order, to one number a std; frees them. */
+/* The sums of blocks, in their order, to one number a std; frees them. NaN if there was no memory. */
 static void add_up(const Table *t, double *totals, float *out) {
     long per_row = blocks_per_row(t);
     double sum = 0;
+    if (!totals) {
+        for (long i = 0; i < (t->std_stride ? t->rows : 1); i++) out[i] = NAN;
+        return;
+    }
     for (long row = 0; row < t->rows; row++) {
         for (long block = 0; block < per_row; block++) sum += totals[row * per_row + block];
         if (t->std_stride) {
@@ -549,7 +554,7 @@ void learnsched_std_slope(const Staircase *s, const Table *t, const float *x, co
             for (long i = 0; i < b.length; i++) zf[i] *= g[b.start + i];
             sum = total(zf, b.length) * -(double)b.inverse * b.scale;
         }
-        totals[block] = sum;
+        if (totals) totals[block] = sum;
     }
     add_up(t, totals, of_std);
     free_curves(t, curves);
@@ -579,7 +584,7 @@ void learnsched_slope_adjoint(const Staircase *s, const Table *t, const float *x
         } else {
             for (long i = 0; i < b.length; i++) of_g[at + i] = of_x[at + i] = 0;
         }
-        totals[block] = sum;
+        if (totals) totals[block] = sum;
     }
     add_up(t, totals, of_std);
     free_curves(t, curves);
@@ -609,7 +614,7 @@ void learnsched_std_slope_adjoint(const Staircase *s, const Table *t, const floa
         } else {
             for (long i = 0; i < b.length; i++) of_g[at + i] = of_x[at + i] = 0;
         }
-        totals[block] = sum;
+        if (totals) totals[block] = sum;
     }
     add_up(t, totals, of_std);
     free_curves(t, curves);

@@ -131,6 +131,10 @@ CALLS = {
     "hardtanh": (lambda self, x, _: F.hardtanh(x, -0.5, max_val=0.7), nn.Hardtanh(-0.5, 0.7)),
     "leaky_relu": (lambda self, x, _: F.leaky_relu(x, 0.2), nn.LeakyReLU(0.2)),
     "elu": (lambda self, x, _: F.elu(x, alpha=0.4), nn.ELU(0.4)),
+    "celu": (lambda self, x, _: F.celu(x, 0.7), nn.CELU(0.7)),
+    "torch celu": (lambda self, x, _: torch.celu(x, 0.7), nn.CELU(0.7)),
+    "selu": (lambda self, x, _: F.selu(x), nn.SELU()),
+    "torch selu": (lambda self, x, _: torch.selu(x), nn.SELU()),
     "gelu": (lambda self, x, _: F.gelu(x, approximate="tanh"), nn.GELU("tanh")),
     "silu": (lambda self, x, _: F.silu(x), nn.SiLU()),
     "softplus": (lambda self, x, _: F.softplus(x, 2.0), nn.Softplus(2.0)),
@@ -189,6 +193,16 @@ REFUSED = {
     "prelu": (
         lambda self, x, _: F.prelu(x, self.slope),
         "prelu with what a module cannot be given",
+    ),
+    "prelu, method": (
+        lambda self, x, _: x.prelu(self.slope),
+        "prelu with what a module cannot be given",
+    ),
+    # From the output in place of the input its gradients are rounded otherwise.
+    "selu_": (lambda self, x, _: torch.selu_(x), "or has other gradients: .* a change in place"),
+    "rrelu": (
+        lambda self, x, _: torch.rrelu(x),
+        "rrelu with what a module cannot be given",
     ),
     "slope": (
         lambda self, x, _: F.leaky_relu(x, x.size(0) / 99),

@@ -60,6 +60,17 @@ def test_a_quick_run_writes_its_rows(name, tmp_path):
     assert len(printed.splitlines()) >= len(rows)
 
 
+def test_results_name_no_version_of_a_package_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment.metadata, "version", missing)
+    environment.write_results(tmp_path / "rows.json", {"rows": [1]})
+    stored = json.loads((tmp_path / "rows.json").read_text())
+    assert stored["environment"]["higher"] == "" and stored["rows"] == [1]
+
+
+def missing(name):
+    raise environment.metadata.PackageNotFoundError(name)
+
+
 @pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path):
     task = QUICK_TASKS

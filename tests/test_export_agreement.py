@@ -98,9 +98,9 @@ class Functional(nn.Module):
 
     def forward(self, x):
         x = self.act(self.norm(self.conv(x)))
-        x = nn.functional.avg_pool2d(x, 2)
+        x = nn.functional.avg_pool2d(x, 2, 2, 0, False, False)
         x = self.dropout(self.act2(self.norm2(self.depthwise(x))))
-        x = nn.functional.max_pool2d(x, 2)
+        x = nn.functional.max_pool2d(input=x, kernel_size=2)
         x = x.mean((2, 3)).view(x.size(0), -1)
         return self.head(x)
 

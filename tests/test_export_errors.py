@@ -7,6 +7,7 @@ import pytest
 import torch
 from export_networks import finalized, mlp, random_network
 from torch import nn
+from torch.nn import functional as F
 
 import learnsched as ls
 from learnsched.export import ExportError, QuantizedInput
@@ -135,16 +136,21 @@ class Forward(nn.Module):
         (lambda self, y: torch.cat(y.chunk(2, 1), 1), r"chunk.* has no integer counterpart"),
         (lambda self, y: torch.cat([y, y], 2), "concatenates along dimension 2; only channels"),
         (lambda self, y: torch.cat([y, y]), "concatenates along dimension 0; only channels"),
-        (lambda self, y: nn.functional.pad(y, (1, 1, 1, 1), "reflect"), "pads with mode 'reflect'"),
-        (lambda self, y: nn.functional.pad(y, (0, 0, 0, 0, 1, 1)), "only zeros around the spatial"),
-        (lambda self, y: nn.functional.pad(y, (0, -1)), "only zeros around the spatial"),
+        (lambda self, y: F.pad(y, (1, 1, 1, 1), "reflect"), "pads with mode 'reflect'"),
+        (lambda self, y: F.pad(y, (0, 0, 0, 0, 1, 1)), "only zeros around the spatial"),
+        (lambda self, y: F.pad(y, (0, -1)), "only zeros around the spatial"),
         (lambda self, y: y.permute(0, 2, 3, 1), "the call of permute has no integer counterpart"),
         (lambda self, y: y.flatten(1).softmax(1), r"softmax.* At the end of the network, leave it out"),
         (lambda self, y: torch.sigmoid(y), r"sigmoid.* has no integer counterpart"),
         (lambda self, y: (y, y), "must put out one tensor"),
         (lambda self, y: self.act(y + y.mean((2, 3), keepdim=True)), "adds tensors of different shapes"),
         (lambda self, y: y.reshape(1, -1), "changes the batch dimension"),
-        (lambda self, y: nn.functional.dropout(y, 0.5), "dropout"),
+        (lambda self, y: F.dropout(y, 0.5), "dropout"),
+        (lambda self, y: F.avg_pool2d(y, 3, 1, 1, False, False), "windows are not all of one size"),
+        (lambda self, y: F.avg_pool2d(y, 2, 2, 0, False, True, 3), "divisor_override cannot be"),
+        (lambda self, y: F.max_pool2d(y, 2, 2, 0, 1, True), "windows are not all of one size"),
+        (lambda self, y: F.max_pool2d(y, 2, return_indices=True)[0], "_with_indices has no integer"),
+        (lambda self, y: F.adaptive_max_pool2d(y, 2, True)[0], "_with_indices has no integer"),
     ],
 )  # fmt: skip
 def test_forwards_that_cannot_be_followed(forward, match, tmp_path):

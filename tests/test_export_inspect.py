@@ -36,6 +36,10 @@ def test_ternary_folder_by_hand(tmp_path):
     assert conv.zeros == int((weights["1"].integers == 0).sum())
     assert (conv.output_bits, linear.output_bits) == (2, 32)
     assert conv.shape == (4, 8, 8) and conv.activation_bytes == 4 * 64 * 2 // 8
+    # 8-bit inputs and 2-bit codes; then pooled codes, and an accumulator for each of ten outputs.
+    assert (conv.input_bytes, linear.input_bytes) == (64, 16)
+    assert linear.activation_bytes == 40
+    assert report.activation_bytes == 64 + 64
     assert report.sparsity == (conv.zeros + linear.zeros) / 676
     assert report.operations == 36 * 64 + 640
     assert report.nonzero_operations == (36 - conv.zeros) * 64 + 640 - linear.zeros
@@ -62,6 +66,8 @@ def test_files_agree_with_the_folder(tmp_path):
             if bits == 2:
                 mine = [layer.output_bits for layer in report.layers]
                 assert mine == [layer.output_bits for layer in folder.layers]
+                read = [layer.input_bytes for layer in report.layers]
+                assert read == [layer.input_bytes for layer in folder.layers]
             assert str(report)
     assert "QONNX" in inspect(tmp_path / "net.qonnx").format
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import stat
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from torch import nn
 import learnsched as ls
 from learnsched.export import FolderError, QuantizedInput
 from learnsched.export import graph as g
+from learnsched.export.reference import _quantize as quantized
 from learnsched.export.reference import unfold
 from learnsched.export.trits import pack, unpack
 
@@ -81,6 +84,30 @@ def test_codes_and_real_inputs_give_the_same(folder):
 
 def test_an_empty_batch(folder):
     assert ls.integer_reference(folder)(np.zeros((0, 1, 8, 8), np.float32)).shape == (0, 10)
+
+
+def test_an_input_that_is_not_a_number_is_given_the_level_that_pytorch_gives_it(folder):
+    quantizer = QuantizedInput(0.05)
+    values = torch.tensor([-math.inf, -1.0, math.nan, 1.0, math.inf])
+    node = g.Quantize(
+        name="x", inputs=(), shape=(), scale=0.05, thresholds=quantizer.levels.thresholds,
+        levels=g.IntegerLevels(tuple(map(int, quantizer.levels.values)), 1.0, "unsigned8"),
+    )  # fmt: skip
+    expected = quantizer.levels.quantize(values / 0.05).int()
+    assert torch.equal(torch.from_numpy(quantized(node, values.numpy())), expected)
+
+
+def test_a_folder_and_its_files_have_the_permissions_that_the_umask_leaves(tmp_path):
+    net, x = random_network("mlp", seed=1)
+    before = os.umask(0o027)
+    try:
+        for _ in range(2):
+            ls.export_ternary(net, x, tmp_path / "net")
+            assert stat.S_IMODE((tmp_path / "net").stat().st_mode) == 0o750
+            modes = {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "net").iterdir()}
+            assert modes == {0o640}
+    finally:
+        os.umask(before)
 
 
 def test_inputs_of_another_shape_or_range(folder):

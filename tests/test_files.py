@@ -89,6 +89,23 @@ def test_the_umask_decides_who_may_read(tmp_path):
     assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o640
 
 
+def test_a_file_that_was_there_hands_on_its_permissions(tmp_path):
+    write_text(tmp_path / "a.txt", "first")
+    (tmp_path / "a.txt").chmod(0o600)
+    write_text(tmp_path / "a.txt", "second")
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o600
+
+
+def test_behind_a_link_it_is_the_file_that_is_replaced(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link.txt").symlink_to(tmp_path / "data" / "a.txt")
+    for text in ("first", "second"):  # ahead of the file, and with it
+        write_text(tmp_path / "link.txt", text)
+        assert (tmp_path / "link.txt").is_symlink()
+        assert (tmp_path / "data" / "a.txt").read_text() == text
+    assert os.listdir(tmp_path / "data") == ["a.txt"]
+
+
 def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_text(tmp_path / "missing" / "a.txt", "text")

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from learnsched.data import DataSet, Split, load, reduced
+from learnsched.meta import distribution
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.rollout import PolicyRollout, run_forward, table_rollout, terminal_settings
 from learnsched.meta.trainer import MetaTrainer
@@ -379,3 +380,30 @@ def test_a_trainer_s_numbers_out_of_range_are_refused(change):
 def test_a_mix_s_numbers_out_of_range_are_refused(change):
     with pytest.raises(ValueError, match=r"at least 1|positive number up"):
         dataclasses.replace(PRESETS["quick"].trainer.mix, **change)
+
+
+def test_the_last_parameters_outlive_the_process(tmp_path):
+    whole = small_trainer(tmp_path)
+    whole.run(2)
+    whole.load_last()
+    last = {n: p.clone() for n, p in whole.policy.network.named_parameters()}
+    again = small_trainer(tmp_path)
+    again.run(2)  # nothing is left to do
+    again.load_last()
+    assert all(torch.equal(p, last[n]) for n, p in again.policy.network.named_parameters())
+    assert any(bool(p.any()) for n, p in last.items() if n.startswith("out"))
+
+
+@pytest.mark.parametrize(
+    "name, local, count, own",
+    [
+        ("cuda", "5", 4, "cuda:1"), ("cuda", None, 4, "cuda"), ("cuda", "1", 0, "cuda"),
+        ("cpu", "1", 4, "cpu"),
+    ],
+)  # fmt: skip
+def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch, name, local, count, own):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    assert distribution.own_device(name) == own

@@ -453,3 +453,29 @@ def test_quantize_once_within_itself_keeps_every_gradient():
     for parameter, gradient in zip(model.parameters(), truth, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
     assert model[0].weight_quantizer.shared is None
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (6,), (1, 6), (4, 1), (4, 6)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_any_scale_that_broadcasts_is_trained_frozen_and_finalized(shape, transposed):
+    def rule(x, levels):
+        return torch.full((*shape, *[1] * (transposed and len(shape) > 1)), 0.5)
+
+    layer = nn.ConvTranspose1d(6, 4, 1) if transposed else nn.Linear(6, 4)
+    if transposed and shape == (6,):
+        pytest.skip("the last dimension is that of the kernel")
+    ls.quantize_(layer, ls.ternary(), weight_scale=rule)
+    layer(torch.randn(2, 6, 1) if transposed else torch.randn(2, 6)).sum().backward()
+    quantizer = layer.weight_quantizer
+    quantizer.freeze_(layer.weight, 0.5, "settled")
+    assert quantizer.membership.sum() == 12
+    ls.finalize_(layer)
+    assert set(layer.weight.unique().tolist()) <= {-0.5, 0.0, 0.5}
+
+
+def test_an_activation_takes_its_input_by_the_name_that_torch_gives_it():
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), nn.PReLU())
+    ls.quantize_(net, activation=ls.unsigned(2))
+    x = torch.randn(5, 3)
+    for module in net[1:]:
+        assert torch.equal(module(input=x), module(x))

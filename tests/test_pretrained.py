@@ -311,6 +311,12 @@ def test_a_failed_save_leaves_nothing_half_written(path, monkeypatch, where, exi
         ls.load_pretrained(path)
 
 
+def test_a_card_whose_numbers_are_not_finite_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        ls.save_artefact(trained(), tmp_path / "p.safetensors", {"error": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_are_those_of_the_folder(monkeypatch, made):
     folder = made.parent / "registry"
     folder.mkdir()

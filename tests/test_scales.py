@@ -182,7 +182,7 @@ def test_fixed_refuses_what_is_not_positive(value):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_unknown_grouping_is_refused(rule):
-    with pytest.raises(ValueError, match="'tensor' or 'channel', got 'row'"):
+    with pytest.raises(ValueError, match="grouping 'row'; choose one of tensor, channel"):
         rule("row")
 
 

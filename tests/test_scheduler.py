@@ -568,6 +568,7 @@ def test_a_state_with_a_part_missing_is_refused_and_changes_nothing(part):
 @pytest.mark.parametrize(
     "spoilt",
     [
+        {"metrics": [{"train_loss": "x"}]}, {"metrics": [1.0]},
         {"epoch": 99}, {"epoch": None}, {"epoch": 0.5}, {"epoch": 2}, {"seed": None}, {"metrics": []},
         {"settings": torch.zeros(0, 2, 7)}, {"settings": torch.zeros(2, 3, 7)},
         {"settings": torch.zeros(2, 2, 7) - 1}, {"policy_state": None}, {"policy_state": {"hidden": 0}},

@@ -125,7 +125,10 @@ def _curve(base: BaseCurves, task: Task) -> BaseCurve:
 
 
 def _digest(policy: LearnedPolicy, curve: BaseCurve) -> str:
-    """A hash of a learned policy: base curve, what it sees and has seen, and weights."""
+    """A hash of a learned policy: base curve, what it sees and has seen, and weights.
+
+    Records that are there hold it; another would have them made again.
+    """
     seen = sorted(asdict(policy.domain).items())
     choices = (policy.open_loop, policy.shared_noise) + (True,) * policy.moved_start
     digest = hashlib.sha256(repr((_numbers(curve), choices, seen)).encode())

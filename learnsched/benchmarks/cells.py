@@ -1,7 +1,8 @@
 """The cells of the accuracy benchmark: data × network × horizon × bits × regime.
 
-No width here is among those that meta-training (:mod:`learnsched.meta.presets`) has for the same
-family of networks, depths of CNNs are in part; Fashion-MNIST is not seen there at all.
+No width here is among those that meta-training (:mod:`learnsched.meta.presets`) trains on for the same
+family of networks; some depths of CNNs are, and some widths are those of its validation tasks, on other
+seeds and horizons. Fashion-MNIST is not seen there at all.
 """
 
 from __future__ import annotations

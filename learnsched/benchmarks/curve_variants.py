@@ -24,6 +24,7 @@ from learnsched.meta.presets import PRESETS
 from learnsched.meta.tasks import Task, task_of
 from learnsched.policies import BaseCurve
 from learnsched.schedule import RunInfo
+from learnsched.tables import markdown
 
 BITS = ("ternary/2-bit", "ternary/ternary", "binary/binary", "ternary/real")
 
@@ -132,20 +133,18 @@ class Sweep:
     def table(self, records: Sequence[dict[str, Any]]) -> str:
         """Markdown: points gained on the first value; then their means by regime and bits."""
         words = [f"{self.word} {value:g}" for value in self.values[1:]]
-        lines = ["| task | without | " + " | ".join(words) + " |"]
-        lines.append("|" + " --- |" * (1 + len(self.values)))
+        rows = [["task", "without", *words]]
         groups: dict[str, list[np.ndarray]] = {}
         for record in records:
             found = gains(record)
-            cells = " | ".join(interval(gain).text("+") for gain in found)
             without = 100 * np.mean(record["accuracies"][0])
-            lines.append(f"| {record['task']} | {without:.1f} | {cells} |")
+            cells = (interval(gain).text("+") for gain in found)
+            rows.append([record["task"], f"{without:.1f}", *cells])
             regime = "fine-tuned" if record["fine_tuning"] else "from scratch"
             groups.setdefault(f"{record['bits']}, {regime}, mean", []).append(found.mean(1))
         for name, means in groups.items():
-            cells = " | ".join(f"{100 * gain:+.1f}" for gain in np.mean(means, axis=0))
-            lines.append(f"| {name} | | {cells} |")
-        return "\n".join(lines)
+            rows.append([name, "", *(f"{100 * gain:+.1f}" for gain in np.mean(means, axis=0))])
+        return markdown(rows)
 
 
 def gains(record: dict[str, Any]) -> np.ndarray:

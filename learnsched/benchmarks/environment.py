@@ -21,9 +21,9 @@ def describe() -> dict[str, str | int]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": _commit(),
         "python": platform.python_version(),
-        "torch": metadata.version("torch"),
-        "higher": metadata.version("higher"),
-        "numpy": metadata.version("numpy"),
+        "torch": _version("torch"),
+        "higher": _version("higher"),
+        "numpy": _version("numpy"),
         "machine": platform.machine(),
         "processor": _processor(),
         "cores": os.cpu_count() or 0,
@@ -56,6 +56,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         [{'step': 1}, {'step': 2}]
     """
     return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def _version(package: str) -> str:
+    """Of an installed package; empty if it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _commit() -> str:

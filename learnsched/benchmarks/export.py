@@ -37,26 +37,11 @@ from learnsched.export.check import pytorch_codes
 from learnsched.export.inspect import inspect
 from learnsched.export.reference import run
 from learnsched.export.trace import trace
+from learnsched.meta.networks import ResidualBlock
 from learnsched.tables import markdown
 
 _BATCHES = (1, 64)
 _PART = 500
-
-
-class _Block(nn.Module):
-    """Two convolutions and an identity around them."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm1, self.act1 = nn.BatchNorm2d(width), nn.ReLU()
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm2, self.act2 = nn.BatchNorm2d(width), nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.norm2(self.conv2(self.act1(self.norm1(self.conv1(x)))))
-        result: Tensor = self.act2(y + x)
-        return result
 
 
 def _convolution(inputs: int, outputs: int) -> list[nn.Module]:
@@ -81,7 +66,7 @@ def cnn(side: int, width: int) -> nn.Module:
 
 def residual(side: int, width: int) -> nn.Module:
     """A convolution, two residual blocks, a mean over space and a linear layer."""
-    layers = [*_convolution(1, width), nn.MaxPool2d(2), _Block(width), _Block(width)]
+    layers = [*_convolution(1, width), nn.MaxPool2d(2), ResidualBlock(width), ResidualBlock(width)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
 
 

@@ -196,7 +196,7 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
     return torch.cosine_similarity(a, b, dim=-1)
 
 
-def interval_of_mean(ours: Tensor, truth: Tensor, draws: int = 2000) -> list[float]:
+def interval_of_mean(ours: Tensor, truth: Tensor) -> list[float]:
     """The 95 % interval of the cosine of the means, over seeds drawn with replacement.
 
     Near an optimum the mean gradient is small, and which way it points may hang on a few seeds.
@@ -204,7 +204,6 @@ def interval_of_mean(ours: Tensor, truth: Tensor, draws: int = 2000) -> list[flo
     Args:
         ours: gradients, shape ``(seeds, coordinates)``.
         truth: those of the reference for the same seeds.
-        draws: of the bootstrap, by percentiles.
 
     Example:
         >>> along = torch.ones(8, 2)
@@ -212,7 +211,7 @@ def interval_of_mean(ours: Tensor, truth: Tensor, draws: int = 2000) -> list[flo
         [1.0, 1.0]
     """
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(ours), (draws, len(ours)), generator=generator)
+    drawn = torch.randint(len(ours), (2000, len(ours)), generator=generator)
     cosines = _cosine(ours.cpu()[drawn].mean(1), truth.cpu()[drawn].mean(1))
     low, high = cosines.quantile(torch.tensor([0.025, 0.975]).to(cosines)).tolist()
     return [low, high]

@@ -33,6 +33,7 @@ from learnsched.meta import distribution
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.trainer import MetaTrainer
 from learnsched.policies import LearnedPolicy, MetaNetwork
+from learnsched.tables import markdown
 
 # Ranks and threads of each.
 VARIANTS = {"1 rank": (1, 1), "1 rank, 2 threads": (1, 2), "2 ranks": (2, 1)}
@@ -101,12 +102,12 @@ def _in_processes(
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table of the variants; ratios are medians over the steps that all have taken."""
     seconds = {name: [r["seconds"] for r in rows if r["variant"] == name] for name in VARIANTS}
-    lines = ["| | outer steps an hour | times 1 rank, median |", "| --- | --- | --- |"]
+    lines = [["", "outer steps an hour", "times 1 rank, median"]]
     for name, spent in seconds.items():
         ratios = [one / own for one, own in zip(seconds["1 rank"], spent, strict=True)]
         rate = 3600 / statistics.fmean(spent)
-        lines.append(f"| {name} | {rate:.0f} | {statistics.median(ratios):.2f} |")
-    return "\n".join(lines)
+        lines.append([name, f"{rate:.0f}", f"{statistics.median(ratios):.2f}"])
+    return markdown(lines)
 
 
 def main() -> None:

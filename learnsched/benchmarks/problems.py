@@ -48,6 +48,14 @@ class Problem:
     score: Callable[[Tensor, Tensor], float]
 
 
+def _first_of(name: str) -> tuple[Split, Split, Split]:
+    """The first samples of each split of a data set."""
+    data = load(name)
+    splits = zip((data.train, data.validation, data.test), SIZES, strict=True)
+    first, second, third = (Split(split.x[:count], split.y[:count]) for split, count in splits)
+    return first, second, third
+
+
 def _split(x: Tensor, y: Tensor) -> tuple[Split, Split, Split]:
     first, second, third = map(Split, x.split(SIZES), y.split(SIZES))
     return first, second, third
@@ -118,9 +126,7 @@ def _regressor() -> nn.Module:
 
 
 def _noisy_images() -> tuple[Split, Split, Split]:
-    data = load("fashion_mnist")
-    splits = zip((data.train, data.validation, data.test), SIZES, strict=True)
-    clean = torch.cat([split.x[:count] for split, count in splits])
+    clean = torch.cat([split.x for split in _first_of("fashion_mnist")])
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     return _split(clean + noise, clean)
 
@@ -189,17 +195,15 @@ class UNet(nn.Module):
 
 
 def _signals() -> tuple[Split, Split, Split]:
-    data = load("mnist1d")
-    first, second, third = (Split(s.x, s.y) for s in (data.train, data.validation, data.test))
-    return first, second, third
+    return _first_of("mnist1d")
 
 
 class Attention(nn.Module):
     """A pre-norm transformer over patches of four samples, whose feed-forward parts have ReLUs."""
 
-    def __init__(self, width: int = 32, depth: int = 3, heads: int = 4) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.heads = heads
+        width, depth, self.heads = 32, 3, 4
         self.patch = nn.Linear(4, width)
         self.place = nn.Parameter(0.02 * torch.randn(10, width))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * depth))
@@ -252,8 +256,9 @@ def _text() -> tuple[Split, Split, Split]:
 class CausalConvolution(nn.Module):
     """Dilated convolutions over characters, none of which sees what comes after it."""
 
-    def __init__(self, width: int = 48, dilations: tuple[int, ...] = (1, 2, 4, 8)) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        width = 48
         self.embed = nn.Embedding(len(_CHARACTERS), width)
         self.blocks = nn.ModuleList(
             nn.Sequential(
@@ -262,7 +267,7 @@ class CausalConvolution(nn.Module):
                 nn.BatchNorm1d(width),
                 nn.ReLU(),
             )
-            for dilation in dilations
+            for dilation in (1, 2, 4, 8)
         )
         self.head = nn.Conv1d(width, len(_CHARACTERS), 1)
 

@@ -44,9 +44,9 @@ def best(rows: Mapping[str, Record], role: str = HAND_CODED) -> Record | None:
     return max(found, key=mean) if found else None
 
 
-def best_validated(rows: Mapping[str, Record], role: str = HAND_CODED) -> Record | None:
-    """The record of a role with the best validation accuracy: what a user would have chosen."""
-    found = [r for r in rows.values() if r["role"] == role]
+def best_validated(rows: Mapping[str, Record]) -> Record | None:
+    """The hand-coded method with the best validation accuracy: what a user would have chosen."""
+    found = [r for r in rows.values() if r["role"] == HAND_CODED]
     return max(found, key=lambda r: float(r["validation"])) if found else None
 
 
@@ -219,7 +219,7 @@ def _union(one: Any, other: Any) -> Any:
     return FloatDistribution(min(one.low, other.low), max(one.high, other.high), log=one.log)
 
 
-def importances(records: Sequence[Record], seed: int = 0) -> dict[str, float]:
+def importances(records: Sequence[Record]) -> dict[str, float]:
     """Functional ANOVA of a method's searches: the share of each parameter in the variance.
 
     Trials of all cells are taken together, each cell's validation accuracies shifted and scaled to
@@ -228,7 +228,6 @@ def importances(records: Sequence[Record], seed: int = 0) -> dict[str, float]:
 
     Args:
         records: of one method.
-        seed: of the regression forest.
 
     Returns:
         shares that sum to 1, largest first; empty if there is nothing to explain.
@@ -260,6 +259,6 @@ def importances(records: Sequence[Record], seed: int = 0) -> dict[str, float]:
             )
     if len(study.trials) < 4:
         return {}
-    evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=32, seed=seed)
+    evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=32, seed=0)
     found = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return dict(sorted(found.items(), key=lambda item: -item[1]))

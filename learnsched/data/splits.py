@@ -96,7 +96,8 @@ class DataSet:
     def sha256(self) -> str:
         """Hash of all values, types and shapes, for records: 64 hexadecimal digits.
 
-        It is computed at each call, about half a second for Fashion-MNIST.
+        It is computed at each call, about half a second for Fashion-MNIST. It is not
+        :func:`learnsched.digest.digest`: records that are there hold this one.
         """
         digest = hashlib.sha256()
         for part, split in self._splits():

@@ -53,7 +53,8 @@ def align_(model: nn.Module, example_input: Tensor) -> nn.Module:
         ``model`` itself.
 
     Raises:
-        ExportError: the model cannot be traced; it is as it was then.
+        ExportError: the model cannot be traced, or layers that share thresholds move one another's;
+            it is as it was then.
         ValueError: the model has no quantized layers.
 
     Example:

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from learnsched.export.errors import FolderError
+from learnsched.files import hidden, sync
 
 FORMAT = "learnsched-ternary"
 VERSION = 2
@@ -41,14 +41,15 @@ def write_folder(folder: Path, content: Mapping[str, bytes], described: Mapping[
     }
     manifest["sha256"] = _digest(manifest)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = hidden(folder)
+    temporary.mkdir()
     try:
-        for name, data in content.items():
+        text = json.dumps(manifest, indent=1) + "\n"
+        for name, data in {**content, MANIFEST: text.encode()}.items():
             (temporary / name).write_bytes(data)
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)
+            sync(temporary / name)
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            old = hidden(folder)
             os.replace(folder, old)
             try:
                 os.replace(temporary, folder)

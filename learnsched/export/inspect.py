@@ -40,6 +40,7 @@ class LayerReport:
         operations: multiply-accumulates for one sample.
         weight_bytes: of the weights as stored.
         activation_bytes: of the codes at its output for one sample, packed.
+        input_bytes: of the codes that it reads for one sample, packed.
     """
 
     name: str
@@ -51,6 +52,7 @@ class LayerReport:
     operations: int
     weight_bytes: int
     activation_bytes: int
+    input_bytes: int
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,8 @@ class Report:
 
     @property
     def activation_bytes(self) -> int:
-        """The most that two layers' codes, one's input and output, take at a time for one sample."""
-        sizes = [0, *(layer.activation_bytes for layer in self.layers)]
-        return max(a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True))
+        """The most that a layer's input and output codes take for one sample, without shortcuts."""
+        return max(layer.input_bytes + layer.activation_bytes for layer in self.layers)
 
     def __str__(self) -> str:
         head = ("layer", "output", "weight bits", "output bits", "weights", "zero", "MACs", "bytes")
@@ -185,6 +186,7 @@ def _folder_report(path: Path) -> Report:
                     graph.operations(node),
                     -(-node.weight.size // 5),
                     _packed(node.shape, bits),
+                    _packed(graph[node.inputs[0]].shape, _code_bits(graph, node.inputs[0])),
                 )
             )
     size = sum(file.stat().st_size for file in path.iterdir())
@@ -201,6 +203,14 @@ def _following_bits(graph: g.Graph, name: str) -> int:
             if isinstance(node, g.STRUCTURAL):
                 return _following_bits(graph, node.name)
     return 32
+
+
+def _code_bits(graph: g.Graph, name: str) -> int:
+    """Bits of the widest codes that an operand is made of."""
+    node = graph[name]
+    if isinstance(node, g.Threshold | g.Quantize):
+        return node.levels.bits
+    return max((_code_bits(graph, before) for before in node.inputs), default=32)
 
 
 def _file_report(path: Path) -> Report:
@@ -262,6 +272,10 @@ def _layers(onnx: Any, model: Any) -> list[LayerReport]:
                     math.prod(places[1:]) * weight.size,
                     -(-weight.size * bits // 8),
                     _packed(shape, out),
+                    _packed(
+                        shapes[node.input[0]],
+                        _input_bits(onnx, makers, constants, types, node.input[0]),
+                    ),
                 )
             )
     return layers
@@ -289,6 +303,17 @@ def _output_bits(onnx: Any, nodes: Any, constants: Any, types: Any, name: str) -
         if found != 32:
             return found
     return 32
+
+
+def _input_bits(onnx: Any, makers: Any, constants: Any, types: Any, name: str) -> int:
+    """Bits of the widest quantizers that a tensor comes from, 32 if a product or the input is closer."""
+    maker = makers.get(name)
+    if maker is None or maker.op_type in _PRODUCTS:
+        return 32
+    if maker.op_type in _QUANTIZERS:
+        return _quantizer_bits(onnx, maker, constants, types.get(name, 0))
+    before = [other for other in maker.input if other and other not in constants]
+    return max(_input_bits(onnx, makers, constants, types, other) for other in before)
 
 
 def _quantizer_bits(onnx: Any, node: Any, constants: Any, stored: int) -> int:

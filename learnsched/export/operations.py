@@ -13,11 +13,10 @@ from torch.nn import functional as F
 from learnsched.export.errors import ExportError
 from learnsched.export.graph import Window
 from learnsched.export.quantized_input import QuantizedInput
-from learnsched.modules import QUANTIZED_LAYERS
-from learnsched.quantizers import ActivationQuantizer, PReLUQuantizer, WeightQuantizer
+from learnsched.modules import QUANTIZED_LAYERS, TRANSPOSED
+from learnsched.quantizers import ActivationQuantizer
 
 QUANTIZERS = (ActivationQuantizer, QuantizedInput)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, *TRANSPOSED)
 FOLDED_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)
@@ -60,15 +59,19 @@ _DROPOUT = (
 )
 _MEAN = (torch.mean, "mean")
 _CONCATENATE = (torch.cat, torch.concat, torch.concatenate)
+_MAX = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+_MEAN_1D = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+_MEAN_2D = (*_MEAN_1D, "divisor_override")
+# With the names of their arguments, all of which may be given by position.
 _POOLS: Mapping[Callable[..., Any], tuple[type[nn.Module], tuple[str, ...]]] = {
-    F.max_pool1d: (nn.MaxPool1d, ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
-    F.max_pool2d: (nn.MaxPool2d, ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
-    F.avg_pool1d: (nn.AvgPool1d, ("kernel_size", "stride", "padding", "ceil_mode")),
-    F.avg_pool2d: (nn.AvgPool2d, ("kernel_size", "stride", "padding", "ceil_mode")),
+    F.max_pool1d: (nn.MaxPool1d, _MAX),
+    F.max_pool2d: (nn.MaxPool2d, _MAX),
+    F.avg_pool1d: (nn.AvgPool1d, _MEAN_1D),
+    F.avg_pool2d: (nn.AvgPool2d, _MEAN_2D),
     F.adaptive_avg_pool1d: (nn.AdaptiveAvgPool1d, ("output_size",)),
     F.adaptive_avg_pool2d: (nn.AdaptiveAvgPool2d, ("output_size",)),
-    F.adaptive_max_pool1d: (nn.AdaptiveMaxPool1d, ("output_size",)),
-    F.adaptive_max_pool2d: (nn.AdaptiveMaxPool2d, ("output_size",)),
+    F.adaptive_max_pool1d: (nn.AdaptiveMaxPool1d, ("output_size", "return_indices")),
+    F.adaptive_max_pool2d: (nn.AdaptiveMaxPool2d, ("output_size", "return_indices")),
 }
 _STATISTICS = "Use BatchNorm, which needs no statistics of its input when the network runs"
 _LARGEST = "At the end of the network, leave it out: the largest output stays the largest"
@@ -92,8 +95,8 @@ _ADVICE: Mapping[str, str] = {
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = (*QUANTIZED_LAYERS, *QUANTIZERS, PReLUQuantizer, WeightQuantizer)
-        return isinstance(m, own) or super().is_leaf_module(m, module_qualified_name)
+        own = isinstance(m, (*QUANTIZED_LAYERS, *QUANTIZERS))
+        return own or super().is_leaf_module(m, module_qualified_name)
 
 
 def symbolic_trace(model: nn.Module) -> fx.GraphModule:
@@ -177,8 +180,8 @@ class Operation:
             return "upsampling"
         if target in _POOLS:
             kind, names = _POOLS[target]  # type: ignore[index]
-            arguments = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
-            arguments.pop("return_indices", None)
+            arguments = {**dict(zip(("input", *names), node.args, strict=False)), **node.kwargs}
+            del arguments["input"]
             self.module = kind(**arguments)
             return "max_pool" if isinstance(self.module, MAX_POOLS) else "mean_pool"
         if target in _MEAN and self._over_space():
@@ -296,7 +299,7 @@ def convolution_window(name: str, module: nn.Module) -> Window | None:
     Raises:
         ExportError: the padding is not of zeros, or not the same on both sides.
     """
-    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d):
+    if isinstance(module, TRANSPOSED):
         return Window(
             stride=tuple(module.stride),
             padding=tuple(module.padding),  # type: ignore[arg-type]
@@ -338,6 +341,10 @@ def pool_window(
     """
     rank = len(shape) - 1
     advice = "choose sizes that divide evenly, without ceil_mode"
+    settings: Any = module
+    for option in ("return_indices", "divisor_override"):
+        if getattr(settings, option, None):
+            raise ExportError(f"{name}: {option} cannot be exported; leave it out")
     if isinstance(module, _ADAPTIVE):
         size = _tuple(module.output_size, rank)
         sizes = [n if s is None else s for s, n in zip(size, shape[1:], strict=True)]
@@ -345,15 +352,12 @@ def pool_window(
             raise ExportError(f"{name}: {shape[1:]} does not divide into {tuple(sizes)}; {advice}")
         kernel = tuple(n // s for s, n in zip(sizes, shape[1:], strict=True))
         return kernel, Window(stride=kernel, padding=(0,) * rank, dilation=(1,) * rank)
-    settings: Any = module
     kernel = _tuple(settings.kernel_size, rank)
     stride = _tuple(settings.kernel_size if settings.stride is None else settings.stride, rank)
     padding = _tuple(settings.padding, rank)
     uneven = not getattr(settings, "count_include_pad", True) and any(padding)
-    if settings.ceil_mode or uneven or getattr(settings, "divisor_override", None) is not None:
+    if settings.ceil_mode or uneven:
         raise ExportError(f"{name}: its windows are not all of one size; {advice}")
-    if getattr(settings, "return_indices", False):
-        raise ExportError(f"{name}: return_indices cannot be exported")
     dilation = _tuple(getattr(settings, "dilation", 1), rank)
     return kernel, Window(stride=stride, padding=padding, dilation=dilation)
 

@@ -187,6 +187,7 @@ def _reshape(node: g.Reshape, x: NDArray[Any]) -> NDArray[Any]:
 def _quantize(node: g.Quantize, x: NDArray[Any]) -> Codes:
     scaled = x.astype(np.float32) / np.float32(node.scale)
     code = np.searchsorted(np.asarray(node.thresholds, np.float32), scaled.ravel(), side="right")
+    code[np.isnan(scaled.ravel())] = 0  # as in PyTorch, where NaN reaches no threshold
     return np.asarray(node.levels.integers, np.int32)[code].reshape(x.shape)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from learnsched.export import graph as g
 from learnsched.finalize import IntegerWeights
+from learnsched.modules import TRANSPOSED
 
 Doubles = NDArray[np.float64]
 
@@ -101,7 +102,7 @@ def weight_levels(module: nn.Module, weights: IntegerWeights | None) -> g.Intege
 
 def channels_first(module: nn.Module, weight: NDArray[Any]) -> NDArray[Any]:
     """A layer's weight, shape ``(channels, inputs / groups, ...)`` whatever the layer."""
-    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d):
+    if isinstance(module, TRANSPOSED):
         return g.swap_channels(weight, module.groups)
     return weight
 

@@ -54,7 +54,8 @@ class Estimate(Protocol):
     """Gradients of the members' outer losses, in whatever space the estimator works.
 
     Attributes:
-        loss: outer loss of each member, shape ``(members,)``.
+        loss: what is descended, of each member, shape ``(members,)``: the outer loss in nats, or the
+            share of errors where an evolution strategy has that for its objective.
     """
 
     @property

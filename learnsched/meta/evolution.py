@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from learnsched.choices import check_choice
 from learnsched.meta.estimators import Inner, Rollout, ScheduleEstimate, perturbation_generator
 from learnsched.meta.rollout import run_forward, terminal_settings
 from learnsched.schedule import BACKWARD_STDS, FIELDS, FRACTION, Telemetry
@@ -80,8 +81,7 @@ class EvolutionStrategies:
         positive = all(0 < std < math.inf for std in (self.std, self.relative_std))
         if not (positive and 0 <= self.ridge < math.inf):
             raise ValueError(f"both std must be positive and ridge at least 0, got {self}")
-        if self.objective not in ("loss", "error"):
-            raise ValueError(f"the objective must be 'loss' or 'error', got {self.objective!r}")
+        check_choice("objective", self.objective, ("loss", "error"))
 
     def __call__(self, inner: Inner, rollout: Rollout) -> ScheduleEstimate:
         many = inner.repeated(1 + 2 * self.pairs)

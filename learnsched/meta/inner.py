@@ -132,9 +132,8 @@ class InnerLoop:
         parameters = [p.detach().clone() for p in self.population.parameters()]
         moments = zip(*(self.optimizer.start(p) for p in parameters), strict=True)
         carried = [
-            getattr(self.population, self.population.key(f"{quantizer}.{name}")).clone()
-            for _, quantizer, _, _ in self.population.weights
-            for name in CARRIED
+            getattr(self.population, self.population.key(name)).clone()
+            for name in self._carried_names()
         ]
         return InnerState((*parameters, *(t for kind in moments for t in kind), *carried), 0)
 
@@ -277,13 +276,15 @@ class InnerLoop:
         rate = self.learning_rate * factor
         return [rate.view(-1, *[1] * (p.dim() - 1)) for p in parameters]
 
-    def _carried_buffers(self, carried: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        names = [
+    def _carried_names(self) -> list[str]:
+        return [
             f"{quantizer}.{name}"
             for _, quantizer, _, _ in self.population.weights
             for name in CARRIED
         ]
-        return dict(zip(names, carried, strict=True))
+
+    def _carried_buffers(self, carried: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return dict(zip(self._carried_names(), carried, strict=True))
 
     def _parameter(self, parameters: list[Tensor], name: str) -> Tensor:
         return parameters[self._position[self.population.key(name)]]
@@ -301,7 +302,7 @@ class InnerLoop:
         redraw = self.partition == "redraw"
         for place, (name, _, quantizer, layer) in enumerate(self.population.weights):
             weight = self._parameter(parameters, name)
-            membership, held, held_scale, scale_held = carried[4 * place : 4 * place + 4]
+            membership, held, held_scale, scale_held = _carried_of(carried, place)
             scale = self._scale(parameters, place, held_scale, scale_held)
             x = weight / scale
             backward = settings[:, layer, _WEIGHT_BACKWARD].view(-1, *[1] * (x.dim() - 1))
@@ -340,7 +341,7 @@ class InnerLoop:
         carried = state.tensors[self._carried_from :]
         for place, (name, _, quantizer, layer) in enumerate(self.population.weights):
             weight = self._parameter(parameters, name)
-            membership, held, held_scale, scale_held = carried[4 * place : 4 * place + 4]
+            membership, held, held_scale, scale_held = _carried_of(carried, place)
             scale = self._scale(parameters, place, held_scale, scale_held)
             gap = (1 - membership) * (weight - scale * quantizer.levels.quantize(weight / scale))
             kept = torch.lerp(weight, held, membership)
@@ -359,6 +360,11 @@ class InnerLoop:
         if quantizer.log_scale is not None:
             scale = scale * self._parameter(parameters, f"{key}.log_scale").exp()
         return torch.where(scale_held > 0, held_scale, scale)
+
+
+def _carried_of(carried: tuple[Tensor, ...], place: int) -> tuple[Tensor, ...]:
+    """What is carried of one weight."""
+    return carried[len(CARRIED) * place :][: len(CARRIED)]
 
 
 def member_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class TrainerConfig:
     Attributes:
         mix: the distribution of tasks.
         validation: tasks that select the policy; never trained on.
-        seed: of tasks and of the meta-network.
+        seed: of tasks.
         learning_rate: of the outer optimizer, Adam, at the start; positive.
         decay: outer steps after which the learning rate is half of it; ``1 / (1 + step / decay)``.
         betas: Adam's coefficients, in [0, 1).

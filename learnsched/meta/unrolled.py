@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,12 +64,13 @@ class Unrolled:
         gradients = []
         for epoch in range(last, -1, -1):
             if (last - epoch) % window == 0:
-                hard = terminal_settings(table[epoch], inner.run, last).detach().requires_grad_()
+                # The network that is judged is hard: settings reach its loss through training alone.
+                hard = terminal_settings(table[epoch], inner.run, last).detach()
                 leaves = _leaves(states[epoch + 1])
                 at_end = inner.outer_loss(InnerState(leaves, states[epoch + 1].step), hard)
-                adjoint, of_hard = _pullback([at_end], [torch.ones_like(at_end)], leaves, hard)
+                adjoint = _pullback([at_end], [torch.ones_like(at_end)], leaves)
                 if epoch == last:
-                    loss, of_last = at_end.detach(), of_hard
+                    loss = at_end.detach()
             settings = table[epoch].detach().requires_grad_()
             leaves = _leaves(states[epoch])
             state, _ = inner.epoch(
@@ -78,9 +80,8 @@ class Unrolled:
                 track=True,
                 damping=self.damping,
             )
-            adjoint, of_settings = _pullback(list(state.tensors), adjoint, leaves, settings)
+            *adjoint, of_settings = _pullback(list(state.tensors), adjoint, [*leaves, settings])
             gradients.append(of_settings)
-        gradients[0] = gradients[0] + of_last
         return ScheduleEstimate(table, torch.stack(gradients[::-1]), loss)
 
 
@@ -89,15 +90,15 @@ def _leaves(state: InnerState) -> tuple[Tensor, ...]:
 
 
 def _pullback(
-    outputs: list[Tensor], adjoint: list[Tensor], leaves: tuple[Tensor, ...], settings: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """The adjoint of an epoch's inputs from that of its outputs, and the gradient of its settings."""
+    outputs: list[Tensor], adjoint: list[Tensor], inputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """The adjoint of what goes into an epoch from that of what comes out of it."""
     pairs = [(o, a) for o, a in zip(outputs, adjoint, strict=True) if o.requires_grad]
-    *before, of_settings = torch.autograd.grad(
+    before = torch.autograd.grad(
         [o for o, _ in pairs],
-        [*leaves, settings],
+        list(inputs),
         [a for _, a in pairs],
         allow_unused=True,
         materialize_grads=True,
     )
-    return list(before), of_settings
+    return list(before)

@@ -62,6 +62,7 @@ def load_pretrained(name_or_path: str | Path) -> LearnedPolicy:
 
     Raises:
         ArtefactError: the file is missing, damaged or altered, or of another schema or version.
+        OSError: it is there and cannot be read.
 
     Example:
         >>> policy = load_pretrained("default")
@@ -100,7 +101,8 @@ def save_artefact(policy: LearnedPolicy, path: str | Path, card: Mapping[str, An
     Raises:
         OSError: the folder cannot be written.
         TypeError: the card is not JSON data.
-        ValueError: the path does not end in ``.safetensors``, or the artefact would be too large.
+        ValueError: the path does not end in ``.safetensors``, a number of the card is not finite, or the
+            artefact would be too large.
         ArtefactError: it could not be read again: the network is not finite, or not of float32.
 
     Example:
@@ -121,7 +123,7 @@ def save_artefact(policy: LearnedPolicy, path: str | Path, card: Mapping[str, An
         "config": policy.config(),
     }
     # What describes the file comes last again: the card may be that of another artefact.
-    text = json.dumps({**own, **card, **own}, indent=2) + "\n"
+    text = json.dumps({**own, **card, **own}, indent=2, allow_nan=False) + "\n"
     policy_of(json.loads(text), tensors, path)  # nothing is written that could not be read
     # One entry: safetensors writes several in random order.
     data = save(tensors, metadata={"card": f"{_sha256(text)}\n{text}"})
