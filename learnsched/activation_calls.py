@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import random
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -247,11 +249,15 @@ def _trace(module: nn.Module, name: str, given: set[str], *, training: bool) -> 
         for p in parameters
         if p.name not in given and isinstance(p.default, int | float | str | None)
     }
-    before, usual = Attributes.of(module), module.training
+    before, usual, drawn = Attributes.of(module), module.training, _random_states()
     try:
         module.training = training
-        graph = _Flat().trace(module, concrete_args=defaults or None)
+        with torch.random.fork_rng(devices=[]):
+            graph = _Flat().trace(module, concrete_args=defaults or None)
+            states = _random_states()
         module.training = usual
+        if states != drawn:
+            raise ValueError("it draws random numbers, by which it may decide what to do")
         if written := before.changed():
             constants = all(name.startswith("_tensor_constant") for name in written)
             what = "makes a tensor of its own" if constants else "writes to attributes"
@@ -265,6 +271,12 @@ def _trace(module: nn.Module, name: str, given: set[str], *, training: bool) -> 
         ) from error
     finally:
         before.put_back()
+
+
+def _random_states() -> tuple[Any, ...]:
+    """Of the generators that a forward may draw from."""
+    numpy: Any = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), numpy[1].tolist(), numpy[2:]
 
 
 def _call(node: fx.Node) -> tuple[Any, ...]:

@@ -74,6 +74,14 @@ def freeze_(
         layer.weight.weight_quantizer.freeze_(weight, setting.fraction, partition, generator)
 
 
+def is_freer(layer: Layer, setting: Setting) -> bool:
+    """Whether fewer weights of a layer are frozen than its setting says."""
+    if layer.weight is None:
+        return False
+    membership = layer.weight.weight_quantizer.membership
+    return int(torch.count_nonzero(membership)) < round(setting.fraction * membership.numel())
+
+
 def is_finalized(layers: Sequence[Layer], settings: Sequence[Setting]) -> bool:
     """Whether a std that the settings made positive is 0, or all is frozen before its time."""
     frozen = [

@@ -88,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
                       help="number of levels of weights and of activations, 0: real (3 4)")  # fmt: skip
     verb.add_argument("--fine-tuning", action="store_true", help="start from a float network")
     verb.add_argument("--out", type=Path, default=Path("schedule.png"), help="file (schedule.png)")
-    verb.set_defaults(verb=_plot)
+    of_run = ("layers", "epochs", "steps", "fan_in", "levels", "fine_tuning")
+    verb.set_defaults(verb=_plot, usual={name: verb.get_default(name) for name in of_run})
 
     verb = verbs.add_parser(
         "compare",
@@ -140,6 +141,10 @@ def _plot(options: argparse.Namespace) -> None:
     from learnsched.schedule import LayerInfo, RunInfo, plan
 
     if options.source.endswith(".json"):
+        given = [name for name, usual in options.usual.items() if getattr(options, name) != usual]
+        if given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"{options.source} says itself what was applied; leave {names} out")
         schedule, title = History.load(options.source).schedule, f"History {options.source}"
     else:
         if options.layers * options.epochs > _LARGEST_PLAN:

@@ -153,7 +153,11 @@ def run_example(model: nn.Module, example_input: Example, *, graph: bool = False
     try:
         model.eval()
         # Compiled, the model would hand its weights to a graph, outside of its modules.
-        with torch.set_grad_enabled(graph), torch.compiler.set_stance("force_eager"):
+        with (
+            torch.set_grad_enabled(graph),
+            torch.random.fork_rng(devices=[]),  # what it draws is not missed in training
+            torch.compiler.set_stance("force_eager"),
+        ):
             if isinstance(example_input, Mapping):
                 return model(**example_input)
             return model(*example_input if isinstance(example_input, tuple) else (example_input,))

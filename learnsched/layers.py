@@ -122,5 +122,6 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
 
 def _quantized_apart(one: str, other: str) -> ValueError:
     return ValueError(
-        f"{one} and {other} were quantized in different calls; call quantize_ once, on the whole model"
+        f"{one} and {other} were quantized in different calls, or one is a copy; call quantize_ once, "
+        "on the whole model, and keep copies, such as a teacher, outside of it"
     )

@@ -104,7 +104,7 @@ class _Quantizer(nn.Module):
             state_dict = {**state_dict, prefix + _EXTRA: self.get_extra_state()}
         bound = prefix + "lowest_scale"
         if bound in own and bound not in state_dict:  # or bounds of learned scales
-            state_dict = {**state_dict, bound: own[bound]}
+            state_dict = {**state_dict, bound: state_dict[prefix + "scale"] / _LARGEST_FALL}
         elif bound in state_dict and bound not in own:  # of a scale that is not learned here
             state_dict = {name: value for name, value in state_dict.items() if name != bound}
         super()._load_from_state_dict(
@@ -122,10 +122,13 @@ class _Quantizer(nn.Module):
             ValueError: the state belongs to another level set.
         """
         own = self.get_extra_state()
-        if state.shape != own.shape or not torch.equal(state.to(own), own):
+        # A state may have been cast with all its tensors.
+        if state.shape != own.shape or not torch.equal(state, own.to(state)):
+            count = len(state) // 2 + 1
             raise ValueError(
-                f"this state was saved with the levels {state[: len(state) // 2 + 1].tolist()}, the "
-                f"quantizer of {self.layer_name!r} has {list(self.levels.values)}; quantize the model "
+                f"this state was saved with the levels {state[:count].tolist()} and thresholds "
+                f"{state[count:].tolist()}, the quantizer of {self.layer_name!r} has "
+                f"{list(self.levels.values)} and {list(self.levels.thresholds)}; quantize the model "
                 "with the same level sets as before, then load it"
             )
 

@@ -146,7 +146,10 @@ class LeastSquares:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, levels: LevelSet) -> Tensor:
-        x = x.detach()
+        dtype = x.dtype
+        x = x.detach().to(
+            torch.promote_types(dtype, torch.float32)
+        )  # half of it overflows in squares
         dims = _reduced(x, self.per)
         widest = Maximum(self.per)(x, levels)
         best = widest
@@ -160,7 +163,7 @@ class LeastSquares:
                 scale, error = _refit(x, centre * factor, levels, dims)
                 best = torch.where(error < least, scale, best)
                 least = torch.minimum(least, error)
-        return best.clamp(min=_smallest(x))
+        return best.to(dtype).clamp(min=_smallest(best.to(dtype)))
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from learnsched.annealed import MODES
-from learnsched.apply_settings import check_fractions, freeze_, is_finalized, set_noise_
+from learnsched.apply_settings import (
+    check_fractions,
+    freeze_,
+    is_finalized,
+    is_freer,
+    set_noise_,
+)
 from learnsched.choices import check_choice
 from learnsched.history import History, as_numbers
 from learnsched.incremental import PARTITIONS
 from learnsched.layers import quantized_layers
 from learnsched.learning_rate import learning_rate_factor
+from learnsched.modules import QUANTIZED_LAYERS
 from learnsched.noise import NoiseShape, noise_shape
 from learnsched.ranks import over_ranks, several_ranks
 from learnsched.schedule import FIELDS, Policy, RunInfo, Setting, ask, terminal
@@ -190,6 +197,7 @@ class QuantizationScheduler:
         numbers, counted = over_ranks(metrics, self._counter.total, self._process_group)
         self._check_metrics(numbers)
         self._warn_of_lost_weights()
+        self._warn_of_free_weights()
         run = self._run_after_counting(counted)
         epoch = self.epoch + 1
         if epoch < self.epochs:
@@ -314,9 +322,25 @@ class QuantizationScheduler:
                 stacklevel=3,
             )
 
+    def _warn_of_free_weights(self) -> None:
+        layers = zip(self._layers, self.history.settings[-1], strict=True)
+        free = [layer.info.name for layer, setting in layers if is_freer(layer, setting)]
+        if free:
+            warnings.warn(
+                f"fewer weights of {free} are frozen than the settings in force say: load the model's "
+                "state with the scheduler's",
+                stacklevel=3,
+            )
+
     def _run_after_counting(self, counted: int) -> RunInfo:
         """The run, with the optimizer steps of an epoch if they were not known before."""
         told = self._run.steps_per_epoch
+        if self.epoch == 0 and not counted and self._counter.of_optimizers:
+            warnings.warn(
+                "the optimizer took no step of its own in the first epoch; of one that wraps another, "
+                "give scheduler.watch() the inner one",
+                stacklevel=3,
+            )
         if told is None and counted:
             return replace(self._run, steps_per_epoch=counted)
         if told is not None and self.epoch == 0 and counted and _differ(told, counted):
@@ -357,7 +381,8 @@ class QuantizationScheduler:
         for layer in self._layers:
             for activation in layer.activations:
                 activation.restore_scale_()
-            if layer.weight is not None:
+            # remove_quantizers_ may have finished one of the models that the optimizer trains.
+            if isinstance(layer.weight, QUANTIZED_LAYERS):
                 layer.weight.weight_quantizer.restore_(layer.weight.weight)
 
 

@@ -38,6 +38,11 @@ class StepCounter:
         """What has been counted."""
         return self._before + max(map(int, self._counts), default=0)
 
+    @property
+    def of_optimizers(self) -> bool:
+        """Whether steps are what is counted."""
+        return self._passes is None and bool(self._counts)
+
     def count_passes(self, model: nn.Module) -> None:
         """Count the model's forward passes in training mode."""
         self._passes = model.register_forward_pre_hook(

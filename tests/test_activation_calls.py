@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 from dataclasses import dataclass
 
 import pytest
@@ -207,6 +208,14 @@ REFUSED = {
     "slope": (
         lambda self, x, _: F.leaky_relu(x, x.size(0) / 99),
         "leaky_relu with what a module cannot be given",
+    ),
+    "stochastic depth": (
+        lambda self, x, _: x if self.training and torch.rand(()) < 0.2 else F.relu(x),
+        "it draws random numbers",
+    ),
+    "python's random": (
+        lambda self, x, _: x if self.training and random.random() < 0.2 else F.relu(x),
+        "it draws random numbers",
     ),
     "constant": (lambda self, x, _: F.relu(x + torch.ones(8)), "makes a tensor of its own"),
 }

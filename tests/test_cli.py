@@ -183,10 +183,12 @@ def mistakes(folder):
         (["plot", "default", "--out", os.devnull], "not a regular file"),
         (["plot", "default", "--layers", "1001", "--epochs", "1000"], "is not drawn"),
         (["plot", ""], "no pretrained schedule ''"),
+        (["plot", str(text), "--layers", "3", "--fan-in", "9"], "leave --layers, --fan-in out"),
+        (["list", str(text)], "is no artefact: their names end in .safetensors"),
     ]  # fmt: skip
 
 
-MISTAKES = 28
+MISTAKES = 30
 
 
 def test_every_mistake_is_tried(tmp_path):

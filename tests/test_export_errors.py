@@ -306,3 +306,41 @@ def test_quantized_input_refuses_scales():
             QuantizedInput.fit(x)
     net = QuantizedInput.fit(torch.tensor([-3.0, 1.0]), ls.unsigned(8))
     assert np.isclose(net.scale.item(), 3 / 255)
+
+
+def relu_in_place(self, x):
+    F.relu(x, inplace=True)
+    return x
+
+
+def added_in_place(self, x):
+    x.add_(torch.relu(x))
+    return x
+
+
+def kept(self, x):
+    before = x
+    x += torch.relu(x)
+    return x + before
+
+
+@pytest.mark.parametrize("change", [relu_in_place, added_in_place, kept])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_changes_in_place_that_a_trace_does_not_show_are_refused(change, quantized, tmp_path):
+    class Changing(Forward):
+        def forward(self, x):
+            y = change(self, self.norm(self.conv(x)))
+            return self.act(y) if quantized else y
+
+    net = finalized(Changing(None), torch.cat([X, -X]))
+    if quantized and change is relu_in_place:  # the quantized ReLU does the same again
+        ls.export_onnx(net, X, tmp_path / "net.onnx")
+        return
+    match = "changes a tensor in place that is used again"
+    refused(net, match, ALL if quantized else ALL[:2], tmp_path=tmp_path)
+
+
+def test_a_hook_that_changes_what_a_layer_puts_out_is_refused(tmp_path):
+    net = finalized(Forward(lambda self, y: y), X)
+    net[1].conv.register_forward_hook(lambda module, inputs, output: 3 * output)
+    refused(net, "or a hook changes what a layer puts out", tmp_path=tmp_path)

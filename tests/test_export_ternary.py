@@ -21,6 +21,7 @@ from learnsched.export import graph as g
 from learnsched.export.reference import _quantize as quantized
 from learnsched.export.reference import unfold
 from learnsched.export.trits import pack, unpack
+from learnsched.export.values import integer_levels
 
 
 @given(st.lists(st.sampled_from([-1, 0, 1]), max_size=60))
@@ -338,3 +339,23 @@ def test_unfold_equals_torch():
     mine = unfold(x.numpy(), (3, 2), window, fill=0)
     theirs = nn.functional.unfold(x.float(), (3, 2), (1, 2), (1, 2), (2, 1))
     assert np.array_equal(np.moveaxis(mine, (4, 5), (2, 3)).reshape(theirs.shape), theirs.numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.float32])
+def test_the_scale_of_inputs_is_that_of_their_largest_magnitude(dtype):
+    x = torch.tensor([-128, 5]).to(dtype)
+    assert QuantizedInput.fit(x).scale.item() == pytest.approx(128 / 127)
+
+
+@pytest.mark.parametrize(
+    "values, integers, unit",
+    [
+        ((-128.0, 0.0, 127.0), (-128, 0, 127), 1.0),
+        ((-0.5, 0.0, 0.75), (-2, 0, 3), 0.25),
+        ((-4.0, 0.0, 2.0), (-2, 0, 1), 2.0),
+        ((-1.0, 0.0, 0.1), None, None),
+    ],
+)
+def test_levels_are_multiples_of_the_largest_unit(values, integers, unit):
+    found = integer_levels(values)
+    assert (found and found.integers, found and found.unit) == (integers, unit)

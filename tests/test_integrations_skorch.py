@@ -24,12 +24,12 @@ X, Y = DATA.train.x.flatten(1).numpy(), DATA.train.y.numpy()
 
 
 class Network(nn.Module):
-    def __init__(self):
+    def __init__(self, width=24):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.Sequential(
-            nn.Linear(64, 24), nn.BatchNorm1d(24), nn.ReLU(),
-            nn.Linear(24, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 10), nn.Softmax(-1),
+            nn.Linear(64, width), nn.BatchNorm1d(width), nn.ReLU(),
+            nn.Linear(width, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 10), nn.Softmax(-1),
         )  # fmt: skip
         ls.quantize_(self, ls.ternary(), ls.unsigned(2))
 
@@ -93,3 +93,29 @@ def test_a_net_can_be_cloned_and_pickled():
     model.fit(X[:200], Y[:200])
     twin = pickle.loads(pickle.dumps(model))
     assert np.array_equal(twin.predict_proba(X[:5]), model.predict_proba(X[:5]))
+
+
+def test_a_module_that_is_made_anew_gets_a_scheduler_of_its_own():
+    model = net(epochs=2).fit(X[:200], Y[:200])
+    first = model.quantization_
+    model.partial_fit(X[:200], Y[:200])
+    assert model.quantization_ is first and first.epoch == 4
+    model.set_params(module__width=12)
+    model.partial_fit(X[:200], Y[:200])
+    second = model.quantization_
+    assert second is not first and second.epoch == 2
+    share = model.module_.layers[0].weight_quantizer.membership.count_nonzero()
+    assert share == round(second.get_last_setting()[0].fraction * 64 * 12)
+
+
+def test_a_new_optimizer_is_watched():
+    model = net(epochs=EPOCHS - 1).fit(X[:200], Y[:200])
+    before = model.optimizer_
+    model.initialize_optimizer()
+    assert model.optimizer_ is not before
+    held = model.module_.layers[0].weight_quantizer
+    assert held.membership.any()
+    model.partial_fit(X[:200], Y[:200], epochs=1)
+    weight = model.module_.layers[0].weight
+    frozen = held.membership == 1
+    assert torch.equal(weight[frozen], held.held[frozen])

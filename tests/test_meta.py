@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import learnsched as ls
 from learnsched.data import DataSet, Split, load, reduced
 from learnsched.meta import distribution
 from learnsched.meta.presets import PRESETS
@@ -180,7 +181,7 @@ def test_meta_training_runs_under_the_learning_rate_of_the_base_curve(tmp_path):
     assert seen
 
 
-def small_trainer(folder, data=None, **changes):
+def small_trainer(folder, data=None, network=None, **changes):
     preset = PRESETS["quick"]
     mix = dataclasses.replace(
         preset.trainer.mix,
@@ -192,7 +193,7 @@ def small_trainer(folder, data=None, **changes):
     changes = {"validation": (SMALL,), "validate_every": 2} | changes
     config = dataclasses.replace(preset.trainer, mix=mix, **changes)
     torch.manual_seed(0)
-    policy = LearnedPolicy(MetaNetwork(), preset.base, preset.domain)
+    policy = LearnedPolicy(network or MetaNetwork(), preset.base, preset.domain)
     return MetaTrainer(policy, config, folder, data or {"digits": DIGITS})
 
 
@@ -407,3 +408,14 @@ def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch, name, loc
     if local is not None:
         monkeypatch.setenv("LOCAL_RANK", local)
     assert distribution.own_device(name) == own
+
+
+def test_a_run_that_began_with_another_network_is_refused(tmp_path):
+    small_trainer(tmp_path).run(1)
+    config = json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(FileExistsError, match="another configuration"):
+        small_trainer(tmp_path, network=ls.load_pretrained("default").network)
+    # Runs that do not say what they began with go on.
+    del config["start"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert small_trainer(tmp_path, network=ls.load_pretrained("default").network).step == 1

@@ -271,7 +271,7 @@ def test_a_folder_or_another_file_is_no_artefact(path):
     folder = path.parent / "folder.safetensors"
     folder.mkdir()
     for wrong in (folder, path.with_suffix(".json"), path.parent):
-        with pytest.raises(ls.ArtefactError, match="no pretrained schedule"):
+        with pytest.raises(ls.ArtefactError, match=r"no pretrained schedule|is no artefact"):
             ls.load_pretrained(wrong)
 
 
@@ -420,3 +420,9 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path, spoil, message):
     with pytest.raises(ls.ArtefactError, match=message):
         ls.save_artefact(LearnedPolicy(network), tmp_path / "a.safetensors", {})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_another_name_is_no_artefact(tmp_path):
+    (tmp_path / "schedule.json").write_text("{}")
+    with pytest.raises(ls.ArtefactError, match=r"no artefact: their names end in \.safetensors"):
+        ls.load_pretrained(tmp_path / "schedule.json")

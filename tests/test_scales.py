@@ -240,3 +240,12 @@ def test_the_scale_by_fan_in_is_of_the_shape_alone(shape):
         scale = FanIn()(x, binary())
         assert scale.shape == (1,) * len(shape)
         assert scale.item() == pytest.approx(inputs**-0.5)
+
+
+def test_least_squares_do_not_overflow_in_half_precision():
+    x = 20 * torch.randn(200, 400, generator=torch.Generator().manual_seed(0))
+    for per in ("tensor", "channel"):
+        rule = LeastSquares(per)
+        half = rule(x.half(), signed(3))
+        assert half.dtype == torch.float16
+        torch.testing.assert_close(half.float(), rule(x, signed(3)), rtol=0.03, atol=0)

@@ -1128,3 +1128,62 @@ def test_a_scheduler_tells_where_it_is():
     scheduler = ls.QuantizationScheduler(network(), policies.StraightThrough(), epochs=3)
     scheduler.step()
     assert repr(scheduler) == "QuantizationScheduler(StraightThrough, epoch 1 of 3, 2 layers)"
+
+
+def test_an_optimizer_of_two_models_goes_on_when_one_is_finished():
+    one, two = network(), network()
+    optimizer = torch.optim.SGD([*one.parameters(), *two.parameters()], lr=0.1)
+    first = ls.QuantizationScheduler(one, ls.policies.StraightThrough(), 1, optimizer=optimizer)
+    second = ls.QuantizationScheduler(two, fractions(0.5, 1.0), 2, optimizer=optimizer)
+    optimizer.step()
+    first.step()
+    second.step()
+    ls.finalize_(one)
+    ls.remove_quantizers_(one)
+    for parameter in two.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    layer = next(m for m in two.modules() if hasattr(m, "weight_quantizer"))
+    frozen = layer.weight_quantizer.membership == 1
+    assert frozen.any()
+    assert torch.equal(layer.weight[frozen], layer.weight_quantizer.held[frozen])
+
+
+def test_a_state_without_the_models_is_noticed_at_the_next_step():
+    scheduler = ls.QuantizationScheduler(network(), fractions(0.25, 0.5, 1.0), 3)
+    scheduler.step()
+    other = ls.QuantizationScheduler(network(), fractions(0.25, 0.5, 1.0), 3)
+    other.load_state_dict(scheduler.state_dict())
+    with pytest.warns(UserWarning, match="fewer weights of .* are frozen than .* load the model's"):
+        other.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
+
+
+class Wrapping(torch.optim.Optimizer):
+    """As sharpness-aware minimization: the optimizer within takes the steps."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(list(parameters), {"lr": lr})
+        self.inner = torch.optim.SGD(self.param_groups, lr=lr)
+
+    def second_step(self):
+        self.inner.step()
+
+
+def test_an_optimizer_that_takes_no_step_of_its_own_is_noticed():
+    model = network()
+    optimizer = Wrapping(model.parameters(), 0.1)
+    scheduler = ls.QuantizationScheduler(model, fractions(0.25, 0.5, 1.0), 3, optimizer=optimizer)
+    optimizer.second_step()
+    with pytest.warns(UserWarning, match="took no step of its own .* the inner one"):
+        scheduler.step()
+    model = network()
+    optimizer = Wrapping(model.parameters(), 0.1)
+    inner = optimizer.inner
+    scheduler = ls.QuantizationScheduler(model, fractions(0.25, 0.5, 1.0), 3, optimizer=inner)
+    optimizer.second_step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()

@@ -53,8 +53,8 @@ def align_(model: nn.Module, example_input: Tensor) -> nn.Module:
         ``model`` itself.
 
     Raises:
-        ExportError: the model cannot be traced, or layers that share thresholds move one another's;
-            it is as it was then.
+        ExportError: the model cannot be traced, or what is moved in one layer spoils another; it is as
+            it was then.
         ValueError: the model has no quantized layers.
 
     Example:
@@ -66,8 +66,15 @@ def align_(model: nn.Module, example_input: Tensor) -> nn.Module:
     """
     before = translate(model, example_input)
     thresholds = [node for node in before.graph if isinstance(node, g.Threshold)]
-    moves = {node.name: m for node in thresholds if (m := _move(before, node)) is not None}
-    modules = {name: model.get_submodule(move.module) for name, move in moves.items()}
+    # What is called twice is moved once, for its first call.
+    moves: dict[str, _Move] = {}
+    calls: dict[str, list[str]] = {}
+    for node in thresholds:
+        move = _move(before, node)
+        if move is not None:
+            moves.setdefault(move.module, move)
+            calls.setdefault(move.module, []).append(node.name)
+    modules = {name: model.get_submodule(name) for name in moves}
     kept = keep(tensor for module in modules.values() for tensor in _changeable(module))
     with put_back_on_failure([tensor for tensor, _ in kept]):
         for name, move in moves.items():
@@ -76,14 +83,16 @@ def align_(model: nn.Module, example_input: Tensor) -> nn.Module:
         if changed:
             put_back(kept)
             for name, move in moves.items():
-                _apply(modules[name], _without(move, changed.get(name)))
+                spoilt = [changed[call] for call in calls[name] if call in changed]
+                _apply(modules[name], _without(move, np.any(spoilt, axis=0) if spoilt else None))
             if _changed(thresholds, trace(model, example_input)):
                 raise ExportError(f"{sorted(changed)} cannot be aligned; align their layers apart")
     for name, channels in changed.items():
         warnings.warn(
             f"{name}: in {channels.sum()} of {len(channels)} channels the thresholds are closer "
-            "together than float32 can tell, and were left as they are; fewer bits would help, or a "
-            "batch norm whose mean and offset are not far larger than what it puts out",
+            "together than float32 can tell, or belong to a layer that is called twice, and were left "
+            "as they are; fewer bits would help, or a batch norm whose mean and offset are not far "
+            "larger than what it puts out",
             stacklevel=3,  # no_grad wraps this function
         )
     return model
@@ -132,7 +141,10 @@ def _move(translation: Translation, node: g.Threshold) -> _Move | None:
     edges, low, high = node.thresholds, node.low[:, None, None], node.high[:, None, None]
     decides = ((edges > low) & (edges <= high)).any((1, 2))
     gain = np.where(decides, gain, 1.0)
-    return _Move(module, gain, np.where(decides, wanted - gain * found[1], 0.0))
+    # Where no sum reaches a threshold, or all do, the last one may be near; if it is far, it stays so.
+    above, below = (edges > high).all((1, 2)), (edges <= low).all((1, 2))
+    far = (above & (found[1] <= wanted)) | (below & (found[1] >= wanted))
+    return _Move(module, gain, np.where(far, 0.0, wanted - gain * found[1]))
 
 
 def _movable(translation: Translation, call: fx.Node) -> str | None:

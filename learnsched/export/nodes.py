@@ -146,9 +146,9 @@ def _why_not_integer(value: Value) -> str:
     """Why a quantized layer cannot take the input ``value`` as integers, and the way out."""
     if isinstance(value, Integer) and value.bias is None:
         return (
-            "the channels of its input have different scales; give the quantized activations that are "
-            "concatenated ahead of it one scale, by quantize_ without calibrate_, or by "
-            "b.scale.copy_(a.scale) before training"
+            "the channels of its input have different scales; put a quantized activation in front of "
+            "this layer, or give the quantized activations that are concatenated there one scale, by "
+            "quantize_ without calibrate_, or by b.scale.copy_(a.scale) before training"
         )
     return (
         "its input is real; put learnsched.export.QuantizedInput in front of the network if it "

@@ -53,7 +53,7 @@ class QuantizedInput(nn.Module):
         levels = signed(8) if levels is None else levels
         if not x.numel():
             raise ValueError(f"x must hold numbers to fit the scale to, got shape {tuple(x.shape)}")
-        return cls(float(x.detach().abs().max()) / max(map(abs, levels.values)), levels)
+        return cls(float(x.detach().float().abs().max()) / max(map(abs, levels.values)), levels)
 
     def ahead(self, x: Tensor) -> Tensor:
         """What the staircase is applied to: ``x`` itself."""

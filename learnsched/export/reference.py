@@ -157,25 +157,31 @@ def integers(graph: g.Graph, x: NDArray[Any]) -> dict[str, NDArray[Any]]:
     return {**found, graph.output.name: found[graph.output.inputs[0]]}
 
 
-def propagate(graph: g.Graph, known: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """The output of every node that follows from known ones without operations on real numbers.
+def propagate(
+    graph: g.Graph,
+    known: Mapping[str, NDArray[Any]],
+    others: Mapping[type[g.Node], Callable[..., NDArray[Any]]] | None = None,
+) -> dict[str, NDArray[Any]]:
+    """The output of every node that follows from known ones, without operations on real numbers.
 
     Args:
         graph: any.
         known: outputs of nodes, by name, all of as many samples.
+        others: how to compute what is no operation on integers, too.
 
     Returns:
         outputs by node name, the known ones among them.
     """
+    compute = {**_COMPUTE, **(others or {})}
     count = max(len(values) for values in known.values())
     parts = []
     for start in range(0, max(count, 1), _CHUNK):
         values = {name: array[start : start + _CHUNK] for name, array in known.items()}
         for node in graph:
-            ready = type(node) in _COMPUTE and all(name in values for name in node.inputs)
+            ready = type(node) in compute and all(name in values for name in node.inputs)
             if ready and node.name not in values:
                 inputs = [values[name] for name in node.inputs]
-                values[node.name] = _COMPUTE[type(node)](node, *inputs)
+                values[node.name] = compute[type(node)](node, *inputs)
         parts.append(values)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -192,12 +198,24 @@ def _quantize(node: g.Quantize, x: NDArray[Any]) -> Codes:
 
 
 def _product(node: g.Product, x: Codes) -> Codes:
-    weight = node.weight.astype(np.int32)
-    if node.window is None:
+    return convolved(x, node.weight.astype(np.int32), node.window, node.shape)
+
+
+def convolved(
+    x: NDArray[Any], weight: NDArray[Any], window: g.Window | None, shape: tuple[int, ...]
+) -> NDArray[Any]:
+    """A matrix product or convolution, in the type of both.
+
+    Args:
+        x: inputs, shape ``(samples, channels, ...)``.
+        weight: output channels first, of a transposed convolution too.
+        window: of a convolution; None for a matrix product.
+        shape: of the output, without the batch dimension.
+    """
+    if window is None:
         return x @ weight.T
-    window = node.window
     if window.transposed:
-        x, weight, window = _spread(x, weight, window, node.shape)
+        x, weight, window = _spread(x, weight, window, shape)
     columns = unfold(x, weight.shape[2:], window, fill=0)
     spatial = columns.shape[2 : 2 + len(weight.shape[2:])]
     inputs, outputs = weight.shape[1], len(weight) // window.groups
@@ -223,7 +241,7 @@ def _spread(
     """
     stride, dilation, rank = window.stride, window.dilation, len(window.stride)
     sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
-    spread = np.zeros((*x.shape[:2], *sizes), np.int32)
+    spread = np.zeros((*x.shape[:2], *sizes), x.dtype)
     spread[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = x
     around = [(0, 0), (0, 0)]
     inside = [slice(None), slice(None)]

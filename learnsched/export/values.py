@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,18 +79,20 @@ Value = Integer | Real | Pending
 
 
 def integer_levels(values: tuple[float, ...], name: str = "custom") -> g.IntegerLevels | None:
-    """The levels as multiples of their smallest distance, or None if they are not such.
+    """The levels as multiples of the largest unit there is, or None if that takes over 16 bits.
 
     Example:
-        >>> integer_levels((-0.5, 0.0, 0.5)).integers
-        (-1, 0, 1)
+        >>> integer_levels((-0.5, 0.0, 0.75)).integers
+        (-2, 0, 3)
     """
-    gaps = [b - a for a, b in zip(values, values[1:], strict=False)]
-    unit = min(*gaps, *(abs(v) for v in values if v))
-    integers = tuple(round(v / unit) for v in values)
-    if any(i * unit != v for i, v in zip(integers, values, strict=True)):
+    whole = [value.as_integer_ratio() for value in map(float, values)]
+    common = math.lcm(*(denominator for _, denominator in whole))
+    numerators = [numerator * (common // denominator) for numerator, denominator in whole]
+    divisor = math.gcd(*numerators)
+    integers = tuple(numerator // divisor for numerator in numerators)
+    if max(map(abs, integers)) >= 2**15:
         return None
-    return g.IntegerLevels(integers, unit, name)
+    return g.IntegerLevels(integers, divisor / common, name)
 
 
 def weight_levels(module: nn.Module, weights: IntegerWeights | None) -> g.IntegerLevels | None:

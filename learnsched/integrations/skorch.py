@@ -37,11 +37,13 @@ class QuantizationCallback(Callback):
     def initialize(self) -> QuantizationCallback:
         """Forget the scheduler of a net that is made anew."""
         self.scheduler_: QuantizationScheduler | None = None
+        self.module_: Any = None
+        self.optimizer_: Any = None
         return self
 
     def on_train_begin(self, net: NeuralNet, X: Any = None, y: Any = None, **kwargs: Any) -> None:
-        """Make the scheduler, before a checkpoint is loaded; keep it when training goes on."""
-        if self.scheduler_ is None:
+        """Make the scheduler, before a checkpoint is loaded; keep it when the module trains on."""
+        if self.scheduler_ is None or self.module_ is not net.module_:
             self.scheduler_ = QuantizationScheduler(
                 net.module_,
                 self.policy,
@@ -50,6 +52,9 @@ class QuantizationCallback(Callback):
                 fine_tuning=self.fine_tuning,
                 seed=self.seed,
             )
+        elif self.optimizer_ is not net.optimizer_:  # as after net.set_params(lr=...)
+            self.scheduler_.watch(net.optimizer_)
+        self.module_, self.optimizer_ = net.module_, net.optimizer_
         net.quantization_ = self.scheduler_
 
     def on_epoch_end(self, net: NeuralNet, **kwargs: Any) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from learnsched.data import DataSet, load
+from learnsched.digest import digest
 from learnsched.files import write, write_text
 from learnsched.meta import distribution
 from learnsched.meta.estimators import Estimator
@@ -287,6 +288,7 @@ class MetaTrainer:
             "trainer": asdict(self.config),
             "estimator": repr(self.estimator),
             "data": {name: _sizes(self.data[name]) for name in sorted(self.config.data_names)},
+            "start": digest({name: p.detach() for name, p in self._parameters.items()}),
         }
 
     def _check_config(self, path: Path) -> None:
@@ -299,7 +301,7 @@ class MetaTrainer:
             later = {f.name: f.default for f in fields(Task) if f.default is not MISSING}
             tasks = stored["trainer"]["validation"]
             stored["trainer"]["validation"] = [later | task for task in tasks]
-            stored.setdefault("data", config["data"])
+            stored = {part: config[part] for part in ("data", "start")} | stored
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error!r}); choose another folder") from error
         if stored != config:

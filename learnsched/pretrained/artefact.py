@@ -195,7 +195,9 @@ def _path(name_or_path: str | Path) -> Path:
     if isinstance(name_or_path, str) and name_or_path in list_pretrained():
         return _HERE / f"{name_or_path}.safetensors"
     path = Path(name_or_path)
-    if path.suffix != ".safetensors" or not path.is_file():
+    if path.suffix != ".safetensors" and path.is_file():
+        raise ArtefactError(f"{path} is no artefact: their names end in .safetensors")
+    if not path.is_file():
         raise ArtefactError(
             f"there is no pretrained schedule {str(name_or_path)!r}; give one of "
             f"{list_pretrained()} or the path of a .safetensors file"
