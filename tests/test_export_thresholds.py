@@ -12,7 +12,7 @@ from export_networks import (
     random_network,
     reference_codes,
 )
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
