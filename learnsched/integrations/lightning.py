@@ -88,8 +88,17 @@ class QuantizationCallback(Callback):
             )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Step, with the mean of the loss over processes."""
+        """Step, with the mean of the loss over processes.
+
+        Raises:
+            KeyError: the module logs no loss, and the policy needs one.
+        """
         loss = trainer.callback_metrics.get(self.metric)
+        if loss is None and self.policy.metrics:
+            raise KeyError(
+                f"{type(self.policy).__name__} needs the training loss: log it in training_step by "
+                f"self.log({self.metric!r}, loss, on_epoch=True)"
+            )
         if loss is not None:
             loss = trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
         self.scheduler.step({} if loss is None else {"train_loss": loss})
