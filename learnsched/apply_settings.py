@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from learnsched.layers import Layer, noise_fields
+from learnsched.modules import QUANTIZED_LAYERS
 from learnsched.schedule import Setting
 
 # A std that no dtype of a network rounds to 0.
@@ -74,12 +75,14 @@ def freeze_(
         layer.weight.weight_quantizer.freeze_(weight, setting.fraction, partition, generator)
 
 
-def is_freer(layer: Layer, setting: Setting) -> bool:
-    """Whether fewer weights of a layer are frozen than its setting says."""
-    if layer.weight is None:
-        return False
-    membership = layer.weight.weight_quantizer.membership
-    return int(torch.count_nonzero(membership)) < round(setting.fraction * membership.numel())
+def restore_(layers: Sequence[Layer]) -> None:
+    """Put frozen weights and learned scales in their place, as after an optimizer's step."""
+    for layer in layers:
+        for activation in layer.activations:
+            activation.restore_scale_()
+        # remove_quantizers_ may have finished one of the models that an optimizer trains.
+        if isinstance(layer.weight, QUANTIZED_LAYERS):
+            layer.weight.weight_quantizer.restore_(layer.weight.weight)
 
 
 def is_finalized(layers: Sequence[Layer], settings: Sequence[Setting]) -> bool:

@@ -18,7 +18,7 @@ from learnsched.apply_settings import (
     check_fractions,
     freeze_,
     is_finalized,
-    is_freer,
+    restore_,
     set_noise_,
 )
 from learnsched.choices import check_choice
@@ -26,13 +26,13 @@ from learnsched.history import History, as_numbers
 from learnsched.incremental import PARTITIONS
 from learnsched.layers import quantized_layers
 from learnsched.learning_rate import learning_rate_factor
-from learnsched.modules import QUANTIZED_LAYERS
 from learnsched.noise import NoiseShape, noise_shape
 from learnsched.ranks import over_ranks, several_ranks
 from learnsched.schedule import FIELDS, Policy, RunInfo, Setting, ask, terminal
 from learnsched.scheduler_state import as_own, check_whole, description, snapshot, spelled
 from learnsched.step_counter import StepCounter
 from learnsched.telemetry import relative
+from learnsched.weight_warnings import warn_of_weights
 
 _STATE_VERSION = 2
 
@@ -196,8 +196,7 @@ class QuantizationScheduler:
         self._check_steppable()
         numbers, counted = over_ranks(metrics, self._counter.total, self._process_group)
         self._check_metrics(numbers)
-        self._warn_of_lost_weights()
-        self._warn_of_free_weights()
+        warn_of_weights(self._layers, self.history.settings[-1], stacklevel=3)
         run = self._run_after_counting(counted)
         epoch = self.epoch + 1
         if epoch < self.epochs:
@@ -309,29 +308,6 @@ class QuantizationScheduler:
                     stacklevel=3,
                 )
 
-    def _warn_of_lost_weights(self) -> None:
-        lost = [
-            layer.info.name
-            for layer in self._layers
-            if layer.weight is not None and not bool(layer.weight.weight.isfinite().all())
-        ]
-        if lost:
-            warnings.warn(
-                f"weights of {lost} are not finite: training has diverged, or a batch held NaN, which a "
-                "hard activation turns into its lowest level. finalize_ will refuse them",
-                stacklevel=3,
-            )
-
-    def _warn_of_free_weights(self) -> None:
-        layers = zip(self._layers, self.history.settings[-1], strict=True)
-        free = [layer.info.name for layer, setting in layers if is_freer(layer, setting)]
-        if free:
-            warnings.warn(
-                f"fewer weights of {free} are frozen than the settings in force say: load the model's "
-                "state with the scheduler's",
-                stacklevel=3,
-            )
-
     def _run_after_counting(self, counted: int) -> RunInfo:
         """The run, with the optimizer steps of an epoch if they were not known before."""
         told = self._run.steps_per_epoch
@@ -377,13 +353,8 @@ class QuantizationScheduler:
         return [[spelled(q.levels) for q in layer.quantizers] for layer in self._layers]
 
     def _restore(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Put frozen weights and learned scales in their place after an optimizer's step."""
-        for layer in self._layers:
-            for activation in layer.activations:
-                activation.restore_scale_()
-            # remove_quantizers_ may have finished one of the models that the optimizer trains.
-            if isinstance(layer.weight, QUANTIZED_LAYERS):
-                layer.weight.weight_quantizer.restore_(layer.weight.weight)
+        """After an optimizer's step."""
+        restore_(self._layers)
 
 
 def _differ(told: int, counted: int) -> bool:

@@ -98,7 +98,7 @@ def test_the_objective_decides_what_is_followed_not_what_is_reported():
         for objective in ("loss", "error")
     ]
     torch.testing.assert_close(estimates[1].gradient, -estimates[0].gradient)
-    with pytest.raises(ValueError, match="'loss' or 'error'"):
+    with pytest.raises(ValueError, match="unknown objective 'accuracy'; choose one of loss, error"):
         EvolutionStrategies(objective="accuracy")
 
 

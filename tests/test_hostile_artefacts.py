@@ -389,6 +389,7 @@ def test_a_huge_file_is_refused_without_being_read(tmp_path, size):
         ".",
         "%s",
         "a" * 5000,
+        "a" * 5000 + ".safetensors",
         "\ud800",
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -195,9 +196,10 @@ def _path(name_or_path: str | Path) -> Path:
     if isinstance(name_or_path, str) and name_or_path in list_pretrained():
         return _HERE / f"{name_or_path}.safetensors"
     path = Path(name_or_path)
-    if path.suffix != ".safetensors" and path.is_file():
+    there = os.path.isfile(path)  # not path.is_file(), which fails where a name is too long
+    if path.suffix != ".safetensors" and there:
         raise ArtefactError(f"{path} is no artefact: their names end in .safetensors")
-    if not path.is_file():
+    if not there:
         raise ArtefactError(
             f"there is no pretrained schedule {str(name_or_path)!r}; give one of "
             f"{list_pretrained()} or the path of a .safetensors file"

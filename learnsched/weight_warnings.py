@@ -1,0 +1,51 @@
+"""What weights show, at an epoch's end, of a run that has gone wrong."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from learnsched.layers import Layer
+from learnsched.schedule import Setting
+
+
+def warn_of_weights(layers: Sequence[Layer], settings: Sequence[Setting], stacklevel: int) -> None:
+    """Warn of weights that are not finite, and of fewer frozen ones than there should be.
+
+    Args:
+        layers: of the model, from the input.
+        settings: those in force, one a layer.
+        stacklevel: of whom the warnings are for, as seen from here.
+    """
+    lost = [
+        layer.info.name
+        for layer in layers
+        if layer.weight is not None and not bool(layer.weight.weight.isfinite().all())
+    ]
+    if lost:
+        warnings.warn(
+            f"weights of {lost} are not finite: training has diverged, or a batch held NaN, which a "
+            "hard activation turns into its lowest level. finalize_ will refuse them",
+            stacklevel=stacklevel,
+        )
+    free = [
+        layer.info.name
+        for layer, setting in zip(layers, settings, strict=True)
+        if _is_freer(layer, setting)
+    ]
+    if free:
+        warnings.warn(
+            f"fewer weights of {free} are frozen than the settings in force say: load the model's "
+            "state with the scheduler's",
+            stacklevel=stacklevel,
+        )
+
+
+def _is_freer(layer: Layer, setting: Setting) -> bool:
+    """Whether fewer weights of a layer are frozen than its setting says."""
+    if layer.weight is None:
+        return False
+    membership = layer.weight.weight_quantizer.membership
+    return int(torch.count_nonzero(membership)) < round(setting.fraction * membership.numel())
