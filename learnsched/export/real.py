@@ -1,4 +1,4 @@
-"""The real operations of a graph in NumPy and float64, to hold real parts against PyTorch's."""
+"""The real operations of a graph in NumPy, to hold real parts against PyTorch's."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.nn import functional as F
 from learnsched.export import graph as g
 from learnsched.export.reference import convolved
 
-Reals = NDArray[np.float64]
+Reals = NDArray[np.float32]
 
 
 def _per_channel(numbers: NDArray[Any], x: Reals) -> Reals:
-    return numbers.astype(np.float64).reshape(-1, *[1] * (x.ndim - 2))
+    return numbers.astype(np.float32).reshape(-1, *[1] * (x.ndim - 2))
 
 
 def _product(node: g.RealProduct, x: NDArray[Any]) -> Reals:
-    y = convolved(x.astype(np.float64), node.weight.astype(np.float64), node.window, node.shape)
+    y = convolved(x.astype(np.float32), node.weight.astype(np.float32), node.window, node.shape)
     if node.scale is not None:
         y = y * _per_channel(node.scale, y)
     return y if node.bias is None else y + _per_channel(node.bias, y)
@@ -37,7 +37,7 @@ def _add(node: g.RealAdd, x: Reals, y: Reals) -> Reals:
 
 
 def _activation(node: g.RealActivation, x: Reals) -> Reals:
-    given = torch.from_numpy(np.asarray(x, np.float64))
+    given = torch.from_numpy(np.asarray(x, np.float32))
     result: Tensor = _ACTIVATIONS[node.operator](node, given)
     return result.numpy()
 
