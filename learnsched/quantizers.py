@@ -104,7 +104,8 @@ class _Quantizer(nn.Module):
             state_dict = {**state_dict, prefix + _EXTRA: self.get_extra_state()}
         bound = prefix + "lowest_scale"
         if bound in own and bound not in state_dict:  # or bounds of learned scales
-            state_dict = {**state_dict, bound: state_dict[prefix + "scale"] / _LARGEST_FALL}
+            scale = state_dict.get(prefix + "scale", own[prefix + "scale"])
+            state_dict = {**state_dict, bound: scale / _LARGEST_FALL}
         elif bound in state_dict and bound not in own:  # of a scale that is not learned here
             state_dict = {name: value for name, value in state_dict.items() if name != bound}
         super()._load_from_state_dict(
@@ -184,12 +185,11 @@ class WeightQuantizer(_Quantizer):
 
     def _rule_scale(self, weight: Tensor) -> Tensor:
         # Rules take the first dimension for the channels.
-        scale = self.rule(weight.transpose(0, self.channel_dim), self.levels)
-        if scale.dim() == 0:
-            return scale
-        # What broadcasts may have fewer dimensions: they are the last ones.
-        whole = scale.reshape((1,) * (weight.dim() - scale.dim()) + scale.shape)
-        return whole.transpose(0, self.channel_dim)
+        moved = self.channel_dim != 0
+        scale = self.rule(weight.transpose(0, self.channel_dim) if moved else weight, self.levels)
+        if 0 < scale.dim() < weight.dim():  # what broadcasts may lack the first ones
+            scale = scale.reshape((1,) * (weight.dim() - scale.dim()) + scale.shape)
+        return scale.transpose(0, self.channel_dim) if moved and scale.dim() else scale
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.shared is not None:

@@ -147,9 +147,8 @@ class LeastSquares:
     @torch.no_grad()
     def __call__(self, x: Tensor, levels: LevelSet) -> Tensor:
         dtype = x.dtype
-        x = x.detach().to(
-            torch.promote_types(dtype, torch.float32)
-        )  # half of it overflows in squares
+        # Squares overflow in half precision.
+        x = x.detach().to(torch.promote_types(dtype, torch.float32))
         dims = _reduced(x, self.per)
         widest = Maximum(self.per)(x, levels)
         best = widest
@@ -163,7 +162,8 @@ class LeastSquares:
                 scale, error = _refit(x, centre * factor, levels, dims)
                 best = torch.where(error < least, scale, best)
                 least = torch.minimum(least, error)
-        return best.to(dtype).clamp(min=_smallest(best.to(dtype)))
+        best = best.to(dtype)
+        return best.clamp(min=_smallest(best))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from learnsched.benchmarks import carried
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.benchmarks.environment import describe
@@ -104,31 +105,22 @@ def compared(
     Raises:
         KeyError: there is no record of a rival, or of the relaxed network, in the cell.
     """
-    from optuna.trial import FixedTrial
-
     task = full.task
-    tuned = {r["method"]: r for r in records if r["cell"] == full.tuned_on}
+    known = carried.in_cell(records, full.tuned_on)
     methods = {
         method.name: method for method in (*field.hand_coded(task.bits), field.upper_bound())
     }
-    found = [r for r in tuned.values() if r["role"] == HAND_CODED and r["method"] in methods]
+    found = [r for r in known.values() if r["role"] == HAND_CODED and r["method"] in methods]
     best = [
         max(found, key=score, default={"method": STRONGEST})["method"]
         for score in (lambda r: r["validation"], lambda r: np.mean(r["test"]))
     ]
-    carried = list(dict.fromkeys([*best, STRONGEST, field.upper_bound().name]))
-    missing = [name for name in carried if name not in tuned]
-    if missing:
-        raise KeyError(
-            f"no record of {', '.join(missing)} in {full.tuned_on}; make them with "
-            f"python -m learnsched.benchmarks.accuracy, or take figures/methods.jsonl"
-        )
+    names = list(dict.fromkeys([*best, STRONGEST, field.upper_bound().name]))
+    known = carried.in_cell(records, full.tuned_on, names)
     own = field.learned(learned)
     rows = [Row(own, None, task), Row(field.start_of(learned), None, task)]
-    for name in carried:
-        suggest = methods[name].suggest
-        policy = None if suggest is None else suggest(FixedTrial(tuned[name]["parameters"]))
-        rows.append(Row(methods[name], policy, task))
+    for name in names:
+        rows.append(Row(methods[name], carried.tuned(methods[name], known[name]), task))
     for share in SHORTER:
         short = replace(task, horizon=round(share * task.horizon))
         rows.append(Row(replace(own, name=f"{own.name}, {short.horizon} epochs"), None, short))
@@ -161,13 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
-    parser.add_argument(
-        "--known",
-        type=Path,
-        default=Path("figures/methods.jsonl"),
-        help="records of the accuracy benchmark",
-    )
+    carried.add_options(parser)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], help="which; all")
     parser.add_argument("--quick", action="store_true", help="a small network on digits instead")
     parser.add_argument("--seed", type=int, default=0, help="added to the tasks'")

@@ -24,6 +24,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import learnsched as ls
+from learnsched.benchmarks import carried
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.benchmarks.environment import describe
@@ -66,15 +67,13 @@ def compared(artefact: str, known: Path) -> dict[str, Policy | None]:
     Raises:
         KeyError: there is no record of a rival.
     """
-    from optuna.trial import FixedTrial
-
     learned = ls.load_pretrained(artefact)
     start = field.start_of(learned)
     rows: dict[str, Policy | None] = {"learned": learned, start.name: start.learned}
-    tuned = {r["method"]: r["parameters"] for r in read(known) if r["cell"] == TUNED_ON}
+    records = carried.in_cell(read(known), TUNED_ON, RIVALS)
     for method in field.hand_coded():
-        if method.name in RIVALS and method.suggest is not None:
-            rows[method.name] = method.suggest(FixedTrial(tuned[method.name]))
+        if method.name in RIVALS:
+            rows[method.name] = carried.tuned(method, records[method.name])
     return rows | {FLOAT: None}
 
 
@@ -157,13 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
-    parser.add_argument(
-        "--known",
-        type=Path,
-        default=Path("figures/methods.jsonl"),
-        help="records of the accuracy benchmark",
-    )
+    carried.add_options(parser)
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=[*PROBLEMS])
     parser.add_argument("--quick", action="store_true", help="regression in six epochs, two rates")
     parser.add_argument("--seed", type=int, default=0)

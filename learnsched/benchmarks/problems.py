@@ -6,7 +6,7 @@ more is better.
 
 from __future__ import annotations
 
-import pydoc_data.topics
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -95,7 +95,7 @@ def intersection_over_union(output: Tensor, target: Tensor) -> float:
     chosen = output.argmax(1)
     ratios = [
         float(((chosen == k) & (target == k)).sum() / ((chosen == k) | (target == k)).sum())
-        for k in target.unique().tolist() + [k for k in chosen.unique() if k not in target]
+        for k in torch.stack([target, chosen]).unique()
     ]
     return sum(ratios) / len(ratios)
 
@@ -194,10 +194,6 @@ class UNet(nn.Module):
 # A class from a sequence of patches, by attention.
 
 
-def _signals() -> tuple[Split, Split, Split]:
-    return _first_of("mnist1d")
-
-
 class Attention(nn.Module):
     """A pre-norm transformer over patches of four samples, whose feed-forward parts have ReLUs."""
 
@@ -238,7 +234,8 @@ _LENGTH = 48
 
 def _text() -> tuple[Split, Split, Split]:
     """Windows of the Python manual, as the interpreter's own help has it; splits do not overlap."""
-    topics = pydoc_data.topics.topics
+    from pydoc_data.topics import topics
+
     paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).lower().split("\n\n")
     # Topics quote one another: of what is said twice, once is enough.
     text = re.sub("[^a-z.,()']+", " ", " ".join(dict.fromkeys(paragraphs)))
@@ -288,7 +285,9 @@ PROBLEMS: Mapping[str, Problem] = {
     "segmentation, U-Net": Problem(
         "mean IoU", _scenes, UNet, F.cross_entropy, intersection_over_union
     ),
-    "signals, transformer": Problem("accuracy", _signals, Attention, F.cross_entropy, right),
+    "signals, transformer": Problem(
+        "accuracy", functools.partial(_first_of, "mnist1d"), Attention, F.cross_entropy, right
+    ),
     "text, causal convolutions": Problem(
         "accuracy", _text, CausalConvolution, F.cross_entropy, right
     ),

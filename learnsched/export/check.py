@@ -22,13 +22,17 @@ _ROUNDING = 2.0**-21
 _TOLERANCE = 1e-3
 # The share of codes that float32 may round otherwise.
 _FEW = 0.02
+_ROUNDED = (
+    "whose float32 sums round around a threshold, one way or the other with the size of the batch. Call "
+    "learnsched.export.align_(model, example_input) first: it moves thresholds away from the sums, and "
+    "changes no decision"
+)
 _UNSEEN = (
     "since the model does something that a trace does not show: it changes a tensor in place that is "
     "used again (write y = y + z, y = F.relu(y)), or a hook changes what a layer puts out"
 )
 
 
-@torch.no_grad()
 def pytorch_codes(model: nn.Module, graph: g.Graph, x: Tensor) -> dict[str, NDArray[np.int64]]:
     """The integers behind the outputs of the finalized model's quantizers, and of its output.
 
@@ -45,6 +49,14 @@ def pytorch_codes(model: nn.Module, graph: g.Graph, x: Tensor) -> dict[str, NDAr
     Raises:
         ExportError: an output is no level of its quantizer.
     """
+    return _run(model, graph, x)[0]
+
+
+@torch.no_grad()
+def _run(
+    model: nn.Module, graph: g.Graph, x: Tensor
+) -> tuple[dict[str, NDArray[np.int64]], NDArray[np.float32]]:
+    """As :func:`pytorch_codes`, and the model's output."""
     found: dict[str, NDArray[np.int64]] = {}
     model = copy.deepcopy(model).cpu().eval()
 
@@ -69,7 +81,7 @@ def pytorch_codes(model: nn.Module, graph: g.Graph, x: Tensor) -> dict[str, NDAr
         codes = np.rint(real / np.where(scale == 0, 1, scale)).astype(np.int64)
         silent = np.abs(scale) <= _ROUNDING * np.maximum(np.abs(real), np.abs(real - y.numpy()))
         found[output.name] = np.ma.masked_array(codes, silent) if silent.any() else codes
-    return found
+    return found, y.numpy()
 
 
 def check(
@@ -86,15 +98,9 @@ def check(
         wrong = int(np.ma.filled(expected[node.name] != found[node.name], False).sum())
         if wrong:
             size = expected[node.name].size
-            rounding = (
-                "whose float32 sums round around a threshold, one way or the other with the size of the "
-                "batch. Call learnsched.export.align_(model, example_input) first: it moves thresholds "
-                "away from the sums, and changes no decision"
-            )
-            few = wrong <= max(2, _FEW * size)
+            why = _ROUNDED if wrong <= max(2, _FEW * size) else _UNSEEN
             raise ExportError(
-                f"{node.name}: {wrong} of {size} codes of {what} differ from PyTorch's, "
-                f"{rounding if few else _UNSEEN}"
+                f"{node.name}: {wrong} of {size} codes of {what} differ from PyTorch's, {why}"
             )
 
 
@@ -107,7 +113,7 @@ def prove(model: nn.Module, graph: g.Graph, x: Tensor) -> None:
     Raises:
         ExportError: codes or outputs differ; the message names the first layer that does.
     """
-    expected = pytorch_codes(model, graph, x)
+    expected, own = _run(model, graph, x)
     known = {graph.nodes[0].name: x.detach().cpu().numpy()}
     for node in graph:
         if isinstance(node, g.Quantize) and not _reads_input(graph, node) and node.name in expected:
@@ -117,8 +123,6 @@ def prove(model: nn.Module, graph: g.Graph, x: Tensor) -> None:
     if isinstance(output, g.Decode):
         found[output.name] = found[output.inputs[0]]
     check(graph, expected, found, "the example")
-    with torch.no_grad():
-        own = copy.deepcopy(model).cpu().eval()(x.cpu()).numpy()
     if not np.allclose(y, own, rtol=0, atol=_TOLERANCE * float(np.abs(own).max(initial=0.0))):
         raise ExportError(
             f"{output.name}: the exported network's outputs differ from PyTorch's, {_UNSEEN}"

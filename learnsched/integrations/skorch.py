@@ -52,7 +52,7 @@ class QuantizationCallback(Callback):
                 fine_tuning=self.fine_tuning,
                 seed=self.seed,
             )
-        elif self.optimizer_ is not net.optimizer_:  # as after net.set_params(lr=...)
+        elif self.optimizer_ is not net.optimizer_:  # as after net.initialize_optimizer()
             self.scheduler_.watch(net.optimizer_)
         self.module_, self.optimizer_ = net.module_, net.optimizer_
         net.quantization_ = self.scheduler_

@@ -1,0 +1,54 @@
+"""Hand-coded methods as the accuracy benchmark's search left them, for comparisons elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from learnsched.benchmarks.methods import Method
+from learnsched.schedule import Policy
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """``--artefact``, the learned schedule, and ``--known``, the records of its rivals."""
+    parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
+    parser.add_argument(
+        "--known",
+        type=Path,
+        default=Path("figures/methods.jsonl"),
+        help="records of the accuracy benchmark",
+    )
+
+
+def in_cell(
+    records: Iterable[Mapping[str, Any]], cell: str, names: Sequence[str] = ()
+) -> dict[str, Mapping[str, Any]]:
+    """The records of a cell, by method.
+
+    Args:
+        records: of the accuracy benchmark.
+        cell: its name.
+        names: of methods that must be there.
+
+    Raises:
+        KeyError: one of them is not.
+    """
+    found = {record["method"]: record for record in records if record["cell"] == cell}
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise KeyError(
+            f"no record of {', '.join(missing)} in {cell}; make them with "
+            f"python -m learnsched.benchmarks.accuracy, or take figures/methods.jsonl"
+        )
+    return found
+
+
+def tuned(method: Method, record: Mapping[str, Any]) -> Policy | None:
+    """The policy with the parameters of a record; None where the method has nothing to search."""
+    from optuna.trial import FixedTrial
+
+    if method.suggest is None:
+        return None
+    return method.suggest(FixedTrial(record["parameters"]))
