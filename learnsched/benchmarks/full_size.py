@@ -106,11 +106,11 @@ def compared(
         KeyError: there is no record of a rival, or of the relaxed network, in the cell.
     """
     task = full.task
-    known = carried.in_cell(records, full.tuned_on)
     methods = {
         method.name: method for method in (*field.hand_coded(task.bits), field.upper_bound())
     }
-    found = [r for r in known.values() if r["role"] == HAND_CODED and r["method"] in methods]
+    there = carried.in_cell(records, full.tuned_on).values()
+    found = [r for r in there if r["role"] == HAND_CODED and r["method"] in methods]
     best = [
         max(found, key=score, default={"method": STRONGEST})["method"]
         for score in (lambda r: r["validation"], lambda r: np.mean(r["test"]))
