@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from learnsched import policies
 from learnsched.activation_calls import activations_to_modules_
 from learnsched.annealed import annealed_quantize, level_probabilities
+from learnsched.attention import attention_to_linears_
 from learnsched.calibration import calibrate_
 from learnsched.choose import LayerConfig
 from learnsched.conversion_report import report
@@ -66,6 +67,7 @@ __all__ = [
     "Telemetry",
     "activations_to_modules_",
     "annealed_quantize",
+    "attention_to_linears_",
     "binary",
     "calibrate_",
     "export_onnx",

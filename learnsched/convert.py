@@ -49,7 +49,7 @@ def quantize_(
 
     Parameters stay the same objects with the same values and names, so an optimizer made before, and
     checkpoints of the float model, stay valid. Activations that follow a weight belong to its layer.
-    Convolutions may be grouped, depthwise or transposed, in one or two dimensions. Modules that share
+    Convolutions may be grouped, depthwise or transposed, in one to three dimensions. Modules that share
     a weight are one layer. Two or three signed levels, as of ``binary()``, take the place of a ReLU;
     larger signed level sets quantize what it puts out.
 
@@ -220,7 +220,19 @@ def _notes(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[str]:
             f"{hooked} have hooks, which stay with the modules that are replaced; register them after "
             "quantize_"
         )
-    named = [(f"{n} ({type(module).__name__})", module) for n, module in model.named_modules()]
+    attention = {n: m for n, m in model.named_modules() if type(m) is nn.MultiheadAttention}
+    asked = any(type(modules[name]) in QUANTIZED_TYPES for name in chosen)
+    if asked and attention:
+        yield (
+            f"{[*attention]} stay real: they are nn.MultiheadAttention, whose projections are bare "
+            "parameters; call learnsched.attention_to_linears_(model) first"
+        )
+    told = {module.out_proj for module in attention.values()}
+    named = [
+        (f"{name} ({type(module).__name__})", module)
+        for name, module in model.named_modules()
+        if module not in told
+    ]
     if foreign := [
         n for n, module in named if isinstance(module, KNOWN) and type(module) not in KNOWN
     ]:
@@ -228,7 +240,6 @@ def _notes(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[str]:
             f"{foreign} stay real: what a subclass computes with its weight is not known (a "
             "parametrization makes one, too)"
         )
-    asked = any(type(modules[name]) in QUANTIZED_TYPES for name in chosen)
     if asked and (real := [n for n, m in named if isinstance(m, REAL) or _has_a_matrix(m)]):
         yield f"{real} stay real: of such layers no quantized kind is known"
 

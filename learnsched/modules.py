@@ -69,6 +69,13 @@ class QuantizedConv2d(_OwnsQuantizer, nn.Conv2d):
         return self._conv_forward(input, self.weight_quantizer(self.weight), self.bias)
 
 
+class QuantizedConv3d(_OwnsQuantizer, nn.Conv3d):
+    """A 3-d convolution that computes with its quantized weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight_quantizer(self.weight), self.bias)
+
+
 class QuantizedConvTranspose1d(_OwnsQuantizer, nn.ConvTranspose1d):
     """A 1-d transposed convolution that computes with its quantized weight."""
 
@@ -83,23 +90,34 @@ class QuantizedConvTranspose2d(_OwnsQuantizer, nn.ConvTranspose2d):
         return _conv_transpose(self, F.conv_transpose2d, input, output_size)
 
 
+class QuantizedConvTranspose3d(_OwnsQuantizer, nn.ConvTranspose3d):
+    """A 3-d transposed convolution that computes with its quantized weight."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return _conv_transpose(self, F.conv_transpose3d, input, output_size)
+
+
 QuantizedLayer = (
     QuantizedLinear
     | QuantizedConv1d
     | QuantizedConv2d
+    | QuantizedConv3d
     | QuantizedConvTranspose1d
     | QuantizedConvTranspose2d
+    | QuantizedConvTranspose3d
 )
 
 QUANTIZED_TYPES: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: QuantizedLinear,
     nn.Conv1d: QuantizedConv1d,
     nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
     nn.ConvTranspose1d: QuantizedConvTranspose1d,
     nn.ConvTranspose2d: QuantizedConvTranspose2d,
+    nn.ConvTranspose3d: QuantizedConvTranspose3d,
 }
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 QUANTIZED_LAYERS = tuple(QUANTIZED_TYPES.values())
 
 # A staircase contains the clipping of these; the others are computed ahead of it.
@@ -112,7 +130,7 @@ ACTIVATIONS = CLIPPING + _SMOOTH
 # all that quantize_ can turn into something else
 KNOWN = (*QUANTIZED_TYPES, *ACTIVATIONS)
 # Layers with weights that a product is formed with, and that stay as they are.
-REAL = (nn.Conv3d, nn.ConvTranspose3d, nn.Bilinear)
+REAL = (nn.Bilinear,)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -120,7 +138,7 @@ def stays_real(module: nn.Module) -> bool:
     """Whether it is a layer with weights of no quantized kind: another layer, or a subclass of one.
 
     Example:
-        >>> [stays_real(m) for m in (nn.Linear(2, 2), nn.Conv3d(1, 1, 1), nn.ReLU())]
+        >>> [stays_real(m) for m in (nn.Linear(2, 2), nn.Bilinear(2, 2, 2), nn.ReLU())]
         [False, True, False]
     """
     layers = (*QUANTIZED_TYPES, *REAL)

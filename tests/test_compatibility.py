@@ -561,6 +561,8 @@ LAYERS = {
     "transposed, grouped": lambda: nn.ConvTranspose2d(4, 6, 3, padding=1, groups=2),
     "transposed, strided": lambda: nn.ConvTranspose2d(4, 6, 2, 2, output_padding=1, dilation=2),
     "transposed, depthwise": lambda: nn.ConvTranspose2d(4, 4, 3, groups=4),
+    "of volumes": lambda: nn.Conv3d(4, 6, 3, padding=1, stride=2, groups=2),
+    "transposed, of volumes": lambda: nn.ConvTranspose3d(4, 6, 3, 2, output_padding=1, groups=2),
 }
 
 
@@ -571,7 +573,7 @@ def test_every_kind_of_convolution_computes_with_its_level_weights(make, weight)
     layer = make()
     plain = copy.deepcopy(layer)
     ls.quantize_(layer, weight)
-    x = torch.randn(2, 4, 5, 5)
+    x = torch.randn(2, 4, *(5 for _ in layer.kernel_size))
     with torch.no_grad():
         scale = layer.weight_quantizer.scale(layer.weight)
         levels = weight.quantize(layer.weight / scale)

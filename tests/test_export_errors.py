@@ -171,6 +171,20 @@ def test_attention(tmp_path):
 
     net = ls.finalize_(ls.quantize_(Attention(), ls.ternary()))
     refused(net, r"mix: MultiheadAttention .* export the layers around it apart", tmp_path=tmp_path)
+    net = ls.finalize_(ls.quantize_(ls.attention_to_linears_(Attention()), ls.ternary()))
+    refused(net, r"mix: ProjectedAttention .* export the layers around it apart", tmp_path=tmp_path)
+
+
+def test_volumes(tmp_path):
+    net = nn.Sequential(
+        QuantizedInput(0.04),
+        nn.Unflatten(1, (1, 1)),
+        nn.Conv3d(1, 2, 1),
+        nn.Flatten(),
+        nn.Linear(128, 3),
+    )
+    ls.finalize_(ls.quantize_(net, ls.ternary()))
+    refused(net, r"^2: (Quantized)?Conv3d has no integer counterpart", tmp_path=tmp_path)
 
 
 def test_linear_layers_along_the_last_of_several_dimensions(tmp_path):

@@ -17,7 +17,7 @@ from learnsched.modules import QUANTIZED_LAYERS, TRANSPOSED
 from learnsched.quantizers import ActivationQuantizer
 
 QUANTIZERS = (ActivationQuantizer, QuantizedInput)
-PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, *TRANSPOSED)
+PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 FOLDED_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)
 MEAN_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
@@ -88,14 +88,15 @@ _ADVICE: Mapping[str, str] = {
     "Softmax": _LARGEST, "LogSoftmax": _LARGEST, "softmax": _LARGEST, "log_softmax": _LARGEST,
     "add": _FACTOR, "sub": _FACTOR, "mul": _FACTOR, "truediv": _FACTOR, "div": _FACTOR,
     "getitem": _PARTS, "chunk": _PARTS, "split": _PARTS,
-    "MultiheadAttention": _ATTENTION, "matmul": _ATTENTION, "bmm": _ATTENTION,
+    "MultiheadAttention": _ATTENTION, "ProjectedAttention": _ATTENTION,
+    "matmul": _ATTENTION, "bmm": _ATTENTION,
     "scaled_dot_product_attention": _ATTENTION,
 }  # fmt: skip
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = isinstance(m, (*QUANTIZED_LAYERS, *QUANTIZERS))
+        own = isinstance(m, (*QUANTIZED_LAYERS, *QUANTIZERS, nn.MultiheadAttention))
         return own or super().is_leaf_module(m, module_qualified_name)
 
 
