@@ -47,15 +47,12 @@ from learnsched.benchmarks.records import (
     unpack,
     write_record,
 )
-from learnsched.benchmarks.search import Budget, search
+from learnsched.benchmarks.search import Budget, Train, search
 from learnsched.benchmarks.spaces import Trial
-from learnsched.data import DataSet, Split
+from learnsched.data import DataSet
 from learnsched.meta.tasks import BITS, Task
 from learnsched.policies import BaseCurve, BaseCurves, LearnedPolicy
 from learnsched.schedule import LayerInfo, RunInfo
-
-# (task, data, learning rates, policies, seeds of each, split) to accuracies (rates, seeds).
-Train = Callable[[Task, DataSet, Sequence[float], Sequence[Any], int, Split], torch.Tensor]
 
 # Horizons, as shares of the cell's, at which learned schedules run too: what they need to match.
 SHORTER = (0.25, 0.5, 0.75)
@@ -110,7 +107,7 @@ def entries(task: Task, policy: LearnedPolicy | None, name: str = "learned") -> 
 def _entry(
     method: Method, role: str, *, version: str = "", shorter: tuple[float, ...] = ()
 ) -> Entry:
-    train = cast(Train, functools.partial(held_out.train, method))
+    train = held_out.trained(method)
     return Entry(method.name, role, train, method.suggest, method.source, version, shorter)
 
 

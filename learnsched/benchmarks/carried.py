@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from learnsched.benchmarks.methods import Method
-from learnsched.schedule import Policy
+from learnsched.benchmarks.spaces import Trial
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -45,10 +44,8 @@ def in_cell(
     return found
 
 
-def tuned(method: Method, record: Mapping[str, Any]) -> Policy | None:
-    """The policy with the parameters of a record; None where the method has nothing to search."""
+def tuned(suggest: Callable[[Trial], Any] | None, record: Mapping[str, Any]) -> Any:
+    """The policy with the parameters of a record; None where a method has nothing to search."""
     from optuna.trial import FixedTrial
 
-    if method.suggest is None:
-        return None
-    return method.suggest(FixedTrial(record["parameters"]))
+    return None if suggest is None else suggest(FixedTrial(record["parameters"]))

@@ -1,11 +1,13 @@
 """Does it hold where networks are trained in earnest? All of Fashion-MNIST, ten times the steps seen.
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.full_size [--tasks NAME …]
-        [--artefact default] [--known PATH] [--quick] [--seed N] [--json PATH]
+        [--artefact default] [--known PATH] [--peers] [--quick] [--seed N] [--json PATH]
 
 Networks on all 55,000 training images, 3,440 steps. Hand-coded methods come with what a search found
 for them on 4,000 of those images (the accuracy benchmark's records), the learned schedule as it is, and
-again in fewer epochs; the learning rate alone is chosen anew, on validation data.
+again in fewer epochs; the learning rate alone is chosen anew, on validation data. With ``--peers``
+public packages come, too, as they were tuned there, in the environment of
+:mod:`learnsched.benchmarks.peers`.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ from learnsched.benchmarks import carried
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.held_out import trained
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.rate_choice import measure
 from learnsched.benchmarks.records import HAND_CODED, read
-from learnsched.benchmarks.search import Budget
+from learnsched.benchmarks.search import Budget, Train
 from learnsched.intervals import interval
 from learnsched.meta import distribution
 from learnsched.meta.tasks import Task, task_of
 from learnsched.policies import LearnedPolicy
-from learnsched.schedule import Policy
 from learnsched.tables import markdown
 
 
@@ -82,11 +84,16 @@ _BUDGET = Budget(rounds=1, trials=len(RATES), trial_runs=1, runs=3)
 
 @dataclass(frozen=True)
 class Row:
-    """What is trained: a method, its policy, and the task with the epochs that it gets."""
+    """What is trained: a method by name, how, its policy, the task with the epochs that it gets."""
 
-    method: Method
-    policy: Policy | None
+    name: str
+    train: Train
+    policy: Any
     task: Task
+
+
+def _row(method: Method, policy: Any, task: Task) -> Row:
+    return Row(method.name, trained(method), policy, task)
 
 
 def compared(
@@ -118,13 +125,27 @@ def compared(
     names = list(dict.fromkeys([*best, STRONGEST, field.upper_bound().name]))
     known = carried.in_cell(records, full.tuned_on, names)
     own = field.learned(learned)
-    rows = [Row(own, None, task), Row(field.start_of(learned), None, task)]
+    rows = [_row(own, None, task), _row(field.start_of(learned), None, task)]
     for name in names:
-        rows.append(Row(methods[name], carried.tuned(methods[name], known[name]), task))
+        rows.append(_row(methods[name], carried.tuned(methods[name].suggest, known[name]), task))
     for share in SHORTER:
         short = replace(task, horizon=round(share * task.horizon))
-        rows.append(Row(replace(own, name=f"{own.name}, {short.horizon} epochs"), None, short))
+        rows.append(_row(replace(own, name=f"{own.name}, {short.horizon} epochs"), None, short))
     return rows
+
+
+def public(full: FullSize, records: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Peers as they were tuned in the task's cell.
+
+    Raises:
+        KeyError: there is no record of one in the cell.
+        ModuleNotFoundError: a peer is not installed in this environment.
+    """
+    from learnsched.benchmarks import peers
+
+    found = peers.entries(full.task.bits)
+    known = carried.in_cell(records, full.tuned_on, [entry.name for entry in found])
+    return [Row(e.name, e.train, carried.tuned(e.suggest, known[e.name]), full.task) for e in found]
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
@@ -155,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     carried.add_options(parser)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], help="which; all")
+    parser.add_argument("--peers", action="store_true", help="torchao's PARQ and Brevitas, too")
     parser.add_argument("--quick", action="store_true", help="a small network on digits instead")
     parser.add_argument("--seed", type=int, default=0, help="added to the tasks'")
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
@@ -162,15 +184,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = {"quick": QUICK} if options.quick else {name: TASKS[name] for name in options.tasks}
     learned, tuned = load_pretrained(options.artefact), read(options.known)
     jobs = {
-        (name, row.method.name): (name, row)
+        (name, row.name): (name, row)
         for name, full in chosen.items()
-        for row in compared(learned, full, tuned)
+        for row in [
+            *compared(learned, full, tuned),
+            *(public(full, tuned) if options.peers else ()),
+        ]
     }
 
     def work(job: tuple[str, Row]) -> list[dict[str, Any]]:
         name, row = job
         task = replace(row.task, seed=row.task.seed + options.seed)
-        made = measure(task, row.method, row.policy, RATES, _BUDGET)
+        made = measure(task, row.name, row.train, row.policy, RATES, _BUDGET)
         return [{"task": name} | made | {"commit": describe()["commit"]}]
 
     def progress(record: dict[str, Any]) -> None:

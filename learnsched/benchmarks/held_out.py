@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -25,7 +25,7 @@ from learnsched.benchmarks.campaign import completed, one_of_the_ranks
 from learnsched.benchmarks.comparison import table
 from learnsched.benchmarks.environment import describe, stored_records, write_results
 from learnsched.benchmarks.methods import Method
-from learnsched.benchmarks.search import Budget, Found, search
+from learnsched.benchmarks.search import Budget, Found, Train, search
 from learnsched.data import DataSet, load
 from learnsched.meta import distribution
 from learnsched.meta.rollout import run_forward
@@ -101,6 +101,11 @@ def train(
         )
         accuracy = inner.accuracy(states[-1], table[-1], split.x, split.y)
     return accuracy.view(len(rates), runs)
+
+
+def trained(method: Method) -> Train:
+    """:func:`train` of a method."""
+    return cast(Train, functools.partial(train, method))
 
 
 def compare(

@@ -73,7 +73,7 @@ def compared(artefact: str, known: Path) -> dict[str, Policy | None]:
     records = carried.in_cell(read(known), TUNED_ON, RIVALS)
     for method in field.hand_coded():
         if method.name in RIVALS:
-            rows[method.name] = carried.tuned(method, records[method.name])
+            rows[method.name] = carried.tuned(method.suggest, records[method.name])
     return rows | {FLOAT: None}
 
 

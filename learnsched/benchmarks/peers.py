@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from learnsched.benchmarks import plain, spaces
-from learnsched.benchmarks.accuracy import Entry, Train, execute, parser
+from learnsched.benchmarks.accuracy import Entry, execute, parser
 from learnsched.benchmarks.records import PEER
+from learnsched.benchmarks.search import Train
 from learnsched.benchmarks.spaces import Trial
 from learnsched.convert import quantize_
 from learnsched.meta.tasks import BITS, Task

@@ -13,30 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnsched.benchmarks.held_out import train
-from learnsched.benchmarks.methods import Method
-from learnsched.benchmarks.search import Budget
+from learnsched.benchmarks.search import Budget, Train
 from learnsched.data import load
 from learnsched.meta.tasks import Task
-from learnsched.schedule import Policy
 
 # Rates are searched from here to 25 times as much.
 _LOWEST_RATE = {"adam": 2e-3, "adamw": 2e-3, "momentum": 2e-2, "sgd": 1e-1}
 
 
 def measure(
-    task: Task, method: Method, policy: Policy | None, rates: Sequence[float], budget: Budget
+    task: Task, name: str, train: Train, policy: Any, rates: Sequence[float], budget: Budget
 ) -> dict[str, Any]:
     """Validation accuracy of every learning rate, and test accuracy of fresh seeds at the best."""
     data = load(task.data)
-    validation = train(
-        method, task, data, rates, [policy] * len(rates), budget.trial_runs, data.validation
-    ).mean(1)
+    policies, runs = [policy] * len(rates), budget.trial_runs
+    validation = train(task, data, rates, policies, runs, data.validation).mean(1)
     rate = rates[int(smoothed(validation).argmax())]
     final = replace(task, seed=task.seed + 1)
-    test = train(method, final, data, [rate], [policy], budget.runs, data.test)
+    test = train(final, data, [rate], [policy], budget.runs, data.test)
     return {
-        "method": method.name,
+        "method": name,
         "cell": task.name,
         "rates": list(rates),
         "validation": validation.tolist(),

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
-from learnsched.benchmarks.held_out import HELD_OUT
+from learnsched.benchmarks.held_out import HELD_OUT, trained
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.rate_choice import measure, rates_of
 from learnsched.benchmarks.search import Budget
@@ -161,7 +161,9 @@ def records_of(
         (Method("made for the task", alone.noise, alone.partition), alone),
     )
     rates = rates_of(task, budget.trials)
-    records = [measure(task, method, table, rates, budget) for method, table in rows]
+    records = [
+        measure(task, method.name, trained(method), table, rates, budget) for method, table in rows
+    ]
     records[-1]["schedule"] = {output: schedule[output].tolist() for output in FIELDS}
     return records
 

@@ -8,6 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from learnsched.data import DataSet, Split
+from learnsched.meta.tasks import Task
+
+# (task, data, learning rates, policies, seeds of each, split) to accuracies (rates, seeds).
+Train = Callable[[Task, DataSet, Sequence[float], Sequence[Any], int, Split], Tensor]
+
 LEARNING_RATES = (2e-3, 5e-2)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import completed, one_of_the_ranks
 from learnsched.benchmarks.environment import stored_records, write_results
-from learnsched.benchmarks.held_out import tune
+from learnsched.benchmarks.held_out import trained, tune
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.rate_choice import measure, rates_of
 from learnsched.benchmarks.search import Budget
@@ -141,7 +141,9 @@ def transfer(
     }
 
     def work(job: tuple[Task, Method, Policy | None]) -> list[dict[str, Any]]:
-        return [measure(*job, rates_of(job[0], budget.trials), budget)]
+        task, method, policy = job
+        rates = rates_of(task, budget.trials)
+        return [measure(task, method.name, trained(method), policy, rates, budget)]
 
     return completed(
         done,
