@@ -18,6 +18,7 @@ from learnsched.benchmarks.accuracy import entries, main, matching, measure
 from learnsched.benchmarks.cells import GRIDS, Cell
 from learnsched.benchmarks.records import LEARNED, START, claim, read, unpack
 from learnsched.benchmarks.search import Budget, search
+from learnsched.data import DataSet, Split
 from learnsched.meta.population import Population
 from learnsched.meta.presets import PRESETS
 from learnsched.policies import BaseCurve, BaseCurves, Case, LearnedPolicy, MetaNetwork
@@ -183,11 +184,11 @@ def test_test_data_do_not_decide(tmp_path):
     """The same choice is made whatever the test labels are."""
     [entry] = matching(entries(CELL.task, None), ["straight-through"])
     data = CELL.data()
-    other = accuracy.DataSet(
+    other = DataSet(
         data.name,
         data.train,
         data.validation,
-        accuracy.Split(data.test.x, data.test.y.flip(0)),
+        Split(data.test.x, data.test.y.flip(0)),
         data.classes,
     )
     first, second = (measure(CELL, entry, d, QUICK.budget, seed=0) for d in (data, other))
