@@ -17,9 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from learnsched import kernels, operators, staircase
 from learnsched.choices import check_choice
-from learnsched.levels import LevelSet, inside_transform, recorded_for_onnx
+from learnsched.levels import LevelSet
 from learnsched.noise import NoiseShape, noise_shape
 from learnsched.staircase import NARROWEST, Level
+from learnsched.tracing import can_look, inside_transform, recorded_for_onnx
 
 MODES = ("expectation", "mode", "random")
 
@@ -225,7 +226,7 @@ class _AnnealedQuantize(_Elementwise):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         u = wide if scale is None else wide / scale
         if mode == "random":
-            narrow = forward_std if isinstance(forward_std, Tensor) else torch.tensor(forward_std)
+            narrow = torch.as_tensor(forward_std, device=x.device)
             std = torch.where(narrow > NARROWEST, narrow, 0.0)
             value = levels.quantize(u + forward_mean + std * noise.sample(u, generator))
         else:
@@ -378,8 +379,7 @@ def _check_types(x: Any, levels: Any) -> None:
 
 def _check_std(std: Level, name: str) -> None:
     if isinstance(std, Tensor):
-        # Values inside a transform, a compiled graph or a device cannot be read without a price.
-        if std.device.type != "cpu" or torch.compiler.is_compiling() or inside_transform(std):
+        if not can_look(std):
             return
         wrong = not bool(((std >= 0) & (std < math.inf)).all())
     else:

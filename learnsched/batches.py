@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from learnsched.modules import BATCH_NORMS
@@ -46,7 +47,11 @@ def put_back_on_failure(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def run_with_batch_statistics(model: nn.Module, batches: Iterable[Any], run: Forward) -> None:
-    """Run the batches; batch norms use theirs, all else, dropout too, stays as in evaluation."""
+    """Run the batches; batch norms use theirs, all else, dropout too, stays as in evaluation.
+
+    Compiled models run as they are written: their graphs would be made anew for this, and may not be
+    able to look at values.
+    """
     flags = {module: module.training for module in model.modules()}
     model.eval()
     for module in model.modules():
@@ -55,7 +60,8 @@ def run_with_batch_statistics(model: nn.Module, batches: Iterable[Any], run: For
     try:
         for batch in batches:
             try:
-                run(model, batch)
+                with torch.compiler.set_stance("force_eager"):
+                    run(model, batch)
             except ValueError as error:
                 if "more than 1 value per channel" in str(error):
                     raise ValueError(

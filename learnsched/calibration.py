@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from learnsched.batches import (
 from learnsched.layers import quantized_layers
 from learnsched.quantizers import ActivationQuantizer
 
+# What a rule is fitted to: least squares goes over it a hundred times.
+_LARGEST_SAMPLE = 2**18
+
 
 @torch.no_grad()
 def calibrate_(
@@ -31,7 +34,8 @@ def calibrate_(
 
     Each activation is fitted to what the layers before it, already calibrated, put out: one pass,
     and the mean over batches. Batch norms use the statistics of each batch, and keep their own. An
-    activation that is 0 throughout keeps its scale, with a warning. In training from random weights
+    activation that is 0 throughout keeps its scale, with a warning. Of more than 2^18 values of a batch
+    as many are drawn, always the same. In training from random weights
     activations grow: let their scales be learned from there (:func:`learnsched.learn_scales_`).
 
     Args:
@@ -59,7 +63,7 @@ def calibrate_(
     batches = checked(batches, model, run)
     statistics = keep(b for module in batch_norms(model) for b in module.buffers())
     hooks = {a: _Fit() for a in activations}
-    handles = [a.register_forward_pre_hook(hook) for a, hook in hooks.items()]
+    handles = [a.register_forward_pre_hook(hook, with_kwargs=True) for a, hook in hooks.items()]
     try:
         with put_back_on_failure(a.scale for a in activations):
             run_with_batch_statistics(model, batches, run)
@@ -91,10 +95,12 @@ class _Fit:
         self.seen = 0
         self.fitted: list[Tensor] = []
 
-    def __call__(self, module: ActivationQuantizer, inputs: tuple[Tensor, ...]) -> None:
+    def __call__(
+        self, module: ActivationQuantizer, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]
+    ) -> None:
         self.seen += 1
         # The forward pass comes after this, and must find its input as it is.
-        x = module.ahead(inputs[0].clone())
+        x = module.ahead((inputs[0] if inputs else named["input"]).clone())
         if not bool(x.isfinite().all()):
             raise ValueError(
                 f"an activation after {module.layer_name} is not finite, so no scale fits it; look "
@@ -106,6 +112,16 @@ class _Fit:
         x = x.clamp(-module.ceiling, module.ceiling)
         if bool(x.any()):
             # One row: the rules take rows for channels, and an activation has one scale.
-            scale = module.rule(x.flatten(), module.levels).mean()
+            scale = module.rule(_sample(x.flatten()), module.levels).mean()
             self.fitted.append(scale.clamp(max=module.largest_scale))
             module.scale.copy_(torch.stack(self.fitted).mean())
+
+
+def _sample(x: Tensor) -> Tensor:
+    """Of a long row, values drawn at random, with a seed of their own; a stride would favour columns."""
+    if len(x) <= _LARGEST_SAMPLE:
+        return x
+    drawn = torch.randint(
+        len(x), (_LARGEST_SAMPLE,), generator=torch.Generator("cpu").manual_seed(0), device="cpu"
+    )
+    return x[drawn.to(x.device)]

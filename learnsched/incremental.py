@@ -77,20 +77,29 @@ def hard_membership(order: Tensor, frozen: Tensor, fraction: float, *, redraw: b
     """
     check_fraction(fraction)
     count = round(fraction * order.numel())
-    if redraw:
-        ranked = order.flatten()
-    else:
-        already = int(torch.count_nonzero(frozen))
-        if count < already:
-            raise ValueError(
-                f"the fraction may not decrease: {already} of {order.numel()} weights are frozen, "
-                f"{fraction} would leave {count}"
-            )
-        ranked = torch.where(frozen > 0, math.inf, order).flatten()
-    taken = ranked.argsort(descending=True, stable=True)[:count]
-    result = torch.zeros_like(order).flatten()
-    result[taken] = 1.0
-    return result.view_as(order)
+    kept = torch.zeros_like(order, dtype=torch.bool) if redraw else frozen > 0
+    more = count - int(torch.count_nonzero(kept))
+    if more < 0:
+        raise ValueError(
+            f"the fraction may not decrease: {count - more} of {order.numel()} weights are frozen, "
+            f"{fraction} would leave {count}"
+        )
+    return (kept | _first(order, ~kept, more)).to(order.dtype)
+
+
+def _first(order: Tensor, free: Tensor, count: int) -> Tensor:
+    """The ``count`` free entries of highest priority, the earlier ones of equals; others are False.
+
+    A selection, not a sort, and neither where none or all are wanted: layers are large, epochs many.
+    """
+    priorities = order[free].nan_to_num(math.inf, math.inf, -math.inf)
+    if count in (0, len(priorities)):
+        return free if count else torch.zeros_like(free)
+    least = priorities.kthvalue(len(priorities) - count + 1).values
+    above = priorities > least
+    equal = priorities == least
+    chosen = above | (equal & (equal.cumsum(0) <= count - above.sum()))
+    return torch.zeros_like(free).masked_scatter(free, chosen)
 
 
 def soft_membership(order: Tensor, frozen: Tensor, fraction: Tensor, width: float = 0.05) -> Tensor:

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from learnsched import native, native_call, staircase
-from learnsched.levels import LevelSet, inside_transform, recorded_for_onnx
+from learnsched.levels import LevelSet
 from learnsched.noise import NoiseShape
 from learnsched.staircase import Level
+from learnsched.tracing import inside_transform, recorded_for_onnx
 
 if TYPE_CHECKING:
     from learnsched import triton_kernels

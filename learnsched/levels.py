@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from learnsched.tracing import inside_transform, recorded_for_onnx
+
 # Up to this many thresholds a chain of comparisons is faster than a binary search.
 _COMPARISONS = 16
 # Of x / scale * scale, with room to spare, relative to the largest level.
@@ -217,24 +219,6 @@ def power_of_two(bits: int, max_abs: float = 1.0) -> LevelSet:
     magnitudes = [2.0**n for n in range(n2, n1 + 1)]
     values = (*(-m for m in reversed(magnitudes)), 0.0, *magnitudes)
     return LevelSet(values, name=f"power_of_two{bits}")
-
-
-def inside_transform(x: Tensor) -> bool:
-    """Whether ``x`` stands for something else inside ``vmap`` or ``grad`` of :mod:`torch.func`."""
-    # A compiled graph has been through its transforms already, and cannot trace the question.
-    if torch.compiler.is_compiling():
-        return False
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
-
-
-def recorded_for_onnx() -> bool:
-    """Whether ``torch.onnx.export(..., dynamo=False)`` records the operations.
-
-    It sees operations of torch, not what else fills a tensor.
-    """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:
-        return False
-    return torch.onnx.is_in_onnx_export()
 
 
 def _at_least(x: Tensor, threshold: float) -> Tensor:

@@ -132,7 +132,8 @@ def _like(grad: Tensor, x: Tensor) -> Tensor:
 def _staircase(levels: LevelSet, noise: str) -> tuple[int, _Staircase, tuple[Tensor, ...]]:
     """The address of a level set as the kernels want it, and what must stay alive with it."""
     numbers = (levels.thresholds, levels.gaps, levels.values)
-    arrays = tuple(torch.tensor(n, dtype=torch.float32) for n in numbers)
+    # Whatever the default device: their addresses are read.
+    arrays = tuple(torch.tensor(n, dtype=torch.float32, device="cpu") for n in numbers)
     kind = NOISE_CODES[noise]
     step, whole = staircase.spacing(levels)
     made = _Staircase(*(a.data_ptr() for a in arrays), len(levels.thresholds), whole, kind, step)

@@ -20,6 +20,7 @@ from learnsched.incremental import any_per_channel, hard_membership, hold, prior
 from learnsched.levels import LevelSet
 from learnsched.noise import noise_shape
 from learnsched.scales import ScaleRule
+from learnsched.tracing import can_look
 
 _EXTRA = "_extra_state"  # as torch calls it in a state_dict
 
@@ -114,7 +115,8 @@ class _Quantizer(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Levels, then thresholds: what states must have alike to be exchanged."""
-        return torch.tensor([*self.levels.values, *self.levels.thresholds], dtype=torch.float64)
+        numbers = [*self.levels.values, *self.levels.thresholds]
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Refuse the state of another level set.
@@ -177,6 +179,9 @@ class WeightQuantizer(_Quantizer):
 
     def scale(self, weight: Tensor) -> Tensor:
         """The positive scale in force, in a shape that broadcasts to the weight."""
+        # Behind a rule there may be a search: a finished network is spared it.
+        if not self.training and can_look(self.scale_held) and bool(self.scale_held.all()):
+            return self.held_scale
         return torch.where(self.scale_held > 0, self.held_scale, self._fitted_scale(weight))
 
     def _fitted_scale(self, weight: Tensor) -> Tensor:

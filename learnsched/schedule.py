@@ -116,7 +116,7 @@ class Schedule:
     def from_settings(cls, rows: Sequence[Sequence[Setting]], layers: Sequence[str]) -> Schedule:
         """From one row of settings an epoch, one setting a layer."""
         numbers = [[[getattr(s, name) for name in FIELDS] for s in row] for row in rows]
-        return cls(torch.tensor(numbers, dtype=torch.float64), tuple(layers))
+        return cls(torch.tensor(numbers, dtype=torch.float64, device="cpu"), tuple(layers))
 
     @property
     def horizon(self) -> int:
@@ -350,7 +350,7 @@ def plan(
             f"a schedule is planned for a RunInfo(layers, horizon), got {run!r}; the layers of a "
             "quantized model are those of learnsched.layers.quantized_layers(model), their info"
         )
-    telemetry = Telemetry.initial(torch.full((len(run.layers),), 0.5))
+    telemetry = Telemetry.initial(torch.full((len(run.layers),), 0.5, device="cpu"))
     state, rows = policy.begin(run), []
     for epoch in range(run.horizon):
         settings, state = ask(policy, run, epoch, telemetry, state)

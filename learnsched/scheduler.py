@@ -227,6 +227,7 @@ class QuantizationScheduler:
             "settings": torch.tensor(
                 [[[getattr(s, f) for f in FIELDS] for s in row] for row in self.history.settings],
                 dtype=torch.float64,
+                device="cpu",
             ),
             "metrics": [dict(m) for m in self.history.metrics],
         }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from learnsched.levels import LevelSet
 from learnsched.noise import NoiseShape
+from learnsched.tracing import can_look
 
 Level = float | Tensor
 
@@ -38,7 +39,7 @@ def expectation(x: Tensor, levels: LevelSet, std: Level, mean: Level, noise: Noi
     soft.clamp_(levels.values[0], levels.values[-1])
     if _everywhere_soft(std):
         return soft
-    return torch.where(_soft(std), soft, levels.quantize(shifted))
+    return torch.where(_soft(std, x), soft, levels.quantize(shifted))
 
 
 def most_probable(
@@ -52,7 +53,7 @@ def most_probable(
         best = torch.where(takes, probability, best)
         result = torch.where(takes, torch.full_like(x, value), result)
     # half precision may not hold the distance to a threshold
-    return torch.where(_soft(std), result, levels.quantize(x + mean))
+    return torch.where(_soft(std, x), result, levels.quantize(x + mean))
 
 
 def probabilities(
@@ -64,7 +65,7 @@ def probabilities(
         distance = x + mean - threshold
         hard = (distance >= 0).to(x.dtype)
         soft = noise.cdf(distance * _inverse(std))
-        edges.append(torch.where(_soft(std), soft, hard))
+        edges.append(torch.where(_soft(std, x), soft, hard))
     edges.append(torch.zeros_like(x))
     return [a - b for a, b in zip(edges, edges[1:], strict=False)]
 
@@ -163,29 +164,24 @@ def _inverse(std: Level) -> Level:
     return 1 / std if std > NARROWEST else 0.0
 
 
-def _soft(std: Level) -> Tensor:
-    return torch.as_tensor(std) > NARROWEST
+def _soft(std: Level, like: Tensor) -> Tensor:
+    return torch.as_tensor(std, device=like.device) > NARROWEST
 
 
 def _everywhere_hard(std: Level) -> bool:
     if isinstance(std, Tensor):
-        return _can_look(std) and not bool((std > NARROWEST).any())
+        return can_look(std) and not bool((std > NARROWEST).any())
     return std <= NARROWEST
 
 
 def _everywhere_soft(std: Level) -> bool:
     if isinstance(std, Tensor):
-        return _can_look(std) and bool((std > NARROWEST).all())
+        return can_look(std) and bool((std > NARROWEST).all())
     return True
-
-
-def _can_look(std: Tensor) -> bool:
-    """Whether values can be read without waiting for a device or breaking a compiled graph."""
-    return std.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _is_zero(mean: Level) -> bool:
     """Whether a mean that can be read without a price is 0 throughout, as it is in most methods."""
     if isinstance(mean, Tensor):
-        return _can_look(mean) and not bool(mean.any())
+        return can_look(mean) and not bool(mean.any())
     return mean == 0

@@ -75,7 +75,7 @@ class StepCounter:
 
     def _new_count(self) -> Tensor:
         # A tensor, since a number in a hook would have torch.compile compile anew for each value.
-        count = torch.zeros((), dtype=torch.int64)
+        count = torch.zeros((), dtype=torch.int64, device="cpu")
         self._counts.append(count)
         return count
 

@@ -40,7 +40,7 @@ def relative(metrics: Sequence[Mapping[str, float]], layers: Sequence[Layer]) ->
 
 def _weight_errors(layers: Sequence[Layer]) -> Tensor:
     errors = [
-        torch.zeros(())
+        torch.zeros((), device="cpu")
         if layer.weight is None
         else layer.weight.weight_quantizer.error(layer.weight.weight).float().cpu()
         for layer in layers
@@ -48,7 +48,7 @@ def _weight_errors(layers: Sequence[Layer]) -> Tensor:
     return torch.stack(errors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _LazyTelemetry(Telemetry):
     """Measures the weights only for a policy that reads their error, and once (``measure`` keeps it)."""
 
@@ -63,4 +63,4 @@ class _LazyTelemetry(Telemetry):
 
 def _ratio(value: float, reference: float) -> Tensor:
     # Losses below 0 give a ratio below 0, of which policies can warn.
-    return torch.tensor(value / abs(reference) if reference else 1.0)
+    return torch.tensor(value / abs(reference) if reference else 1.0, device="cpu")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from learnsched.benchmarks import environment, gradient, stability
+from learnsched.benchmarks.campaign import recorded
 from learnsched.benchmarks.comparison import summary, table
 from learnsched.benchmarks.held_out import QUICK_TASKS, compare
 from learnsched.benchmarks.methods import hand_coded
@@ -194,3 +195,23 @@ def test_a_commit_is_marked_where_code_was_changed_and_not_where_results_were(
     assert environment.describe()["commit"] == commit
     (package / "code.py").write_text("2")
     assert environment.describe()["commit"] == f"{commit}-dirty"
+
+
+def test_a_file_of_other_settings_is_not_gone_on_with(tmp_path):
+    path = tmp_path / "rows.json"
+
+    def run(jobs, **content):
+        return recorded(
+            path, jobs, lambda job: [{"job": job}], lambda record: record["job"], **content
+        )
+
+    run({1: 1}, seed=0, quick=True)
+    assert len(run({1: 1, 2: 2}, seed=0, quick=True)) == 2
+    before = path.read_text()
+    for content, named in (
+        ({"seed": 1, "quick": True}, "another seed than 1"),
+        ({"seed": 0, "quick": False}, "another quick than False"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            run({3: 3}, **content)
+    assert path.read_text() == before

@@ -5,6 +5,8 @@ import io
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -125,6 +127,18 @@ def test_a_compiled_model_is_not_compiled_again_at_every_epoch(steps):
     eager = network()
     assert losses == pytest.approx(train(eager, adam(eager), scheduled(eager)), abs=5e-3)
     finished(model)
+
+
+def test_a_model_that_is_compiled_without_breaks_is_calibrated_and_finished():
+    torch._dynamo.reset()
+    models = [network(), network()]
+    compiled = torch.compile(models[0], backend="eager", fullgraph=True)
+    compiled(next(iter(batches(0)))[0])
+    for model in (compiled, models[1]):
+        ls.calibrate_(model, batches(0))
+        ls.finalize_(model, batches(0))
+    torch._dynamo.reset()
+    assert_same(dict(models[0].state_dict()), dict(models[1].state_dict()))
 
 
 @pytest.mark.slow
@@ -704,6 +718,40 @@ def test_activations_around_a_recurrent_layer_can_be_quantized():
 
     model = ls.quantize_(Tagger(), activation=ls.unsigned(2), example_input=torch.zeros(3, 1, 4))
     assert type(model.act).__name__ == "ActivationQuantizer"
+
+
+# -- another default device
+
+
+def test_a_model_on_the_cpu_trains_whatever_the_default_device(tmp_path):
+    """In a process of its own: kernels keep what they have made of a level set."""
+    code = """
+import torch, learnsched as ls
+from torch import nn
+from torch.nn import functional as F
+torch.manual_seed(0)
+with torch.device("cpu"):
+    net = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    x, y = torch.randn(32, 8), torch.randint(3, (32,))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+torch.set_default_device("meta")
+ls.quantize_(net, ls.ternary(), ls.unsigned(2), example_input=x)
+ls.calibrate_(net, [x])
+policy = ls.load_pretrained("default")
+scheduler = ls.QuantizationScheduler(net, policy, 6, steps_per_epoch=1, optimizer=optimizer)
+for epoch in range(6):
+    loss = F.cross_entropy(net(x), y)
+    loss.backward()
+    optimizer.step()
+    scheduler.step({"train_loss": loss.item()})
+ls.finalize_(net, [x])
+print(sorted({v for w in ls.integer_weights(net).values() for v in w.integers.unique().tolist()}))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("\n")[0] == "[-1, 0, 1]"
 
 
 # -- data parallel

@@ -77,6 +77,36 @@ def test_calibration_finds_the_scale_of_least_squared_error(activation):
         assert squared_error(x, scale, activation) <= 1.003 * least
 
 
+def test_a_long_activation_is_calibrated_on_a_sample_of_it():
+    model = ls.quantize_(
+        nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 1)), nn.ReLU()), None, ls.unsigned(2)
+    )
+    x = torch.randn(2**19, generator=torch.Generator().manual_seed(0))
+    ls.calibrate_(model, [x])
+    found = model[2].scale.item()
+    ls.calibrate_(model, [x])
+    assert model[2].scale.item() == found
+    torch.testing.assert_close(
+        found, ls.LeastSquares("tensor")(x.clamp(min=0), ls.unsigned(2)).item(), rtol=0.01, atol=0
+    )
+
+
+def test_an_activation_that_is_called_by_keyword_is_calibrated():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(input=x)
+
+    x = torch.randn(64, 8)
+    models = [ls.quantize_(m, None, ls.unsigned(2)) for m in (Named(), nn.Sequential(nn.ReLU()))]
+    scales = [next(ls.calibrate_(m, [x]).buffers()) for m in models]
+    assert models[0].relu.scale == models[1][0].scale
+    assert len(scales) == 2
+
+
 def test_calibration_takes_the_mean_over_batches():
     model = network(activation_scale=AbsoluteMean("tensor"))
     data = batches(3)

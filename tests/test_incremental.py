@@ -95,6 +95,28 @@ def test_ties_are_taken_in_the_order_of_the_weights():
     assert membership.tolist() == [1.0] * 300 + [0.0] * 700
 
 
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(
+    order=st.lists(
+        st.sampled_from([0.0, 0.5, 1.0, 2.0, math.inf, math.nan]), min_size=1, max_size=20
+    ),
+    frozen=st.integers(0, 2**20 - 1),
+    fraction=st.floats(0, 1),
+)
+def test_hard_membership_is_that_of_a_stable_sort(order, frozen, fraction):
+    """The first of equal weights come first, and those that are not finite ahead of all."""
+    before = [bool(frozen >> i & 1) for i in range(len(order))]
+    count = max(round(fraction * len(order)), sum(before))
+    rank = [math.inf if math.isnan(p) else p for p in order]
+    free = [i for i in range(len(order)) if not before[i]]
+    taken = sorted(free, key=lambda i: -rank[i])[: count - sum(before)]
+    expected = [float(before[i] or i in taken) for i in range(len(order))]
+    membership = hard_membership(
+        torch.tensor(order), torch.tensor(before).float(), count / len(order), redraw=False
+    )
+    assert membership.tolist() == expected
+
+
 def test_redraw_releases_what_was_frozen():
     frozen = torch.tensor([1.0, 1.0, 0.0, 0.0])
     order = torch.tensor([0.1, 0.2, 0.8, 0.9])

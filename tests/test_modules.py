@@ -479,3 +479,19 @@ def test_an_activation_takes_its_input_by_the_name_that_torch_gives_it():
     x = torch.randn(5, 3)
     for module in net[1:]:
         assert torch.equal(module(input=x), module(x))
+
+
+def test_a_finished_network_is_spared_the_search_for_a_scale():
+    calls = []
+
+    def rule(x, levels):
+        calls.append(1)
+        return LeastSquares()(x, levels)
+
+    layer = ls.quantize_(nn.Linear(8, 4), ls.signed(4), weight_scale=rule)
+    x = torch.randn(3, 8)
+    ls.finalize_(layer).eval()
+    expected, calls[:] = layer(x), []
+    assert torch.equal(layer(x), expected)
+    assert not calls
+    assert torch.equal(layer.train()(x), expected)

@@ -198,8 +198,8 @@ def test_least_squares_needs_two_candidates():
         (binary(), AbsoluteMean()),
         (power_of_two(2), PowerOfTwo()),
         (power_of_two(5), PowerOfTwo()),
-        (signed(4), LeastSquares()),
-        (LevelSet((0.0, 1.0, 3.0, 4.0)), LeastSquares()),
+        (signed(4), LeastSquares(candidates=12)),
+        (LevelSet((0.0, 1.0, 3.0, 4.0)), LeastSquares(candidates=12)),
     ],
 )
 def test_default_rule_of_each_level_set(levels, rule):

@@ -22,6 +22,7 @@ from learnsched.schedule import (
     plan,
     terminal,
 )
+from learnsched.telemetry import relative
 
 LAYERS = (LayerInfo("a", 4, 3, 4), LayerInfo("b", 9, 3, 0))
 
@@ -198,3 +199,11 @@ def test_schedules_and_telemetry_can_be_compared_and_kept_in_sets():
     assert first == first
     assert first != second
     assert len({first, second, Telemetry.initial(torch.rand(2))}) == 3
+
+
+def test_what_a_scheduler_shows_is_compared_without_measuring_weights():
+    losses = [{"train_loss": 1.0}]
+    first, second = (relative(losses, ()) for _ in range(2))  # which could measure no weights
+    assert first == first
+    assert second in [first, second]
+    assert len({first, second}) == 2

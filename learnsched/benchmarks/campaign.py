@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,10 @@ def recorded(
         work: from a job to its records.
         key: from a record to the key of its job.
         progress: called with every record that is made, on the first rank.
-        content: what else the file says.
+        content: what else the file says, such as the seed: what records of one file have in common.
+
+    Raises:
+        ValueError: the file holds records of other content.
 
     Example:
         >>> recorded(None, {1: "a", 2: "b"}, lambda job: [{"key": job}], lambda record: record["key"])
@@ -57,6 +61,13 @@ def recorded(
                     progress(record)
             write_results(path, {**content, "records": records})
 
+    if path is not None and path.exists():
+        stored = json.loads(path.read_text())
+        if differing := [k for k, value in content.items() if stored.get(k, value) != value]:
+            raise ValueError(
+                f"{path} holds records of another {', '.join(differing)} than "
+                f"{', '.join(str(content[k]) for k in differing)}; choose another file"
+            )
     return completed(stored_records(path), jobs, work, key, keep)
 
 

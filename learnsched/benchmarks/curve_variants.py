@@ -101,6 +101,7 @@ class Study:
                 lambda task: [self.measure(task, runs, options.seed)],
                 lambda record: str(record["task"]),
                 seed=options.seed,
+                quick=options.quick,
             )
             if distribution.rank() == 0:
                 print(self.table(records))

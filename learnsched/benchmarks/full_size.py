@@ -210,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lambda record: (record["task"], record["method"]),
             progress=progress,
             seed=options.seed,
+            quick=options.quick,
         )
         if distribution.rank() == 0:
             for name in chosen:

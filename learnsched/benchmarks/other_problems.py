@@ -187,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lambda record: (record["problem"], record["method"]),
             progress=progress,
             seed=options.seed,
+            quick=options.quick,
         )
         if distribution.rank() == 0:
             print(f"\n{table(records)}")

@@ -168,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             work,
             lambda record: (record["network"], record["fine_tuned"], record["way"]),
             seed=options.seed,
+            quick=options.quick,
         )
         if distribution.rank() == 0:
             print(table(records))

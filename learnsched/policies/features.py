@@ -50,7 +50,7 @@ def static_features(run: RunInfo, progress: float, domain: Domain) -> Tensor:
                 *(math.tanh((progress - knot) / 0.15) for knot in _KNOTS),
             ]
         )
-    return torch.tensor(rows)
+    return torch.tensor(rows, device="cpu")
 
 
 def feedback_features(telemetry: Telemetry) -> Tensor:

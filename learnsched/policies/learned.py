@@ -102,8 +102,8 @@ class LearnedPolicy:
         """
         domain = Domain(**{name: (low, high) for name, (low, high) in config["domain"].items()})
         # Artefacts are in single precision, whatever the default is; and reading one must not change
-        # what a user draws next.
-        with torch.random.fork_rng(devices=[]):
+        # what a user draws next. Telemetry is on the CPU.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             network = MetaNetwork(config["hidden"], config["embedding"]).float()
         base = BaseCurves.from_config(config["base"])
         # Artefacts that are older have no such choices.
