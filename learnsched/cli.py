@@ -187,7 +187,6 @@ def _compare(options: argparse.Namespace) -> None:
 
     records = [record for path in options.results for record in _records(path)]
     _check_grid(records)
-    _say(f"{len(records)} records: intervals by bootstrap …")
     print(comparison.table(records))
     if options.out is not None:
         plot_comparison(comparison.by_task(records), options.out, baseline=options.baseline)

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its bootstrap 95 % interval.
+    """A mean with its 95 % interval.
 
     Attributes:
         mean: of shares, as accuracies and their differences are, in [-1, 1].
@@ -33,7 +33,7 @@ class Interval:
 
 
 def interval(values: ArrayLike) -> Interval:
-    """Mean of values and its bootstrap 95 % interval, by percentiles.
+    """Mean of values and its 95 % interval, by :func:`confidence_interval`.
 
     Raises:
         ValueError: there are no values.
@@ -45,11 +45,13 @@ def interval(values: ArrayLike) -> Interval:
     array = np.asarray(values, dtype=np.float64)
     if not array.size:
         raise ValueError("an interval needs at least one value")
-    return Interval(float(array.mean()), *bootstrap_interval(array))
+    return Interval(float(array.mean()), *confidence_interval(array))
 
 
-def bootstrap_interval(values: ArrayLike) -> tuple[float, float]:
-    """The percentile bootstrap's 95 % interval of the mean, reproducible.
+def confidence_interval(values: ArrayLike) -> tuple[float, float]:
+    """Student's 95 % interval of a mean.
+
+    Runs are few: of three, a bootstrap by percentiles would cover 76 % in place of 95, of six 85 %.
 
     Args:
         values: one number a run, shape ``(runs,)``; one run, or equal ones, have an interval of
@@ -59,18 +61,17 @@ def bootstrap_interval(values: ArrayLike) -> tuple[float, float]:
         its lower and upper end.
 
     Source:
-        Efron and Tibshirani 1993, chapter 13; :func:`scipy.stats.bootstrap`.
+        Student 1908; :func:`scipy.stats.t.interval`.
 
     Example:
-        >>> low, high = bootstrap_interval([0.4, 0.5, 0.6])
-        >>> 0.4 <= low < 0.5 < high <= 0.6
-        True
+        >>> [round(end, 2) for end in confidence_interval([0.4, 0.5, 0.6])]
+        [0.25, 0.75]
     """
-    from scipy.stats import bootstrap
+    from scipy.stats import sem, t
 
     runs = np.asarray(values, dtype=np.float64)
+    mean = float(runs.mean())
     if len(runs) < 2 or np.ptp(runs) == 0:
-        return float(runs.mean()), float(runs.mean())
-    rng = np.random.default_rng(0)
-    interval = bootstrap((runs,), np.mean, method="percentile", rng=rng).confidence_interval
-    return float(interval.low), float(interval.high)
+        return mean, mean
+    low, high = t.interval(0.95, len(runs) - 1, mean, sem(runs))
+    return float(low), float(high)

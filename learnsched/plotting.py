@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from learnsched.figure_style import DASHES, MARKERS, paper_style, save_figure
-from learnsched.intervals import bootstrap_interval
+from learnsched.intervals import confidence_interval
 from learnsched.schedule import FIELDS, Schedule
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def plot_comparison(
     metric: str = "test accuracy",
     baseline: str | None = None,
 ) -> Figure:
-    """Mean and bootstrap 95 % interval of each method, a panel for each task.
+    """Mean and 95 % interval of each method, a panel for each task.
 
     Panels have ranges of their own; the numbers to their right are the means. A method with one
     run has no interval.
@@ -233,7 +233,7 @@ def _draw_methods(
             continue
         runs = methods[name]
         if len(runs) > 1:
-            panel.plot(bootstrap_interval(runs), (row, row), color="black")
+            panel.plot(confidence_interval(runs), (row, row), color="black")
         fill = ("white", "black", "0.6")[row % 3]
         marker = MARKERS[row % len(MARKERS)]
         panel.plot(runs.mean(), row, marker, color="black", markerfacecolor=fill)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from learnsched.benchmarks.methods import hand_coded
-from learnsched.intervals import bootstrap_interval
+from learnsched.intervals import confidence_interval
 from learnsched.tables import markdown
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table: mean test accuracy in % with bootstrap 95 % intervals; then the margins.
+    """A Markdown table: mean test accuracy in % with 95 % intervals; then the margins.
 
     Args:
         records: each with ``task``, ``cell``, ``method``, and ``test``, accuracies in [0, 1]. Methods
@@ -79,9 +79,9 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]
 
 
 def _interval(values: np.ndarray, sign: str = "") -> str:
-    # Points before the bootstrap: as shares, see Interval.text, some ends round to another digit.
+    # Points ahead of the interval: as shares, see Interval.text, some ends round to another digit.
     mean = 100 * values.mean()
-    low, high = bootstrap_interval(100 * values)
+    low, high = confidence_interval(100 * values)
     if low == high:
         return f"{mean:{sign}.1f}"
     return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"

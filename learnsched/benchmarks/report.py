@@ -142,7 +142,7 @@ def page(records: Sequence[Record], shares: Mapping[str, Mapping[str, float]]) -
     learned = learned_names(cells)
     parts = [
         "# Methods by hand, and learned", conditions(records),
-        "## Test accuracy", "In %, mean over seeds and bootstrap 95 % interval; the best hand-coded "
+        "## Test accuracy", "In %, mean over seeds and 95 % interval; the best hand-coded "
         "method of a cell in bold, chosen on test data, which favours it.", accuracy_table(cells),
     ]  # fmt: skip
     for name in learned:

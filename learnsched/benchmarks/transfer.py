@@ -28,7 +28,7 @@ from learnsched.benchmarks.rate_choice import measure, rates_of
 from learnsched.benchmarks.search import Budget
 from learnsched.data import load
 from learnsched.figure_style import DASHES, MARKERS, paper_style, save_figure
-from learnsched.intervals import bootstrap_interval
+from learnsched.intervals import confidence_interval
 from learnsched.meta import distribution
 from learnsched.meta.tasks import Task, task_of
 from learnsched.policies import LearnedPolicy
@@ -224,7 +224,7 @@ def plot(
 ) -> Figure:
     """A panel for each axis, and one for the learning rate on the central task, if it was trained.
 
-    Along the axes test accuracy with bootstrap 95 % intervals; accuracy at every learning rate is that
+    Along the axes test accuracy with 95 % intervals; accuracy at every learning rate is that
     on validation data. A line for each method.
     """
     from matplotlib.figure import Figure
@@ -279,7 +279,7 @@ def _draw_axis(
         if not here:
             continue
         means = np.array([values.mean() for _, values in here])
-        ends = np.array([bootstrap_interval(values) for _, values in here])
+        ends = np.array([confidence_interval(values) for _, values in here])
         places = [place + 0.08 * (number - (len(names) - 1) / 2) for place, _ in here]
         style = _line(number)
         if categories:  # nothing lies between them
