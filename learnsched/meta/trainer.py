@@ -288,7 +288,7 @@ class MetaTrainer:
             "trainer": asdict(self.config),
             "estimator": repr(self.estimator),
             "data": {name: _sizes(self.data[name]) for name in sorted(self.config.data_names)},
-            "start": digest({name: p.detach() for name, p in self._parameters.items()}),
+            "start": digest(self._parameters),
         }
 
     def _check_config(self, path: Path) -> None:

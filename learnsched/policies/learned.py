@@ -78,7 +78,7 @@ class LearnedPolicy:
 
     def __repr__(self) -> str:
         # Another network is another policy, whose states are not to be mixed up.
-        parameters = {n: p.detach().cpu() for n, p in self.network.named_parameters()}
+        parameters = dict(self.network.named_parameters())
         return f"LearnedPolicy({self.config()}, network {digest(parameters)[:16]})"
 
     def config(self) -> dict[str, Any]:
