@@ -217,6 +217,53 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4]
 
 
+def without_seconds(trainer):
+    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in trainer.log]
+
+
+def assert_same_run(one, other):
+    for a, b in zip(
+        one.policy.network.parameters(), other.policy.network.parameters(), strict=True
+    ):
+        assert torch.equal(a, b)
+    assert without_seconds(one) == without_seconds(other)
+    assert (one.step, one.best_step, one.best_error) == (
+        other.step, other.best_step, other.best_error,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("load", ["load_best", "load_last"])
+def test_a_run_goes_on_from_its_raw_parameters_after_others_were_given_out(load, tmp_path):
+    whole, parts = (small_trainer(tmp_path / name) for name in ("whole", "parts"))
+    whole.run(4)
+    parts.run(2)
+    raw = [p.clone() for p in parts.policy.network.parameters()]
+    getattr(parts, load)()
+    assert not all(map(torch.equal, raw, parts.policy.network.parameters()))
+    parts.run(4)
+    assert_same_run(parts, whole)
+    again = small_trainer(tmp_path / "parts")
+    assert_same_run(again, whole)
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_run_that_was_interrupted_in_validation_goes_on_as_if_it_was_not(call, tmp_path):
+    whole, parts = (small_trainer(tmp_path / name) for name in ("whole", "parts"))
+    whole.run(4)
+    task_error, calls = parts._task_error, iter(range(1, 9))
+
+    def interrupted(task):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return task_error(task)
+
+    parts._task_error = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        parts.run(4)
+    parts.run(4)
+    assert_same_run(parts, whole)
+
+
 def test_a_start_that_is_never_beaten_is_kept(tmp_path):
     trainer = small_trainer(tmp_path, learning_rate=3.0)
     start = {n: p.detach().clone() for n, p in trainer.policy.network.named_parameters()}

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ import torch
 from learnsched.benchmarks.environment import write_results
 from learnsched.files import write_text
 from learnsched.meta import distribution
+from learnsched.meta.mix import Mix
 from learnsched.meta.presets import PRESETS
+from learnsched.meta.tasks import Task
 from learnsched.meta.trainer import MetaTrainer
 from learnsched.policies import LearnedPolicy, MetaNetwork
 from learnsched.tables import markdown
@@ -40,24 +42,34 @@ VARIANTS = {"1 rank": (1, 1), "1 rank, 2 threads": (1, 2), "2 ranks": (2, 1)}
 _TOP = 8
 
 
+@dataclass(frozen=True)
+class _Later(Mix):
+    """A mix as it is after the outer steps before ``first``."""
+
+    first: int = 0
+
+    def sample(self, seed: int, outer_step: int) -> list[Task]:
+        return super().sample(seed, self.first + outer_step)
+
+
 def work(preset: str, seed: int, step: int, threads: int, *, profile: bool) -> dict[str, Any]:
     """Take one outer step: its wall and CPU seconds on this rank, or what it spent them on."""
     torch.set_num_threads(threads)
     chosen = PRESETS[preset]
-    config = replace(chosen.trainer, seed=seed, validation=())
+    mix = _Later(**vars(chosen.trainer.mix), first=step)
+    config = replace(chosen.trainer, mix=mix, seed=seed, validation=())
     distribution.start()
     torch.manual_seed(seed)
     policy = LearnedPolicy(MetaNetwork(), chosen.base, chosen.domain)
     with tempfile.TemporaryDirectory() as folder:
         data = config.load_data()
         trainer = MetaTrainer(policy, config, folder, data, chosen.estimator)
-        trainer.step = step  # its tasks, as if it came from the steps before
         distribution.barrier()
         start, spent = time.perf_counter(), time.process_time()
         if profile:
             result = _profiled(trainer)
         else:
-            trainer.run(step + 1)
+            trainer.run(1)
             result = {}
         result["seconds"] = time.perf_counter() - start
         result["cpu_seconds"] = time.process_time() - spent
@@ -69,7 +81,7 @@ def _profiled(trainer: MetaTrainer) -> dict[str, Any]:
     """The operations that take most of an outer step, as shares of the time in all operations."""
     activity = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
-        trainer.run(trainer.step + 1)
+        trainer.run(1)
     events = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)
     total = sum(e.self_cpu_time_total for e in events)
     calls = sum(e.count for e in events)

@@ -151,21 +151,32 @@ class MetaTrainer:
         )
         for parameter in self._parameters.values():
             parameter.grad = torch.zeros_like(parameter)
+            # What Adam begins with in its first step: so a state has the same tensors at any time.
+            self._optimizer.state[parameter] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
         self._average = {n: p.detach().clone() for n, p in self._parameters.items()}
         self._best = {n: p.detach().clone() for n, p in self._parameters.items()}
         self.best_error = math.inf
         self.best_step = 0
         self._typical_norm = math.nan
         self._log: list[dict[str, Any]] = []
+        self._kept = self._copied()
         self._open()
 
     def run(self, steps: int, progress: Callable[[dict[str, Any]], None] | None = None) -> None:
         """Train until ``steps`` outer steps have been taken since the very start.
 
+        It goes on from where the last whole outer step left off, whatever :meth:`load_best` or
+        :meth:`load_last` gave the policy since, and wherever an exception ended the run before.
+
         Args:
             steps: outer steps in all.
             progress: called with the log entry of every outer step.
         """
+        self._restore(*self._kept)
         if self.step == 0 and self.config.validation:
             # What does not beat the curve that training starts from is not selected.
             self._log = [{"step": 0, "validation_error": self._validate()}]
@@ -174,7 +185,9 @@ class MetaTrainer:
             if self.config.validation and self.step % self.config.validate_every == 0:
                 entry["validation_error"] = self._validate()
             self._log.append(entry)
-            self._save()
+            state = self._copied()
+            self._save(*state)
+            self._kept = state
             if progress is not None:
                 progress(entry)
 
@@ -310,37 +323,46 @@ class MetaTrainer:
                 "choose another folder, or the same preset, seed and options as before"
             )
 
-    def _save(self) -> None:
-        if distribution.rank() != 0:
-            return
-        tensors = {f"average.{n}": t for n, t in self._average.items()}
-        tensors.update({f"best.{n}": t for n, t in self._best.items()})
+    def _tensors(self) -> dict[str, Tensor]:
+        """All tensors that training changes, by name."""
+        tensors = {}
         for name, parameter in self._parameters.items():
             tensors[f"parameter.{name}"] = parameter.detach()
-            state = self._optimizer.state[parameter]
-            tensors.update(
-                {f"adam.{k}.{name}": state[k] for k in ("step", "exp_avg", "exp_avg_sq")}
-            )
-        scalars = {
+            tensors[f"average.{name}"] = self._average[name]
+            tensors[f"best.{name}"] = self._best[name]
+            for moment, tensor in self._optimizer.state[parameter].items():
+                tensors[f"adam.{moment}.{name}"] = tensor
+        return tensors
+
+    def _copied(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A copy of all that training changes: tensors, and what a checkpoint says beside them."""
+        tensors = {name: tensor.clone() for name, tensor in self._tensors().items()}
+        return tensors, {
             "step": self.step,
             "seconds": self.seconds,
             "best_error": self.best_error,
             "best_step": self.best_step,
             "typical_norm": self._typical_norm,
-            "log": self._log,
+            "log": list(self._log),
         }
+
+    def _restore(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """The reverse of :meth:`_copied`."""
+        for name, tensor in self._tensors().items():
+            tensor.copy_(tensors[name])
+        self.step, self.seconds = scalars["step"], scalars["seconds"]
+        self.best_error, self.best_step = scalars["best_error"], scalars["best_step"]
+        self._typical_norm, self._log = scalars["typical_norm"], list(scalars["log"])
+
+    def _save(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        if distribution.rank() != 0:
+            return
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         data = save(contiguous, metadata={"trainer": json.dumps(scalars)})
         # The checkpoint comes last: once the last one is there, so is the whole log.
-        lines = "".join(json.dumps(entry) + "\n" for entry in self._log)
+        lines = "".join(json.dumps(entry) + "\n" for entry in scalars["log"])
         write_text(self.folder / "log.jsonl", lines)
         write(self.folder / "checkpoint.safetensors", lambda temporary: temporary.write_bytes(data))
-
-    def _shapes(self) -> dict[str, torch.Size]:
-        """Of the tensors that a checkpoint has, by name."""
-        kinds = ("parameter", "average", "best", "adam.exp_avg", "adam.exp_avg_sq")
-        shapes = {f"{k}.{n}": p.shape for k in kinds for n, p in self._parameters.items()}
-        return shapes | {f"adam.step.{name}": torch.Size() for name in self._parameters}
 
     def _load(self) -> None:
         path = self.folder / "checkpoint.safetensors"
@@ -349,27 +371,18 @@ class MetaTrainer:
                 stored = json.loads(file.metadata()["trainer"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             scalars = {name: stored[name] for name in _SCALARS}
-            shapes = {name: tensor.shape for name, tensor in tensors.items()}
-            if shapes != self._shapes():
+            if _shapes(tensors) != _shapes(self._tensors()):
                 raise ValueError("its tensors are not those of this network")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}); remove it to start this run again"
             ) from error
-        self._assign({n: tensors[f"parameter.{n}"] for n in self._parameters})
-        for name, parameter in self._parameters.items():
-            self._average[name] = tensors[f"average.{name}"].to(parameter.device)
-            self._best[name] = tensors[f"best.{name}"].to(parameter.device)
-            self._optimizer.state[parameter] = {
-                "step": tensors[f"adam.step.{name}"],  # torch keeps it on the CPU
-                **{
-                    k: tensors[f"adam.{k}.{name}"].to(parameter.device)
-                    for k in ("exp_avg", "exp_avg_sq")
-                },
-            }
-        self.step, self.seconds = scalars["step"], scalars["seconds"]
-        self.best_error, self.best_step = scalars["best_error"], scalars["best_step"]
-        self._typical_norm, self._log = scalars["typical_norm"], scalars["log"]
+        self._restore(tensors, scalars)
+        self._kept = self._copied()
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _sizes(data: DataSet) -> dict[str, Any]:
