@@ -17,9 +17,9 @@ sys.path.insert(0, str(HERE.parent))
 
 from learnsched import load_pretrained, plan, plot_comparison, plot_schedule  # noqa: E402
 from learnsched.benchmarks.comparison import by_task, table  # noqa: E402
-from learnsched.benchmarks.environment import read_lines  # noqa: E402
 from learnsched.figure_style import DASHES, MARKERS, paper_style, save_figure  # noqa: E402
 from learnsched.files import write_text  # noqa: E402
+from learnsched.meta.trainer import read_log  # noqa: E402
 from learnsched.plotting import plot_learning_curve  # noqa: E402
 from meta_train import example_run  # noqa: E402
 
@@ -34,9 +34,9 @@ def main() -> None:
     stored = json.loads((HERE / "held_out.json").read_text())
     plot_comparison(by_task(stored["records"]), HERE / "held_out.png")
     write_text(HERE / "held_out.md", table(stored["records"]) + "\n")
-    first = read_lines(HERE / "default" / "log.jsonl")
+    first = read_log(HERE / "default" / "log.jsonl")
     plot_learning_curve(first, HERE / "learning_curve.png")
-    later = [read_lines(HERE / "meta_seeds" / f"seed-{seed}" / "log.jsonl") for seed in range(1, 7)]
+    later = [read_log(HERE / "meta_seeds" / f"seed-{seed}" / "log.jsonl") for seed in range(1, 7)]
     labels = (
         "seed 0, before the warm-up", "seed 1", "seed 2", "seed 3, on from seed 0, shared noise",
         "seed 4, on from seed 3, hybrid", "seed 5, on from seed 3, evolution strategies",

@@ -15,7 +15,7 @@ from learnsched.schedule import FIELDS, Schedule, Setting
 
 _VERSION = 1
 # how what JSON has no number for is written
-_WORDS = ("nan", "inf", "-inf")
+WORDS = ("nan", "inf", "-inf")
 
 
 class History:
@@ -91,7 +91,7 @@ class History:
             history = cls(layers)
             history.settings = [tuple(Setting(*s) for s in row) for row in content["settings"]]
             history.metrics = [
-                as_numbers({n: float(v) if v in _WORDS else v for n, v in metrics.items()})
+                as_numbers({n: float(v) if v in WORDS else v for n, v in metrics.items()})
                 for metrics in content["metrics"]
             ]
             # A schedule checks its own shape.

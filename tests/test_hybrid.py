@@ -8,7 +8,7 @@ from small_task import THREE_MEMBERS as SMALL
 
 from learnsched.data import load
 from learnsched.meta.estimators import clipped
-from learnsched.meta.evolution import EvolutionStrategies, regression
+from learnsched.meta.evolution import EvolutionStrategies, project, regression, tangent_basis
 from learnsched.meta.hybrid import Hybrid, share_of_precise
 from learnsched.meta.rollout import PolicyRollout
 from learnsched.meta.unrolled import Unrolled
@@ -72,6 +72,39 @@ def test_the_combination_lies_between_the_two():
     assert bool(((both.gradient >= low) & (both.gradient <= high)).all())
     assert torch.equal(both.settings, ours.settings)
     assert both.settings.requires_grad
+
+
+def test_a_member_that_diverges_is_left_out_and_the_others_are_as_without_it():
+    task = dataclasses.replace(SMALL, learning_rates=(0.01, 0.02, 0.03, 1e30))
+    torch.manual_seed(0)
+    policy = LearnedPolicy(MetaNetwork())
+    unrolled, evolution = Unrolled(damping=0.5), EvolutionStrategies(pairs=3, knots=2)
+
+    def estimate(estimator):
+        inner = task.build(DIGITS)
+        return estimator(inner, PolicyRollout(policy, inner.run, 4))
+
+    ours, theirs = estimate(unrolled), estimate(evolution)
+    both = estimate(Hybrid(unrolled, evolution))
+    assert both.norms.isfinite().tolist() == [True, True, True, False]
+    rest = [e.gradient[:, :3] for e in (ours, theirs)]
+    precise = clipped(rest[0], ours.norms[:3].median())
+    basis = tangent_basis(ours.settings.detach()[:, :3], 2, by_layer=True)
+    share = torch.zeros(7)
+    share[:5] = share_of_precise(
+        *(project(basis, gradient).unflatten(1, (5, -1)) for gradient in (precise, rest[1]))
+    )
+    expected = torch.lerp(rest[1], precise, share)
+    torch.testing.assert_close(both.gradient[:, :3], expected)
+    parameters = list(policy.network.parameters())
+    gradient = both.clipped(1.0).parameter_gradient(parameters)
+    assert bool(gradient.isfinite().all()) and bool(gradient.any())
+
+
+@pytest.mark.parametrize("members", [0, 1])
+def test_without_a_spread_the_unbiased_estimate_has_all_the_weight(members):
+    share = share_of_precise(estimates(1.0)[:members], estimates(2.0)[:members])
+    assert share.tolist() == [0.0, 0.0]
 
 
 def test_one_member_has_no_spread():

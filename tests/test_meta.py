@@ -14,7 +14,7 @@ from learnsched.data import DataSet, Split, load, reduced
 from learnsched.meta import distribution
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.rollout import PolicyRollout, run_forward, table_rollout, terminal_settings
-from learnsched.meta.trainer import MetaTrainer
+from learnsched.meta.trainer import MetaTrainer, read_log
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import LearnedPolicy, MetaNetwork
 
@@ -386,6 +386,26 @@ def test_gradients_that_are_not_finite_are_dropped_and_counted(tmp_path):
     trainer.run(1)
     assert trainer.log[1]["dropped"] == 2  # one member of each of two tasks
     assert all(bool(p.isfinite().all()) for p in trainer.policy.network.parameters())
+
+
+def test_the_log_is_json_and_reads_as_it_was_where_nothing_is_finite(tmp_path):
+    trainer = small_trainer(tmp_path, validation=())
+
+    def broken(inner, rollout):
+        estimate = Unrolled()(inner, rollout)
+        return dataclasses.replace(estimate, gradient=torch.full_like(estimate.gradient, torch.nan))
+
+    def refuse(word):
+        raise ValueError(f"{word} is no JSON")
+
+    trainer.estimator = broken
+    trainer.run(1)
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    entry = json.loads(line, parse_constant=refuse)
+    assert (entry["outer_loss"], entry["norm_largest"]) == ("nan", "inf")
+    (read,) = read_log(tmp_path / "log.jsonl")
+    assert repr(read) == repr(trainer.log[0])
+    assert repr(small_trainer(tmp_path, validation=()).log) == repr(trainer.log)
 
 
 def test_a_run_is_not_resumed_on_data_of_other_sizes(tmp_path):

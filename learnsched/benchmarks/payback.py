@@ -20,10 +20,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from learnsched.benchmarks.environment import read_lines
 from learnsched.benchmarks.gradient import BUDGET
 from learnsched.benchmarks.records import HAND_CODED, LEARNED, read
 from learnsched.benchmarks.statistics import Record, by_cell
+from learnsched.meta.trainer import read_log
 
 # The estimator of preset standard, and one whose cost is that of ordinary runs.
 _UNROLLED, _ORDINARY = "unrolled, damped by ½", "evolution, 8 pairs"
@@ -133,7 +133,7 @@ def text(cost: Price, everything: float, ours: float) -> str:
 def _run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Configuration and log of a run."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return config, read_lines(folder / "log.jsonl")
+    return config, read_log(folder / "log.jsonl")
 
 
 def main() -> None:

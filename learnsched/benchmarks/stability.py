@@ -37,7 +37,7 @@ import torch
 
 from learnsched.benchmarks import held_out
 from learnsched.benchmarks import methods as field
-from learnsched.benchmarks.environment import read_lines, write_results
+from learnsched.benchmarks.environment import write_results
 from learnsched.benchmarks.search import Budget
 from learnsched.data import DataSet
 from learnsched.figure_style import paper_style, save_figure
@@ -46,7 +46,7 @@ from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.mix import Mix
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.tasks import Task, task_of
-from learnsched.meta.trainer import MetaTrainer, TrainerConfig
+from learnsched.meta.trainer import MetaTrainer, TrainerConfig, read_log
 from learnsched.meta.unrolled import Unrolled
 from learnsched.meta.validation import hard_errors
 from learnsched.policies import LearnedPolicy, MetaNetwork
@@ -214,7 +214,7 @@ def stored(folder: Path) -> list[dict[str, Any]]:
     for name in VARIANTS:
         for path in sorted(folder.glob(f"{name}-*/log.jsonl")):
             seed = int(path.parent.name.removeprefix(f"{name}-"))
-            found.append({"variant": name, "seed": seed, "log": read_lines(path)})
+            found.append({"variant": name, "seed": seed, "log": read_log(path)})
     return found
 
 

@@ -19,7 +19,8 @@ class Hybrid:
     The unrolled gradient is precise, and may be far off: the surrogate derivatives of hard quantizers
     and damping bias it. That of evolution strategies is noisy, and true to the hard loss up to its
     smoothing. The variances are seen in the spread over members; the bias is what of the distance
-    between the two means they do not explain.
+    between the two means they do not explain. Members that have an estimate which is not finite, as in a
+    run that diverged, count in neither statistic.
 
     Args:
         unrolled: the precise one; its members are clipped to their median norm.
@@ -53,20 +54,30 @@ class Hybrid:
             raise ValueError("a hybrid needs tasks of two members or more, to see their spread")
         ours = self.unrolled(inner, rollout)
         theirs = self.evolution(inner, rollout)
-        finite = ours.norms.isfinite() & ours.loss.isfinite()
+        finite = _finite(ours)
         typical = ours.norms[finite].median() if bool(finite.any()) else ours.norms.new_ones(())
+        usable = finite & _finite(theirs)
         precise = clipped(ours.gradient, typical)
         basis = tangent_basis(
             ours.settings.detach(), self.evolution.knots, by_layer=self.evolution.by_layer
         )
         share = ours.gradient.new_zeros(ours.gradient.shape[-1])
         share[list(LEARNED_FIELDS)] = share_of_precise(
-            project(basis, precise).unflatten(1, (len(LEARNED_FIELDS), -1)),
-            project(basis, theirs.gradient).unflatten(1, (len(LEARNED_FIELDS), -1)),
+            _by_field(project(basis, precise)[usable]),
+            _by_field(project(basis, theirs.gradient)[usable]),
         )
         return ScheduleEstimate(
             ours.settings, torch.lerp(theirs.gradient, precise, share), theirs.loss
         )
+
+
+def _finite(estimate: ScheduleEstimate) -> Tensor:
+    """Whether each member's estimate is finite."""
+    return estimate.norms.isfinite() & estimate.loss.isfinite()
+
+
+def _by_field(coordinates: Tensor) -> Tensor:
+    return coordinates.unflatten(1, (len(LEARNED_FIELDS), -1))
 
 
 def share_of_precise(precise: Tensor, unbiased: Tensor) -> Tensor:
@@ -77,9 +88,11 @@ def share_of_precise(precise: Tensor, unbiased: Tensor) -> Tensor:
         unbiased: the same of an estimator without a bias.
 
     Returns:
-        shape ``(groups,)``.
+        shape ``(groups,)``; 0 if there are fewer than two members, which show no spread.
     """
     members = len(precise)
+    if members < 2:
+        return precise.new_zeros(precise.shape[1])
     noise = [estimate.var(dim=0).sum(-1) / members for estimate in (precise, unbiased)]
     distance = (precise.mean(0) - unbiased.mean(0)).square().sum(-1)
     bias = (distance - noise[0] - noise[1]).clamp(min=0)
