@@ -9,6 +9,7 @@ from small_task import THREE_MEMBERS as SMALL
 from learnsched.data import load
 from learnsched.meta.estimators import clipped
 from learnsched.meta.evolution import EvolutionStrategies, project, regression, tangent_basis
+from learnsched.meta.guarded import Guarded
 from learnsched.meta.hybrid import Hybrid, share_of_precise
 from learnsched.meta.rollout import PolicyRollout
 from learnsched.meta.unrolled import Unrolled
@@ -105,6 +106,12 @@ def test_a_member_that_diverges_is_left_out_and_the_others_are_as_without_it():
 def test_without_a_spread_the_unbiased_estimate_has_all_the_weight(members):
     share = share_of_precise(estimates(1.0)[:members], estimates(2.0)[:members])
     assert share.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("estimator", [Hybrid, Guarded])
+def test_gradients_of_the_loss_are_not_mixed_with_those_of_the_error(estimator):
+    with pytest.raises(ValueError, match="must have objective 'loss', got 'error'"):
+        estimator(evolution=EvolutionStrategies(objective="error"))
 
 
 def test_one_member_has_no_spread():

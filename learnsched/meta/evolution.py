@@ -103,6 +103,19 @@ class EvolutionStrategies:
         return ScheduleEstimate(settings, lift(basis, ours).permute(1, 0, 2, 3), losses[0])
 
 
+def check_in_nats(evolution: EvolutionStrategies) -> None:
+    """Refuse, beside gradients of the loss, a strategy whose gradients are in shares of errors.
+
+    Raises:
+        ValueError: its objective is not the loss.
+    """
+    if evolution.objective != "loss":
+        raise ValueError(
+            f"beside gradients of the loss, in nats, evolution must have objective 'loss', got "
+            f"{evolution.objective!r}; EvolutionStrategies alone can follow the error"
+        )
+
+
 class _Perturbed:
     """The settings of a rollout and, after them, those of every pair: all runs go side by side.
 

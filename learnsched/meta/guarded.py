@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from learnsched.meta.estimators import Inner, Rollout, ScheduleEstimate
-from learnsched.meta.evolution import EvolutionStrategies
+from learnsched.meta.evolution import EvolutionStrategies, check_in_nats
 from learnsched.meta.unrolled import Unrolled
 
 
@@ -25,7 +25,7 @@ class Guarded:
         limit: largest trusted median norm, positive.
 
     Raises:
-        ValueError: the limit is not positive.
+        ValueError: the limit is not positive, or the objective of the evolution is not the loss.
 
     Example:
         >>> from learnsched.data import load
@@ -47,6 +47,7 @@ class Guarded:
     def __post_init__(self) -> None:
         if not self.limit > 0:
             raise ValueError(f"the limit must be positive, got {self.limit}")
+        check_in_nats(self.evolution)
 
     def __call__(self, inner: Inner, rollout: Rollout) -> ScheduleEstimate:
         estimate = self.unrolled(inner, rollout)

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from learnsched.meta.estimators import Inner, Rollout, ScheduleEstimate, clipped
-from learnsched.meta.evolution import LEARNED_FIELDS, EvolutionStrategies, project, tangent_basis
+from learnsched.meta.evolution import (
+    LEARNED_FIELDS,
+    EvolutionStrategies,
+    check_in_nats,
+    project,
+    tangent_basis,
+)
 from learnsched.meta.unrolled import Unrolled
 
 
@@ -27,7 +33,8 @@ class Hybrid:
         evolution: the unbiased one; coordinates are compared on its knots.
 
     Raises:
-        ValueError: the task has one member only, which has no spread.
+        ValueError: the objective of the evolution is not the loss; when called, the task has one member
+            only, which has no spread.
 
     Source:
         Metz et al. 2019 (arXiv:1810.10180), section 3.2, without a bias.
@@ -48,6 +55,9 @@ class Hybrid:
 
     unrolled: Unrolled = field(default_factory=lambda: Unrolled(damping=0.5))
     evolution: EvolutionStrategies = field(default_factory=lambda: EvolutionStrategies(pairs=8))
+
+    def __post_init__(self) -> None:
+        check_in_nats(self.evolution)
 
     def __call__(self, inner: Inner, rollout: Rollout) -> ScheduleEstimate:
         if len(inner.initial().tensors[0]) < 2:
