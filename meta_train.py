@@ -80,7 +80,8 @@ def _options() -> argparse.Namespace:
 def _train_and_report(options: argparse.Namespace) -> None:
     preset = PRESETS[options.preset]
     steps = options.steps or preset.steps
-    started = (options.out / "config.json").exists()
+    parts = ("config.json", "checkpoint.safetensors")
+    started = any((options.out / part).exists() for part in parts)
     distribution.barrier()  # every rank has looked before the first one writes
     if started and not options.resume:
         raise FileExistsError(

@@ -288,10 +288,34 @@ def test_without_validation_tasks_the_last_average_is_kept(tmp_path):
         assert torch.equal(parameter, trainer._average[name])
 
 
-def test_a_folder_of_another_configuration_is_refused(tmp_path):
+def test_a_folder_of_another_configuration_is_refused_and_what_differs_is_named(tmp_path):
     small_trainer(tmp_path)
-    with pytest.raises(FileExistsError, match="another configuration"):
-        small_trainer(tmp_path, learning_rate=0.5)
+    named = r"config\.json differs in trainer\.seed, trainer\.learning_rate;"
+    with pytest.raises(FileExistsError, match=named):
+        small_trainer(tmp_path, learning_rate=0.5, seed=7)
+
+
+def test_an_estimator_whose_repr_does_not_last_is_named(tmp_path):
+    def begin(estimator):
+        made = small_trainer(tmp_path / "made")
+        return MetaTrainer(
+            made.policy, made.config, tmp_path / "run", {"digits": DIGITS}, estimator
+        )
+
+    # Both are kept, so that they lie at different addresses.
+    first, second = (lambda inner, rollout: None for _ in range(2))
+    begin(first)
+    with pytest.raises(FileExistsError, match=r"config\.json differs in estimator;"):
+        begin(second)
+
+
+def test_a_checkpoint_without_its_configuration_is_refused_and_left_alone(tmp_path):
+    small_trainer(tmp_path).run(1)
+    (tmp_path / "config.json").unlink()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FileNotFoundError, match=r"checkpoint\.safetensors is there and .*config"):
+        small_trainer(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_run_begun_before_tasks_had_all_their_fields_goes_on(tmp_path):

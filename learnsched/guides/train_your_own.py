@@ -54,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         preset.trainer, mix=mix, validation=validation, validate_every=2, seed=options.seed
     )
 
+    # An estimator of your own goes to MetaTrainer as `estimator`. Make it a frozen dataclass: a run is
+    # resumed only if the `repr` of its estimator is the same as before.
+
     # 3. A fresh meta-network gives the hand-coded base curve; training bends it.
     domain = Domain(horizon=(4, 6), steps=total_steps, depth=(3, 4), fan_in=(8, 64))
     policy = LearnedPolicy(MetaNetwork(), preset.base, domain)

@@ -135,7 +135,11 @@ class ParametricRollout(Protocol):
 
 
 class Estimator(Protocol):
-    """What gives the gradient of the outer loss of each member of a task."""
+    """What gives the gradient of the outer loss of each member of a task.
+
+    A run of meta-training knows its estimator by its ``repr``, which therefore has to tell its
+    parameters and be the same in every process: that of a frozen dataclass is, a function's is not.
+    """
 
     def __call__(self, inner: Inner, rollout: ParametricRollout) -> Estimate:
         """Run the inner loop under the rollout's schedule and estimate the gradient."""

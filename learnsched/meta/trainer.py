@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from learnsched.data import DataSet, load
+from learnsched.differences import differences
 from learnsched.digest import digest
 from learnsched.files import write, write_text
 from learnsched.history import WORDS
@@ -102,7 +103,9 @@ class MetaTrainer:
         device: where inner runs train.
 
     Raises:
-        FileExistsError: the folder holds a run of another configuration, or on other data.
+        FileExistsError: the folder holds a run of another configuration, or on other data; the message
+            names what differs.
+        FileNotFoundError: the folder holds a checkpoint without its configuration.
         KeyError: a data set of the mix or of validation is missing.
         ValueError: the folder's checkpoint or configuration is damaged.
 
@@ -285,15 +288,22 @@ class MetaTrainer:
 
     def _open(self) -> None:
         """Start a run in the folder, or take up the one that is there."""
-        path = self.folder / "config.json"
+        path, checkpoint = (
+            self.folder / name for name in ("config.json", "checkpoint.safetensors")
+        )
         if path.exists():
             self._check_config(path)
+        elif checkpoint.exists():
+            raise FileNotFoundError(
+                f"{checkpoint} is there and its configuration {path} is not, without which nobody knows "
+                "which run it belongs to; put it back, or choose another folder"
+            )
         elif distribution.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(self._config(), indent=1))
         distribution.barrier()
-        if (self.folder / "checkpoint.safetensors").exists():
-            self._load()
+        if checkpoint.exists():
+            self._load(checkpoint)
 
     def _config(self) -> dict[str, Any]:
         """What tells this run from others."""
@@ -318,9 +328,10 @@ class MetaTrainer:
             stored = {part: config[part] for part in ("data", "start")} | stored
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error!r}); choose another folder") from error
-        if stored != config:
+        found = ", ".join(key for key, _, _ in differences(stored, config))
+        if found:
             raise FileExistsError(
-                f"{self.folder} holds a run of another configuration ({path}); "
+                f"{self.folder} holds a run of another configuration: {path} differs in {found}; "
                 "choose another folder, or the same preset, seed and options as before"
             )
 
@@ -365,8 +376,7 @@ class MetaTrainer:
         write_text(self.folder / "log.jsonl", lines)
         write(self.folder / "checkpoint.safetensors", lambda temporary: temporary.write_bytes(data))
 
-    def _load(self) -> None:
-        path = self.folder / "checkpoint.safetensors"
+    def _load(self, path: Path) -> None:
         try:
             with safe_open(path, framework="pt") as file:
                 stored = json.loads(file.metadata()["trainer"])
