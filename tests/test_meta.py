@@ -397,6 +397,65 @@ def test_a_mix_needs_something_to_draw_from(name):
         dataclasses.replace(PRESETS["quick"].trainer.mix, **{name: ()})
 
 
+def with_architecture(**changes):
+    architecture = {"data": "digits", "family": "mlp", "widths": (6,), "depths": (3,)} | changes
+    return {"architectures": (tuple(architecture.values()),)}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (with_architecture(widths=()), ValueError, "widths is empty"),
+        (with_architecture(widths=(6, 0)), ValueError, "widths must be at least 1"),
+        (with_architecture(widths=6), TypeError, "widths must be a tuple of whole numbers"),
+        (with_architecture(depths=(3.0,)), TypeError, "depths must be a tuple of whole numbers"),
+        (with_architecture(family="resnet"), ValueError, "unknown family 'resnet'"),
+        ({"horizons": (0,)}, ValueError, "horizons must be at least 1"),
+        ({"batches": (32, -1)}, ValueError, "batches must be at least 1"),
+        ({"bits": (("ternary/2-bit", 0.0),)}, ValueError, "weight of ternary/2-bit must be pos"),
+        ({"bits": (("ternary/2-bit", float("nan")),)}, ValueError, "must be positive"),
+    ],
+)
+def test_a_mix_refuses_at_once_what_no_task_can_be_made_of(change, error, match):
+    with pytest.raises(error, match=match):
+        dataclasses.replace(PRESETS["quick"].trainer.mix, **change)
+
+
+@pytest.mark.parametrize("family", ["mlp", "cnn1d", "cnn2d", "residual", "vgg"])
+def test_a_mix_takes_the_depths_of_which_networks_can_be_built(family):
+    data = load("mnist1d") if family == "cnn1d" else DIGITS
+    for depth in range(1, 9):
+
+        def mix(depth=depth):
+            change = with_architecture(data=data.name, family=family, depths=(depth,))
+            return dataclasses.replace(PRESETS["quick"].trainer.mix, **change)
+
+        def build(depth=depth):
+            dataclasses.replace(SMALL, family=family, width=2, depth=depth).build(data)
+
+        made = [not raises_value_error(action) for action in (mix, build)]
+        assert made[0] == made[1], depth
+
+
+def raises_value_error(action):
+    try:
+        action()
+    except ValueError:
+        return True
+    return False
+
+
+def test_the_domain_of_a_preset_has_the_steps_of_its_runs():
+    quick = PRESETS["quick"]
+    mix = dataclasses.replace(quick.trainer.mix, horizons=(30,), total_steps=(10, 10))
+    preset = dataclasses.replace(quick, trainer=dataclasses.replace(quick.trainer, mix=mix))
+    drawn = {task.horizon * task.steps for step in range(5) for task in mix.sample(0, step)}
+    assert drawn == {60}
+    assert preset.domain.steps == (60, 60)
+    for shipped in PRESETS.values():
+        assert shipped.domain.steps == shipped.trainer.mix.total_steps
+
+
 def test_gradients_that_are_not_finite_are_dropped_and_counted(tmp_path):
     trainer = small_trainer(tmp_path)
 

@@ -10,9 +10,13 @@ from typing import TypeVar
 import torch
 
 from learnsched.choices import check_choice
+from learnsched.meta.networks import FAMILIES, check_depth
 from learnsched.meta.tasks import BITS, Task, mixed_seed
 
 T = TypeVar("T")
+
+# Of an epoch.
+_LEAST_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class Mix:
     Attributes:
         architectures: (data, family, widths, depths) to draw from.
         horizons: epochs to draw from.
-        total_steps: fewest and most optimizer steps of a run, drawn log-uniformly.
+        total_steps: fewest and most optimizer steps of a run, drawn log-uniformly; but an epoch has two
+            at least.
         batches: examples a step, to draw from.
         bits: from keys of :data:`learnsched.meta.tasks.BITS` to their weight.
         learning_rates: smallest and largest, drawn log-uniformly for each member.
@@ -33,7 +38,9 @@ class Mix:
             finish together.
 
     Raises:
-        ValueError: there is nothing to draw from, bits are unknown, or a number is out of its range.
+        TypeError: widths, depths, horizons or batches are no whole numbers to draw from.
+        ValueError: there is nothing to draw from, bits or a family are unknown, a family has no network
+            of a depth, or a number is out of its range.
 
     Example:
         >>> mix = Mix(architectures=(("digits", "mlp", (8,), (2, 3)),), horizons=(4, 6),
@@ -55,11 +62,22 @@ class Mix:
     alike: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("architectures", "horizons", "batches", "bits"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty: there is nothing to draw from")
-        for bits, _ in self.bits:
+        for name in ("architectures", "bits"):
+            _check_not_empty(name, getattr(self, name))
+        for _, family, widths, depths in self.architectures:
+            check_choice("family", family, FAMILIES)
+            _check_whole("widths", widths)
+            _check_whole("depths", depths)
+            for depth in depths:
+                check_depth(family, depth)
+        _check_whole("horizons", self.horizons)
+        _check_whole("batches", self.batches)
+        for bits, weight in self.bits:
             check_choice("bits", bits, BITS)
+            if not 0 < weight < math.inf:
+                raise ValueError(
+                    f"the weight of {bits} must be positive, got {weight}; leave out what is never drawn"
+                )
         ends = (self.total_steps, self.learning_rates)
         if not all(0 < low <= high < math.inf for low, high in ends):
             raise ValueError(f"ranges go from a positive number up, got {ends}")
@@ -68,6 +86,13 @@ class Mix:
                 "members, tasks and alike are at least 1 and fine_tuning lies in [0, 1], got "
                 f"{self.members}, {self.tasks}, {self.alike} and {self.fine_tuning}"
             )
+
+    @property
+    def run_steps(self) -> tuple[float, float]:
+        """Fewest and most optimizer steps of a run, but for rounding to whole steps an epoch."""
+        ends = zip(self.total_steps, (min(self.horizons), max(self.horizons)), strict=True)
+        fewest, most = (max(total, _LEAST_STEPS * horizon) for total, horizon in ends)
+        return fewest, most
 
     def sample(self, seed: int, outer_step: int) -> list[Task]:
         """The tasks of an outer step; the same for the same arguments."""
@@ -95,7 +120,7 @@ class Mix:
             width=_choice(widths, generator),
             depth=_choice(depths, generator),
             horizon=horizon,
-            steps=max(2, round(total / horizon)),
+            steps=max(_LEAST_STEPS, round(total / horizon)),
             batch=_choice(self.batches, generator),
             bits=bits,
             learning_rates=(),
@@ -105,6 +130,20 @@ class Mix:
 
     def _learning_rates(self, generator: torch.Generator) -> tuple[float, ...]:
         return tuple(_log_uniform(self.learning_rates, generator) for _ in range(self.members))
+
+
+def _check_not_empty(name: str, options: Sequence[object]) -> None:
+    if not options:
+        raise ValueError(f"{name} is empty: there is nothing to draw from")
+
+
+def _check_whole(name: str, options: Sequence[int]) -> None:
+    """Refuse what are no whole numbers from 1 up."""
+    if not isinstance(options, Sequence) or any(type(option) is not int for option in options):
+        raise TypeError(f"{name} must be a tuple of whole numbers to draw from, got {options!r}")
+    _check_not_empty(name, options)
+    if min(options) < 1:
+        raise ValueError(f"{name} must be at least 1, got {options}")
 
 
 def _choice(options: Sequence[T], generator: torch.Generator) -> T:

@@ -4,6 +4,25 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+# Fewest weight layers of each family, and how many more every larger one has.
+FAMILIES = {"mlp": (2, 1), "cnn1d": (2, 1), "cnn2d": (2, 1), "residual": (5, 2), "vgg": (6, 2)}
+
+
+def check_depth(family: str, depth: int) -> None:
+    """Refuse a number of weight layers that no network of a family has.
+
+    Args:
+        family: a key of :data:`FAMILIES`.
+        depth: weight layers.
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    least, more = FAMILIES[family]
+    if depth < least or (depth - least) % more:
+        some = ", ".join(str(least + n * more) for n in range(3))
+        raise ValueError(f"family {family} has {some}, ... weight layers, got depth {depth}")
+
 
 def mlp(inputs: int, width: int, depth: int, classes: int) -> nn.Module:
     """``depth`` linear layers, batch norm and ReLU between them."""
@@ -84,9 +103,7 @@ def residual(side: int, width: int, depth: int, classes: int) -> nn.Module:
     Raises:
         ValueError: ``depth`` is even or below 5, which no whole number of blocks has.
     """
-    blocks, rest = divmod(depth - 3, 2)
-    if rest or blocks < 1:
-        raise ValueError(f"a residual network has 5, 7, 9, ... weight layers, got depth {depth}")
+    check_depth("residual", depth)
     layers: list[nn.Module] = []
     for channels in (1, width):
         layers += [
@@ -95,7 +112,7 @@ def residual(side: int, width: int, depth: int, classes: int) -> nn.Module:
             nn.ReLU(),
         ]
         side = (side + 1) // 2
-    layers += [ResidualBlock(width) for _ in range(blocks)]
+    layers += [ResidualBlock(width) for _ in range((depth - 3) // 2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * side**2, classes))
 
 
@@ -111,8 +128,7 @@ def vgg(side: int, width: int, depth: int, classes: int) -> nn.Module:
     Raises:
         ValueError: ``depth`` is odd or below 6.
     """
-    if depth % 2 or depth < 6:
-        raise ValueError(f"a VGG-like network has 6, 8, 10, ... weight layers, got depth {depth}")
+    check_depth("vgg", depth)
     layers: list[nn.Module] = []
     channels = 1
     for pair in range(depth // 2 - 1):

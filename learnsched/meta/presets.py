@@ -44,7 +44,7 @@ class Preset:
         levels = [REAL_LEVELS if s is None else len(s.values) for s in sets]
         return Domain(
             horizon=(min(mix.horizons), max(mix.horizons)),
-            steps=mix.total_steps,
+            steps=mix.run_steps,
             depth=(
                 min(d for a in mix.architectures for d in a[3]),
                 max(d for a in mix.architectures for d in a[3]),
