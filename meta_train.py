@@ -25,6 +25,7 @@ from learnsched.benchmarks import comparison, held_out
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks
 from learnsched.benchmarks.environment import describe
+from learnsched.differences import differences
 from learnsched.files import write_text
 from learnsched.meta import distribution
 from learnsched.meta.presets import PRESETS, Preset
@@ -59,7 +60,8 @@ def _options() -> argparse.Namespace:
         "--from",
         dest="source",
         metavar="ARTEFACT",
-        help="begin with the network of this artefact, by name or path",
+        help="begin with the network of this artefact, by name or path; what this run changes in its "
+        "schedule, such as the domain, is printed at the start",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -68,6 +70,8 @@ def _options() -> argparse.Namespace:
     options.out = options.out or Path("runs") / f"{options.preset}-{options.seed}"
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
+    if not -(2**63) <= options.seed < 2**63:
+        parser.error(f"--seed must lie between -2**63 and 2**63 - 1, got {options.seed}")
     try:
         torch.zeros((), device=options.device).item()
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
@@ -90,6 +94,12 @@ def _train_and_report(options: argparse.Namespace) -> None:
     if options.resume and not started:
         raise FileNotFoundError(f"{options.out} holds no run to resume; leave --resume out")
     trainer = _trainer(preset, options)
+    if steps < trainer.step:
+        given = "" if options.steps else f", the number of preset {options.preset}"
+        raise ValueError(
+            f"the run in {options.out} has taken {trainer.step} outer steps; --steps counts all of them "
+            f"and is {steps}{given}; give {trainer.step} or more"
+        )
     first = preset.trainer.validate_every
     if steps < first and distribution.rank() == 0:
         print(
@@ -157,6 +167,8 @@ def _trainer(preset: Preset, options: argparse.Namespace) -> MetaTrainer:
         shared_noise=True,
         moved_start=True,
     )
+    if options.source and distribution.rank() == 0:
+        _say_what_changes(options.source, source, policy)
     config = replace(preset.trainer, seed=options.seed)
     return MetaTrainer(
         policy,
@@ -166,6 +178,19 @@ def _trainer(preset: Preset, options: argparse.Namespace) -> MetaTrainer:
         preset.estimator,
         device=options.device,
     )
+
+
+def _say_what_changes(name: str, source: LearnedPolicy, policy: LearnedPolicy) -> None:
+    """Print what of an artefact's schedule is another one in this run."""
+    changes = list(differences(source.config(), policy.config()))
+    if changes:
+        print(
+            f"meta_train.py: begins with the network of {name} and these changes, so its schedule at "
+            "step 0 is not that of the artefact",
+            *(f"  {key}: {before} -> {after}" for key, before, after in changes),
+            sep="\n",
+            file=sys.stderr,
+        )
 
 
 def _report(policy: LearnedPolicy, card: dict[str, Any], options: argparse.Namespace) -> None:
