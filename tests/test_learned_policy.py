@@ -15,8 +15,10 @@ from torch import nn
 from learnsched.convert import quantize_
 from learnsched.levels import ternary
 from learnsched.meta.rollout import following_rollout
+from learnsched.meta.tasks import BITS
 from learnsched.policies import BaseCurve, BaseCurves, Case, Domain, LearnedPolicy, MetaNetwork
 from learnsched.policies.learned import leaky_clamp
+from learnsched.pretrained import load_pretrained
 from learnsched.schedule import FIELDS, LayerInfo, RunInfo, Telemetry, plan
 from learnsched.scheduler import QuantizationScheduler
 
@@ -378,6 +380,55 @@ def test_a_run_outside_of_the_domain_is_named(run, named):
     else:
         with pytest.warns(UserWarning, match=named):
             policy.begin(run)
+
+
+def weights_of(levels, activations=4):
+    return RunInfo(
+        (LayerInfo("a", 9, levels, activations), LayerInfo("b", 72, levels, activations),
+         LayerInfo("c", 128, levels, 0)), 12, 20,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("levels", [7, 16, 256])
+def test_levels_of_weights_far_from_those_seen_are_named_and_clipped(levels):
+    policy = trained(open_loop=True, domain=Domain(weight_levels=(3, 3)))
+    with pytest.warns(UserWarning, match=rf"weight levels {levels} \(seen 3 to 3\).*clipped"):
+        policy.begin(weights_of(levels))
+    assert torch.equal(rollout(policy, weights_of(levels)), rollout(policy, weights_of(3)))
+    real = replace(weights_of(levels), layers=(LayerInfo("a", 9, 0, 4),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        policy.begin(real)  # nothing to clip
+
+
+def test_the_shipped_schedule_has_seen_ternary_weights():
+    policy = load_pretrained("default")
+    assert policy.domain.weight_levels == (3, 3)
+    with pytest.warns(UserWarning, match=r"weight levels 256 \(seen 3 to 3\)"):
+        sixteen = plan(policy, weights_of(256)).table
+    assert torch.equal(sixteen, plan(policy, weights_of(3)).table)
+
+
+# Sums of all settings of the run below, from scratch and in fine-tuning, before domains told levels of
+# weights.
+SUMS = {
+    "ternary/2-bit": (99.55006, 99.74893), "ternary/ternary": (96.38937, 66.99999),
+    "binary/binary": (68.34034, 68.34034), "binary/2-bit": (97.82059, 98.01464),
+    "ternary/real": (94.6464, 94.6464), "binary/real": (94.6464, 94.6464),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_settings_for_the_level_sets_of_tasks_are_what_they_were(bits):
+    weight, activation = BITS[bits]
+    run = weights_of(len(weight.values), len(activation.values) if activation else 0)
+    policy = load_pretrained("default")
+    found = []
+    for fine_tuning in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found.append(plan(policy, replace(run, fine_tuning=fine_tuning)).table.sum().item())
+    assert found == pytest.approx(SUMS[bits], abs=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:outside of what")

@@ -329,6 +329,15 @@ def test_a_run_begun_before_tasks_had_all_their_fields_goes_on(tmp_path):
     assert small_trainer(tmp_path).step == 0
 
 
+def test_a_run_begun_before_domains_told_levels_of_weights_goes_on(tmp_path):
+    small_trainer(tmp_path).run(1)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert config["policy"]["domain"].pop("weight_levels") == [3, 3]
+    path.write_text(json.dumps(config))
+    assert small_trainer(tmp_path).step == 1
+
+
 def respoiled(path, *, tensors=lambda t: t, scalars=lambda s: s):
     with safe_open(path, framework="pt") as file:
         stored = json.loads(file.metadata()["trainer"])

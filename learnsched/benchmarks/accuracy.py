@@ -52,6 +52,7 @@ from learnsched.benchmarks.spaces import Trial
 from learnsched.data import DataSet
 from learnsched.meta.tasks import BITS, Task
 from learnsched.policies import BaseCurve, BaseCurves, LearnedPolicy
+from learnsched.policies.domain import LATER_RANGES
 from learnsched.schedule import LayerInfo, RunInfo
 
 # Horizons, as shares of the cell's, at which learned schedules run too: what they need to match.
@@ -126,7 +127,9 @@ def _digest(policy: LearnedPolicy, curve: BaseCurve) -> str:
 
     Records that are there hold it; another would have them made again.
     """
-    seen = sorted(asdict(policy.domain).items())
+    # Ranges that are those of the first artefacts, which do not name them, leave records as they are.
+    ranges = asdict(policy.domain).items()
+    seen = sorted((name, ends) for name, ends in ranges if LATER_RANGES.get(name) != ends)
     choices = (policy.open_loop, policy.shared_noise) + (True,) * policy.moved_start
     digest = hashlib.sha256(repr((_numbers(curve), choices, seen)).encode())
     for name, value in sorted(policy.network.state_dict().items()):

@@ -40,8 +40,9 @@ class Preset:
     def domain(self) -> Domain:
         """The range of runs that the mix can draw; of fan-ins, that of all presets' networks."""
         mix = self.trainer.mix
-        sets = [BITS[name][1] for name, _ in mix.bits]
-        levels = [REAL_LEVELS if s is None else len(s.values) for s in sets]
+        sets = [BITS[name] for name, _ in mix.bits]
+        weights = [len(weight.values) for weight, _ in sets]
+        levels = [REAL_LEVELS if a is None else len(a.values) for _, a in sets]
         return Domain(
             horizon=(min(mix.horizons), max(mix.horizons)),
             steps=mix.run_steps,
@@ -51,6 +52,7 @@ class Preset:
             ),
             fan_in=(5, 600),
             activation_levels=(min(levels), max(levels)),
+            weight_levels=(min(weights), max(weights)),
         )
 
 

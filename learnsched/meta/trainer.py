@@ -31,6 +31,7 @@ from learnsched.meta.rollout import begin
 from learnsched.meta.tasks import Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.meta.validation import hard_errors
+from learnsched.policies.domain import LATER_RANGES
 from learnsched.policies.learned import LATER_CHOICES, LearnedPolicy
 
 # What a checkpoint says beside its tensors.
@@ -320,8 +321,11 @@ class MetaTrainer:
         config = json.loads(json.dumps(self._config()))
         try:
             stored = json.loads(path.read_text())
-            # The run may have begun before policies had all their choices, and tasks all their fields.
+            # The run may have begun before policies had all their choices and ranges, and tasks all
+            # their fields. Its mix, which tells the ranges, is checked anyway.
             stored["policy"] = dict.fromkeys(LATER_CHOICES, False) | stored["policy"]
+            ranges = {name: config["policy"]["domain"][name] for name in LATER_RANGES}
+            stored["policy"]["domain"] = ranges | stored["policy"]["domain"]
             later = {f.name: f.default for f in fields(Task) if f.default is not MISSING}
             tasks = stored["trainer"]["validation"]
             stored["trainer"]["validation"] = [later | task for task in tasks]

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 
 from learnsched.schedule import RunInfo
 
+# Ranges that the first artefacts do not name, and what these had seen.
+LATER_RANGES = {"weight_levels": (3, 3)}
 # Real activations are like those of 8 bits, on which noise of a level step has no effect either.
 REAL_LEVELS = 256
 
@@ -22,6 +24,8 @@ class Domain:
         fan_in: smallest and largest fan-in.
         activation_levels: fewest and most levels of activations; 256 for real ones. A run with
             others gets the base curve alone: what is learned of one level set does harm to another.
+        weight_levels: fewest and most levels of weights. Up to a factor of two beyond, the network is
+            shown them as they are: what was learned with ternary weights was measured with binary ones.
 
     Raises:
         ValueError: a range is not positive and finite, or is reversed.
@@ -37,6 +41,7 @@ class Domain:
     depth: tuple[float, float] = (1, 1000)
     fan_in: tuple[float, float] = (1, 1_000_000)
     activation_levels: tuple[float, float] = (1, 1_000_000)
+    weight_levels: tuple[float, float] = (1, 1_000_000)
 
     def __post_init__(self) -> None:
         for name, (low, high) in asdict(self).items():
@@ -48,19 +53,34 @@ class Domain:
         fan_ins: list[float] = [layer.fan_in for layer in run.layers if layer.fan_in] or [
             self.fan_in[0]
         ]
+        weights: list[float] = [
+            layer.weight_levels for layer in run.layers if layer.weight_levels
+        ] or [self.weight_levels[0]]
         seen: list[tuple[str, tuple[float, float], list[float]]] = [
             ("horizon (epochs)", self.horizon, [run.horizon]),
             ("depth (layers)", self.depth, [len(run.layers)]),
-            ("fan-in", self.fan_in, [min(fan_ins), max(fan_ins)]),
+            ("fan-in", self.fan_in, fan_ins),
+            ("weight levels", self.weight_levels, weights),
         ]
         if run.steps_per_epoch is not None:
             seen.append(("optimizer steps", self.steps, [run.horizon * run.steps_per_epoch]))
         return [
             f"{name} {' to '.join(f'{v:g}' for v in sorted({min(values), max(values)}))} "
-            f"(seen {low:g} to {high:g})"
-            for name, (low, high), values in seen
-            if min(values) < low / 2 or max(values) > high * 2
+            f"(seen {ends[0]:g} to {ends[1]:g})"
+            for name, ends, values in seen
+            if not (_is_near(min(values), ends) and _is_near(max(values), ends))
         ]
+
+    def shown_weight_levels(self, levels: int) -> float:
+        """Levels of weights as the network is shown them.
+
+        Example:
+            >>> domain = Domain(weight_levels=(3, 3))
+            >>> [domain.shown_weight_levels(levels) for levels in (2, 3, 256)]
+            [2, 3, 3]
+        """
+        low, high = self.weight_levels
+        return levels if _is_near(levels, self.weight_levels) else min(max(levels, low), high)
 
     def has_seen_levels(self, run: RunInfo) -> bool:
         """Whether the run's activations have as many levels as meta-training has seen.
@@ -75,6 +95,11 @@ class Domain:
         """
         low, high = self.activation_levels
         return all(low <= count <= high for count in activation_levels(run))
+
+
+def _is_near(value: float, seen: tuple[float, float]) -> bool:
+    """Whether a value lies no more than a factor of two outside of a range."""
+    return seen[0] / 2 <= value <= seen[1] * 2
 
 
 def activation_levels(run: RunInfo) -> list[int]:

@@ -34,13 +34,14 @@ def static_features(run: RunInfo, progress: float, domain: Domain) -> Tensor:
     rows = []
     for index, (layer, depth) in enumerate(zip(run.layers, depths(count), strict=True)):
         fan_in = log_within(layer.fan_in, domain.fan_in, 50.0) if layer.fan_in else 0.0
+        weight_levels = domain.shown_weight_levels(layer.weight_levels)
         rows.append(
             [
                 depth,
                 float(index == 0),
                 float(index == count - 1),
                 fan_in / 2,
-                math.log2(layer.weight_levels) / 2 if layer.weight_levels else 0.0,
+                math.log2(weight_levels) / 2 if layer.weight_levels else 0.0,
                 math.log2(layer.activation_levels) / 2 if layer.activation_levels else 0.0,
                 log_within(count, domain.depth, 4.0),
                 horizon,

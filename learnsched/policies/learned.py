@@ -15,7 +15,7 @@ from torch import Tensor
 from learnsched.digest import digest
 from learnsched.policies.base_curve import BaseCurve, loss_gain
 from learnsched.policies.base_curves import BaseCurves
-from learnsched.policies.domain import Domain
+from learnsched.policies.domain import LATER_RANGES, Domain
 from learnsched.policies.features import FEEDBACK, STATIC, feedback_features, static_features
 from learnsched.policies.meta_network import OUTPUTS, MetaNetwork
 from learnsched.schedule import FIELDS, RunInfo, Setting, Telemetry
@@ -100,14 +100,14 @@ class LearnedPolicy:
         Raises:
             KeyError, TypeError, ValueError: the configuration is not one of :meth:`config`.
         """
+        config = completed(config)
         domain = Domain(**{name: (low, high) for name, (low, high) in config["domain"].items()})
         # Artefacts are in single precision, whatever the default is; and reading one must not change
         # what a user draws next. Telemetry is on the CPU.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             network = MetaNetwork(config["hidden"], config["embedding"]).float()
         base = BaseCurves.from_config(config["base"])
-        # Artefacts that are older have no such choices.
-        later = {name: config.get(name, False) for name in LATER_CHOICES}
+        later = {name: config[name] for name in LATER_CHOICES}
         return cls(network, base, domain, open_loop=config["open_loop"], **later)
 
     def replaced(
@@ -220,6 +220,17 @@ class LearnedPolicy:
             noise, line = offset.split([OUTPUTS - 1, 1], dim=-1)
             offset = torch.cat([noise.mean(-2, keepdim=True).expand_as(noise), line], dim=-1)
         return offset, hidden
+
+
+def completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with what older ones leave unsaid.
+
+    Raises:
+        KeyError, TypeError: it has no domain.
+    """
+    ranges = {name: list(seen) for name, seen in LATER_RANGES.items()}
+    domain = {**ranges, **config["domain"]}
+    return {**dict.fromkeys(LATER_CHOICES, False), **config, "domain": domain}
 
 
 class _LeakyClamp(torch.autograd.Function):

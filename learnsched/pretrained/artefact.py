@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from learnsched.digest import digest
 from learnsched.files import write, write_text
 from learnsched.policies.features import FEATURE_SCHEMA
-from learnsched.policies.learned import LATER_CHOICES, LearnedPolicy
+from learnsched.policies.learned import LATER_CHOICES, LearnedPolicy, completed
 
 FORMAT_VERSION = 2
 
@@ -264,7 +264,7 @@ def _policy(config: Any) -> LearnedPolicy:
     if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
         raise ValueError("base curves and the domain are made of finite numbers")
     policy = LearnedPolicy.from_config(config)
-    if policy.config() != {**dict.fromkeys(LATER_CHOICES, False), **config}:
+    if policy.config() != completed(config):
         raise ValueError(f"the configuration is not whole, or has more in it: {config}")
     return policy
 
