@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from learnsched import kernels, operators, staircase
 from learnsched.choices import check_choice
-from learnsched.levels import LevelSet
+from learnsched.levels import LevelSet, check_level_set
 from learnsched.noise import NoiseShape, noise_shape
 from learnsched.staircase import NARROWEST, Level
 from learnsched.tracing import can_look, inside_transform, recorded_for_onnx
@@ -368,10 +368,7 @@ def _saved(ctx: Any) -> list[Any]:
 
 
 def _check_types(x: Any, levels: Any) -> None:
-    if not isinstance(levels, LevelSet):
-        raise TypeError(
-            f"levels must be a LevelSet such as ternary() or unsigned(2), got {type(levels).__name__}"
-        )
+    check_level_set(levels)
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x must be a floating point tensor, got {kind}; convert it with x.float()")

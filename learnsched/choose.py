@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from learnsched.execution import RECURRENT, Example, Execution, execution
 from learnsched.layers import is_quantized
-from learnsched.levels import LevelSet
+from learnsched.levels import LevelSet, check_level_set
 from learnsched.modules import ACTIVATIONS, BATCH_NORMS, QUANTIZED_TYPES, stays_real
 from learnsched.scales import ScaleRule
 
@@ -82,11 +82,8 @@ def _check_request(
                 f"overrides map patterns to LayerConfig or None, got {type(config).__name__}"
             )
         for levels in (config.weight, config.activation):
-            if levels is not None and not isinstance(levels, LevelSet):
-                raise TypeError(
-                    "level sets are made by ternary(), unsigned(2) and the like, "
-                    f"got {type(levels).__name__}"
-                )
+            if levels is not None:
+                check_level_set(levels)
         if config.weight is not None and not config.weight.is_idempotent:
             raise ValueError(
                 f"the levels {config.weight.values} of weights must lie inside their own cells, off the "

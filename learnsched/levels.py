@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -219,6 +220,18 @@ def power_of_two(bits: int, max_abs: float = 1.0) -> LevelSet:
     magnitudes = [2.0**n for n in range(n2, n1 + 1)]
     values = (*(-m for m in reversed(magnitudes)), 0.0, *magnitudes)
     return LevelSet(values, name=f"power_of_two{bits}")
+
+
+def check_level_set(levels: Any) -> None:
+    """Refuse what is no level set, such as a number of bits.
+
+    Raises:
+        TypeError: it is of another type.
+    """
+    if not isinstance(levels, LevelSet):
+        raise TypeError(
+            f"levels must be a LevelSet such as ternary() or unsigned(2), got {type(levels).__name__}"
+        )
 
 
 def _at_least(x: Tensor, threshold: float) -> Tensor:

@@ -315,9 +315,13 @@ def test_quantized_input_refuses_scales():
     for scale in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="positive and finite"):
             QuantizedInput(scale)
-    for x in (torch.zeros(0, 4), torch.zeros(2, 4), torch.tensor([float("nan")])):
-        with pytest.raises(ValueError, match=r"numbers to fit|positive and finite"):
+    wrong = {"must hold numbers to fit": torch.zeros(0, 4), "in x is 0,": torch.zeros(2, 4)}
+    for message, x in {**wrong, "in x is nan": torch.tensor([float("nan")])}.items():
+        with pytest.raises(ValueError, match=message):
             QuantizedInput.fit(x)
+    for make in (lambda: QuantizedInput(0.1, 8), lambda: QuantizedInput.fit(torch.ones(3), 8)):
+        with pytest.raises(TypeError, match=r"must be a LevelSet such as .*, got int"):
+            make()
     net = QuantizedInput.fit(torch.tensor([-3.0, 1.0]), ls.unsigned(8))
     assert np.isclose(net.scale.item(), 3 / 255)
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from learnsched.levels import LevelSet, signed
+from learnsched.levels import LevelSet, check_level_set, signed
 
 
 class QuantizedInput(nn.Module):
@@ -22,6 +22,7 @@ class QuantizedInput(nn.Module):
             1 / 255.
 
     Raises:
+        TypeError: ``levels`` is no :class:`learnsched.LevelSet`.
         ValueError: the scale is not positive and finite.
 
     Example:
@@ -35,7 +36,7 @@ class QuantizedInput(nn.Module):
         super().__init__()
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"the scale must be positive and finite, got {scale}")
-        self.levels = signed(8) if levels is None else levels
+        self.levels = _or_default(levels)
         self.before = None
         self.register_buffer("scale", torch.tensor(float(scale)))
 
@@ -44,16 +45,23 @@ class QuantizedInput(nn.Module):
         """The quantizer whose outermost level is the largest magnitude in ``x``.
 
         Raises:
+            TypeError: ``levels`` is no :class:`learnsched.LevelSet`.
             ValueError: ``x`` is empty, not finite, or 0 everywhere.
 
         Example:
             >>> QuantizedInput.fit(torch.tensor([-254.0, 3.0])).scale.item()
             2.0
         """
-        levels = signed(8) if levels is None else levels
+        levels = _or_default(levels)
         if not x.numel():
             raise ValueError(f"x must hold numbers to fit the scale to, got shape {tuple(x.shape)}")
-        return cls(float(x.detach().float().abs().max()) / max(map(abs, levels.values)), levels)
+        largest = float(x.detach().float().abs().max())
+        if not 0 < largest < math.inf:
+            raise ValueError(
+                f"the largest magnitude in x is {largest:g}, to which no scale fits; give inputs as the "
+                "network will see them, finite and not 0 everywhere"
+            )
+        return cls(largest / max(map(abs, levels.values)), levels)
 
     def ahead(self, x: Tensor) -> Tensor:
         """What the staircase is applied to: ``x`` itself."""
@@ -65,3 +73,10 @@ class QuantizedInput(nn.Module):
 
     def extra_repr(self) -> str:
         return f"levels={self.levels.name}, scale={self.scale.item():.4g}"
+
+
+def _or_default(levels: LevelSet | None) -> LevelSet:
+    if levels is None:
+        return signed(8)
+    check_level_set(levels)
+    return levels
