@@ -1,8 +1,5 @@
 """The report for a hardware engineer."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from export_networks import random_network
@@ -109,10 +106,8 @@ def test_what_is_no_export(tmp_path):
         inspect(tmp_path)
 
 
-def test_command_line(tmp_path):
-    net, x = make()
-    ls.export_ternary(net, x, tmp_path / "net")
-    command = [sys.executable, "-m", "learnsched.export.inspect", str(tmp_path / "net")]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == str(inspect(tmp_path / "net"))
-    assert not result.stderr
+def test_a_folder_without_layers_is_refused(tmp_path):
+    net = ls.quantize_(nn.Sequential(QuantizedInput(0.1), nn.ReLU()), activation=ls.unsigned(2))
+    ls.export_ternary(ls.finalize_(net), torch.randn(4, 8), tmp_path / "net")
+    with pytest.raises(FolderError, match="net has no linear layer or convolution"):
+        inspect(tmp_path / "net")

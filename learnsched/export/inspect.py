@@ -1,14 +1,9 @@
-"""``inspect``: what a hardware engineer asks first about an exported network.
-
-python -m learnsched.export.inspect PATH
-"""
+"""``inspect``: what a hardware engineer asks first about an exported network."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,7 +161,13 @@ def inspect(path: str | os.PathLike[str]) -> Report:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give an exported file or folder")
-    return _folder_report(path) if path.is_dir() else _file_report(path)
+    report = _folder_report(path) if path.is_dir() else _file_report(path)
+    if not report.layers:
+        raise FolderError(
+            f"{path} has no linear layer or convolution of the kind that learnsched.export writes, of "
+            "which a report could tell; export a network that has one"
+        )
+    return report
 
 
 def _folder_report(path: Path) -> Report:
@@ -230,11 +231,6 @@ def _file_report(path: Path) -> Report:
         raise FolderError(
             f"{path} was not written by export_onnx or export_qonnx; export the network with one of them"
         ) from error
-    if not layers:
-        raise FolderError(
-            f"{path} has no linear layer or convolution ({', '.join(_PRODUCTS)}) of the kind that "
-            "export_onnx and export_qonnx write; export the network with one of them"
-        )
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     kind = "QONNX" if any("qonnx" in domain for domain in opsets) else "ONNX"
     version = f"{kind}, opset {opsets.get('', '?')}"
@@ -326,16 +322,3 @@ def _quantizer_bits(onnx: Any, node: Any, constants: Any, stored: int) -> int:
 
 def _packed(shape: tuple[int, ...], bits: int) -> int:
     return -(-math.prod(shape) * bits // 8)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("path", type=Path, help="an exported file or folder")
-    print(inspect(parser.parse_args(arguments).path))
-
-
-if __name__ == "__main__":
-    main()
