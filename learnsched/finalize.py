@@ -206,7 +206,9 @@ def _harden(model: nn.Module, layers: Iterable[Layer]) -> None:
 
 @torch.no_grad()
 def integer_weights(model: nn.Module) -> dict[str, IntegerWeights]:
-    """Codes and scale of every quantized weight, by the name of its layer.
+    """Codes and scale of every quantized weight, by the name of its module in ``model``.
+
+    Of modules that share a weight, it is the name of the first.
 
     Raises:
         RuntimeError: the model is not finalized.
@@ -218,11 +220,10 @@ def integer_weights(model: nn.Module) -> dict[str, IntegerWeights]:
         >>> sorted(integer_weights(net)["0"].integers.unique().tolist())
         [-1, 0, 1]
     """
-    result = {}
-    for layer in quantized_layers(model):
-        if layer.weight is not None:
-            result[layer.info.name] = _check_on_levels(layer.info.name, layer.weight)
-    return result
+    # Layers keep the names that they were quantized by; a wrapper, as AveragedModel, changes those.
+    names = {module: name for name, module in model.named_modules()}
+    weights = [layer.weight for layer in quantized_layers(model) if layer.weight is not None]
+    return {names[module]: _check_on_levels(names[module], module) for module in weights}
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 import learnsched as ls
@@ -392,6 +393,17 @@ def test_a_model_may_change_its_dtype_while_half_of_it_is_frozen(dtype, levels):
     model.to(torch.float32)
     ls.finalize_(model)
     ls.integer_weights(model)
+
+
+def test_integer_weights_have_the_names_of_the_model_that_is_passed():
+    gan = nn.ModuleDict({"G": nn.Sequential(nn.Linear(4, 4)), "D": nn.Sequential(nn.Linear(4, 4))})
+    ls.finalize_(ls.quantize_(gan, ls.ternary()))
+    wrapped = AveragedModel(gan)
+    for model, names in (
+        (gan, ["G.0", "D.0"]), (gan["G"], ["0"]), (wrapped, ["module.G.0", "module.D.0"])
+    ):  # fmt: skip
+        assert list(ls.integer_weights(model)) == names
+        assert set(names) <= dict(model.named_modules()).keys()
 
 
 def test_integer_weights_before_finalize_are_refused():

@@ -36,7 +36,6 @@ from learnsched.export.values import (
     weight_levels,
 )
 from learnsched.finalize import IntegerWeights, integer_weights
-from learnsched.layers import quantized_layers
 from learnsched.quantizers import ActivationQuantizer
 
 # float32 holds every integer up to here, so that a float convolution of integers is exact.
@@ -105,11 +104,8 @@ class Translation:
     """
 
     def __init__(self, model: nn.Module, traced: fx.GraphModule) -> None:
-        weights = integer_weights(model)
         self.weights: dict[nn.Module, IntegerWeights] = {
-            layer.weight: weights[layer.info.name]
-            for layer in quantized_layers(model)
-            if layer.weight is not None
+            model.get_submodule(name): found for name, found in integer_weights(model).items()
         }
         self.calls = Calls(dict(model.named_modules()))
         self.nodes = Nodes(self.calls)
