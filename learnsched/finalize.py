@@ -226,6 +226,21 @@ def integer_weights(model: nn.Module) -> dict[str, IntegerWeights]:
     return {names[module]: _check_on_levels(names[module], module) for module in weights}
 
 
+def check_finalized(model: nn.Module) -> None:
+    """Refuse a model that ``finalize_`` has not hardened, or that has been trained on since.
+
+    Raises:
+        RuntimeError: a weight is not on its levels, or an activation has noise.
+        ValueError: the model has no quantized layers.
+    """
+    integer_weights(model)
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationQuantizer) and bool(
+            (module.forward_std != 0) | (module.forward_mean != 0)
+        ):
+            raise RuntimeError(f"{name} has noise; call learnsched.finalize_(model) first")
+
+
 @torch.no_grad()
 def remove_quantizers_(model: nn.Module) -> nn.Module:
     """Turn the quantized layers of a finished model into plain ones, weights on their levels.
@@ -253,7 +268,7 @@ def remove_quantizers_(model: nn.Module) -> nn.Module:
           (0): Linear(in_features=8, out_features=4, bias=True)
         )
     """
-    integer_weights(model)
+    check_finalized(model)
     plain: dict[type[nn.Module], type[nn.Module]] = {q: p for p, q in QUANTIZED_TYPES.items()}
     for module in model.modules():
         if type(module) in plain:

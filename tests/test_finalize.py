@@ -613,6 +613,16 @@ def test_plain_layers_compute_the_same_and_load_where_the_float_model_does():
     assert torch.equal(again(x), expected)
 
 
+def test_quantizers_are_not_removed_from_activations_that_have_noise():
+    model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+    ls.quantize_(model, activation=ls.unsigned(2))
+    scheduler = ls.QuantizationScheduler(model, ls.policies.AdditiveNoiseAnnealing(), 3)
+    assert scheduler.get_last_setting()[0].activation_forward_std > 0
+    with pytest.raises(RuntimeError, match=r"2 has noise; call learnsched\.finalize_"):
+        ls.remove_quantizers_(model)
+    assert not model[2].is_left_over
+
+
 def test_a_model_whose_quantizers_are_removed_is_neither_trained_nor_exported(tmp_path):
     model, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(4, 8)
     ls.finalize_(ls.quantize_(model, ls.ternary(), ls.unsigned(2))).eval()

@@ -35,8 +35,7 @@ from learnsched.export.values import (
     weight_integers,
     weight_levels,
 )
-from learnsched.finalize import IntegerWeights, integer_weights
-from learnsched.quantizers import ActivationQuantizer
+from learnsched.finalize import IntegerWeights, check_finalized, integer_weights
 
 # float32 holds every integer up to here, so that a float convolution of integers is exact.
 EXACT = 2**24
@@ -352,15 +351,9 @@ def _check_unwrapped(model: nn.Module) -> None:
 
 def _check_finalized(model: nn.Module) -> None:
     try:
-        integer_weights(model)
+        check_finalized(model)
     except RuntimeError as error:
         raise ExportError(str(error)) from error
-    for name, module in model.named_modules():
-        noisy = isinstance(module, ActivationQuantizer) and bool(
-            (module.forward_std != 0) | (module.forward_mean != 0)
-        )
-        if noisy:
-            raise ExportError(f"{name} has noise; call learnsched.finalize_(model) first")
 
 
 def _check_numbers(model: nn.Module, example_input: Tensor) -> None:
