@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from learnsched.modules import KNOWN, QUANTIZED_LAYERS
+from learnsched.modules import KNOWN, QUANTIZED_LAYERS, REAL, matrices
 from learnsched.quantizers import ActivationQuantizer
 from learnsched.tables import aligned
 
@@ -51,7 +51,7 @@ def report(model: nn.Module) -> Report:
         elif isinstance(module, ActivationQuantizer):
             inside.update(module.modules())
             rows.append((name, "activation", module.levels.name, f"{module.scale.item():.4g}"))
-        elif isinstance(module, KNOWN) or _computes(module):
+        elif isinstance(module, (*KNOWN, *REAL)) or _computes(module):
             rows.append((name, type(module).__name__, "real", ""))
     return Report(tuple(rows))
 
@@ -59,4 +59,4 @@ def report(model: nn.Module) -> Report:
 def _computes(module: nn.Module) -> bool:
     """Whether a module that ``quantize_`` does not know is one that a reader would look for."""
     activation = type(module).__module__ == nn.Tanh.__module__
-    return activation or any(p.dim() >= 2 for p in module.parameters(recurse=False))
+    return activation or bool(matrices(module))

@@ -24,6 +24,7 @@ from learnsched.modules import (
     QUANTIZED_TYPES,
     REAL,
     channel_dim,
+    matrices,
 )
 from learnsched.quantizers import ActivationQuantizer, PReLUQuantizer, WeightQuantizer
 from learnsched.scales import LeastSquares, ScaleRule, default_weight_rule, unit_normal_scale
@@ -240,16 +241,28 @@ def _notes(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[str]:
             f"{foreign} stay real: what a subclass computes with its weight is not known (a "
             "parametrization makes one, too)"
         )
-    if asked and (real := [n for n, m in named if isinstance(m, REAL) or _has_a_matrix(m)]):
+    if asked and (real := [n for n, module in named if isinstance(module, REAL)]):
         yield f"{real} stay real: of such layers no quantized kind is known"
+    bare = [
+        f"{f'{name}.{parameter}'.lstrip('.')} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if _is_a_layer_of_ones_own(module)
+        for parameter in matrices(module)
+    ]
+    if asked and bare:
+        yield (
+            f"{bare} stay real: they are parameters of no layer of torch's; where products are formed "
+            "with them, let an nn.Linear or a convolution hold them. What is looked up or added, as "
+            "tables and positions are, is right as it is"
+        )
 
 
-def _has_a_matrix(module: nn.Module) -> bool:
-    """Whether a module that is not torch's has a weight to form a product with, as it seems."""
-    weight = dict(module.named_parameters(recurse=False)).get("weight")
+def _is_a_layer_of_ones_own(module: nn.Module) -> bool:
+    """Whether a module is not torch's, and leaves products to no layers inside of it, as blocks do."""
     known = (*KNOWN, *QUANTIZED_LAYERS, nn.Embedding, nn.EmbeddingBag)
     foreign = not type(module).__module__.startswith("torch.") and not isinstance(module, known)
-    return foreign and weight is not None and weight.dim() >= 2
+    inside = (m for m in module.modules() if m is not module)
+    return foreign and not any(isinstance(m, (*QUANTIZED_TYPES, *REAL)) for m in inside)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -145,6 +145,24 @@ def stays_real(module: nn.Module) -> bool:
     return isinstance(module, layers) and type(module) not in QUANTIZED_TYPES
 
 
+def matrices(module: nn.Module) -> list[str]:
+    """Names of a module's own parameters that products are formed with, as it seems from their shapes.
+
+    Where the first dimension is 1, it is a batch's, as in class tokens and positions.
+
+    Example:
+        >>> matrices(nn.Linear(3, 2)), matrices(nn.LayerNorm(3))
+        (['weight'], [])
+    """
+    return [
+        name
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() >= 2
+        and parameter.shape[0] > 1
+        and any(size > 1 for size in parameter.shape[1:])
+    ]
+
+
 def channel_dim(module: nn.Module) -> int:
     """The dimension of a weight that its output channels lie along."""
     return int(isinstance(module, TRANSPOSED))

@@ -961,18 +961,39 @@ def test_layers_of_a_kind_that_is_not_quantized_are_named():
     assert caught[0].filename == __file__
 
 
+class Transposed(nn.Module):
+    """A layer of one's own, with a matrix that is not called weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(8, 8))
+        self.place, self.norm = nn.Parameter(torch.randn(1, 5, 8)), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return self.norm(x @ self.W)
+
+
 def test_matrices_of_layers_of_ones_own_are_warned_of():
-    class Transposed(nn.Module):
+    model = nn.Sequential(Transposed(), nn.Linear(8, 4), nn.LayerNorm((4,)))
+    with pytest.warns(UserWarning, match=r"\['0\.W \(Transposed\)'\] stay real") as caught:
+        ls.quantize_(model, ls.ternary())
+    assert len(caught) == 1
+    assert ls.report(model).rows[0][:3] == ("0", "Transposed", "real")
+
+
+@pytest.mark.filterwarnings("error")
+def test_positions_of_a_model_that_has_layers_are_no_matrices():
+    class Placed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = nn.Parameter(torch.randn(8, 8))
+            self.token, self.place = (nn.Parameter(torch.zeros(1, n, 8)) for n in (1, 5))
+            self.table = nn.Parameter(torch.zeros(5, 8))
+            self.out = nn.Linear(8, 8)
 
         def forward(self, x):
-            return x @ self.weight
+            return self.out(x + self.place + self.table) + self.token
 
-    model = nn.Sequential(Transposed(), nn.Linear(8, 4), nn.LayerNorm((4,)))
-    with pytest.warns(UserWarning, match=r"\['0 \(Transposed\)'\] stay real"):
-        ls.quantize_(model, ls.ternary())
+    ls.quantize_(Placed(), ls.ternary(), example_input=torch.zeros(2, 5, 8))
 
 
 def test_parts_quantized_in_different_calls_are_refused_where_only_one_has_weights():
