@@ -189,8 +189,10 @@ def _notes(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[str]:
             "there with learnsched.learn_scales_(model)"
         )
     if idle := [name for name, _ in order[found.executed :] if name in chosen]:
+        functions = ", whose activation functions were not looked for" if activations else ""
         yield (
-            f"the example input did not reach {idle}: if the model computes with their weights itself "
+            f"the example input did not reach {idle}: a branch taken in training alone, as of auxiliary "
+            f"heads{functions}, is the likely reason. If the model computes with their weights itself "
             "(F.linear), it trains in full precision there; call the modules instead"
         )
     if borrowed := [name for name in found.borrowed if name in chosen]:

@@ -420,6 +420,20 @@ def test_a_layer_that_the_example_does_not_reach_is_warned_of():
     assert caught[0].filename == __file__
 
 
+def test_functions_of_a_branch_of_training_are_said_not_to_be_looked_for():
+    class Auxiliary(Reversed):
+        def forward(self, x):
+            x = self.relu(self.stem(x))
+            return F.relu(self.middle(x)) if self.training else x
+
+    for activation, words in (
+        (ls.unsigned(2), "functions were not looked for"),
+        (None, "heads, is"),
+    ):
+        with pytest.warns(UserWarning, match=f"branch taken in training alone.*{words}"):
+            ls.quantize_(Auxiliary(), ls.ternary(), activation, example_input=torch.zeros(1, 8))
+
+
 def test_several_inputs_are_given_as_a_tuple():
     class Two(Reversed):
         def forward(self, x, y):
