@@ -6,7 +6,7 @@ import inspect
 import itertools
 import random
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from learnsched.attributes import Attributes
-from learnsched.execution import ACTIVATION_FUNCTIONS, Example, hooked, run_example, tensors
+from learnsched.execution import ACTIVATION_FUNCTIONS, Example, call, hooked, in_evaluation, tensors
 from learnsched.modules import ACTIVATIONS
 from learnsched.traced_forward import Code, with_forward
 
@@ -57,8 +57,8 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
     Raises:
         ValueError: the model calls no such functions, ``torch.fx`` cannot trace a method that does, the
             method writes to attributes or does other things in training than in evaluation, it would
-            compute something else than before, or the output holds no tensors to tell. The model is as
-            it was.
+            compute something else than before, the output holds no tensors to tell, or gradients cannot
+            be taken, as through reentrant checkpoints. The model is as it was.
 
     Example:
         >>> class Net(nn.Module):
@@ -73,8 +73,8 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
         ['fc', 'relu_0']
     """
     names = {module: name or "the model itself" for name, module in model.named_modules()}
-    with _watched(model) as callers:
-        before = _results(model, example_input)
+    callers: dict[nn.Module, set[str]] = {}
+    before = _results(model, example_input, _watched(model, callers))
     if not callers:
         raise ValueError(
             "the model calls no activation functions itself; quantize_ takes it as it is, if its "
@@ -117,21 +117,36 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
     return model
 
 
-def _results(model: nn.Module, example_input: Example) -> list[Tensor]:
+def _results(
+    model: nn.Module, example_input: Example, watch: AbstractContextManager[None] | None = None
+) -> list[Tensor]:
     """Outputs and gradients: a trace forgets, among others, where a method went without gradients."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    with torch.random.fork_rng():
+    # Gradients too, since checkpoints compute activations again for them.
+    with in_evaluation(model), torch.enable_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
-        outputs = list(tensors(run_example(model, example_input, graph=True)))
-    losses = [out.abs().square().sum() for out in outputs if out.requires_grad]
-    gradients: tuple[Tensor | None, ...] = ()
-    if losses and parameters:
-        gradients = torch.autograd.grad(losses, parameters, allow_unused=True)
+        with watch or nullcontext():
+            outputs = list(tensors(call(model, example_input)))
+        gradients = _gradients(model, outputs)
     none = torch.empty(0)
     return [
         *(out.detach().clone() for out in outputs),
         *(none if gradient is None else gradient for gradient in gradients),
     ]
+
+
+def _gradients(model: nn.Module, outputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Gradients of the parameters, which keep their own."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    losses = [out.abs().square().sum() for out in outputs if out.requires_grad]
+    if not losses or not parameters:
+        return ()
+    try:
+        return torch.autograd.grad(losses, parameters, allow_unused=True)
+    except RuntimeError as error:
+        raise ValueError(
+            "the model's gradients, which must be the same afterwards, cannot be taken "
+            f"({_first_line(error)}); give torch.utils.checkpoint use_reentrant=False"
+        ) from error
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -143,13 +158,12 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _watched(model: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
-    """Modules whose own code calls activation functions within the block, by their first calls.
+def _watched(model: nn.Module, found: dict[nn.Module, set[str]]) -> Iterator[None]:
+    """Find the modules whose own code calls activation functions within the block, by their first calls.
 
     With the names of the arguments that they were called with.
     """
     running: list[nn.Module] = []
-    found: dict[nn.Module, set[str]] = {}
     given: dict[nn.Module, set[str]] = {}
 
     class Watch(TorchFunctionMode):
@@ -179,7 +193,7 @@ def _watched(model: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
         running.pop()
 
     with hooked(model.modules(), enter, leave), Watch():
-        yield found
+        yield
 
 
 class _Flat(fx.Tracer):
@@ -252,7 +266,11 @@ def _trace(module: nn.Module, name: str, given: set[str], *, training: bool) -> 
     before, usual, drawn = Attributes.of(module), module.training, _random_states()
     try:
         module.training = training
-        with torch.random.fork_rng(devices=[]):
+        forgotten = "it checkpoints activations, or packs them otherwise, which a trace forgets"
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.autograd.graph.disable_saved_tensors_hooks(forgotten),
+        ):
             graph = _Flat().trace(module, concrete_args=defaults or None)
             states = _random_states()
         module.training = usual

@@ -147,23 +147,34 @@ def hooked(
             handle.remove()
 
 
-def run_example(model: nn.Module, example_input: Example, *, graph: bool = False) -> Any:
-    """What the model makes of the example input, in evaluation, and with a graph if it is asked for."""
+def run_example(model: nn.Module, example_input: Example) -> Any:
+    """What the model makes of the example input, in evaluation and without a graph."""
+    with in_evaluation(model), torch.no_grad():
+        return call(model, example_input)
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in evaluation, and is not compiled."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
         # Compiled, the model would hand its weights to a graph, outside of its modules.
         with (
-            torch.set_grad_enabled(graph),
             torch.random.fork_rng(devices=[]),  # what it draws is not missed in training
             torch.compiler.set_stance("force_eager"),
         ):
-            if isinstance(example_input, Mapping):
-                return model(**example_input)
-            return model(*example_input if isinstance(example_input, tuple) else (example_input,))
+            yield
     finally:
         for module in training:
             module.training = True
+
+
+def call(model: nn.Module, example_input: Example) -> Any:
+    """What the model makes of the example input."""
+    if isinstance(example_input, Mapping):
+        return model(**example_input)
+    return model(*example_input if isinstance(example_input, tuple) else (example_input,))
 
 
 class _Calls(TorchFunctionMode):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from learnsched.activation_calls import activations_to_modules_
 from learnsched.convert import quantize_
@@ -382,6 +383,37 @@ def test_arguments_that_the_example_leaves_out_stay_at_their_defaults():
     with pytest.raises(AssertionError):
         plain(x, mask)
     assert torch.equal(activations_to_modules_(model, {"x": x, "mask": mask})(x, mask), masked)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.stem, self.block, self.reentrant = nn.Conv2d(3, 4, 1), Block(4, 4), reentrant
+
+    def forward(self, x):
+        return checkpoint(self.block, self.stem(x), use_reentrant=self.reentrant)
+
+
+def test_activations_that_are_checkpointed_become_modules():
+    model = activations_to_modules_(Checkpointed(False), X)
+    assert [n for n, _ in model.block.named_children()][-2:] == ["relu_0", "relu_1"]
+    assert model.block.bn1.num_batches_tracked == 0 and model.block.bn1.training
+
+
+def test_checkpoints_that_hide_gradients_or_would_be_forgotten_are_refused():
+    class Outer(Checkpointed):
+        def forward(self, x):
+            return super().forward(F.relu(x))
+
+    for model, words in (
+        (Checkpointed(True), "cannot be taken .*use_reentrant=False"),
+        (Outer(False), "forward of the model itself.*it checkpoints activations"),
+    ):
+        state = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=words):
+            activations_to_modules_(model, X)
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+        assert model.block.training and type(model.block) is Block
 
 
 def test_a_batch_norm_of_ones_own_that_rectifies_is_noticed():
