@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from learnsched.attributes import Attributes
 from learnsched.execution import ACTIVATION_FUNCTIONS, Example, call, hooked, in_evaluation, tensors
 from learnsched.modules import ACTIVATIONS
-from learnsched.traced_forward import Code, with_forward
+from learnsched.traced_forward import Code, restore_arguments, with_forward
 
 _METHODS: Mapping[str, type[nn.Module] | None] = {
     "relu": nn.ReLU, "relu_": nn.ReLU, "prelu": None,
@@ -42,9 +42,9 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
     alone; parameters, buffers, children and other methods are what they were. Functional dropout that
     follows ``self.training`` becomes modules too. Calls at one place of the network, as of a helper that
     both inputs of a siamese network go through, share a module. What else the method decides in Python,
-    or reads from attributes that are no tensors, stays as it was at the trace, and so do arguments that
-    the example leaves at their defaults. Other methods, as ``encode`` where ``model.encode(x)`` is
-    called from outside, keep their functions.
+    or reads from attributes that are no tensors, stays as it was at the trace. Arguments that the
+    example leaves at their defaults can have no other values afterwards, which is checked. Other
+    methods, as ``encode`` where ``model.encode(x)`` is called from outside, keep their functions.
 
     Args:
         model: any module, before it is quantized.
@@ -280,6 +280,7 @@ def _trace(module: nn.Module, name: str, given: set[str], *, training: bool) -> 
             constants = all(name.startswith("_tensor_constant") for name in written)
             what = "makes a tensor of its own" if constants else "writes to attributes"
             raise ValueError(f"it {what}, {written}")
+        restore_arguments(graph, defaults)
         return graph
     # A forward may fail under a trace in any way.
     except Exception as error:

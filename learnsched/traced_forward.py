@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -38,6 +39,33 @@ class Code:
         scope: dict[str, Any] = {**modules, **self.objects}
         exec(self.source, scope)  # there is no other way to run a graph as fast
         return scope["forward"]
+
+
+def restore_arguments(graph: fx.Graph, defaults: Mapping[str, Any]) -> None:
+    """Give arguments that a trace took at their defaults their names back, and checks that say so."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    # What torch.fx makes of an argument's name, and its own check.
+    traced = {node.target: node for node in placeholders}
+    for name, default in defaults.items():
+        node = traced[f"{name}_1"]
+        for use in (*(u for user in node.users for u in user.users), *node.users):
+            graph.erase_node(use)
+        node.target = name
+        with graph.inserting_after(placeholders[-1]):
+            graph.call_function(check_default, (name, node, default))
+
+
+def check_default(name: str, value: Any, default: Any) -> None:
+    """Refuse an argument that a trace took at its default, where it has another value.
+
+    Raises:
+        ValueError: it has.
+    """
+    if not isinstance(value, int | float | str | None) or value != default:
+        raise ValueError(
+            f"`{name}` was left at its default in the example input of activations_to_modules_; pass it "
+            "there"
+        )
 
 
 def with_forward(kind: type[nn.Module], code: Code) -> type[nn.Module]:

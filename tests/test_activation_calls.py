@@ -1,6 +1,7 @@
 """Activation functions that a model calls itself become modules, and nothing else changes."""
 
 import copy
+import inspect
 import pickle
 import random
 from dataclasses import dataclass
@@ -380,8 +381,14 @@ def test_arguments_that_the_example_leaves_out_stay_at_their_defaults():
     expected, masked = model(x), model(x, mask)
     plain = activations_to_modules_(copy.deepcopy(model), x)
     assert torch.equal(plain(x), expected)
-    with pytest.raises(AssertionError):
-        plain(x, mask)
+    assert inspect.signature(plain.forward) == inspect.signature(model.forward)
+    for other in (plain, pickle.loads(pickle.dumps(plain))):
+        assert torch.equal(other(x, mask=None, double=False), expected)
+        for given in ({"mask": mask}, {"double": True}, {"double": mask}):
+            with pytest.raises(ValueError, match=f"`{next(iter(given))}` was left at its default"):
+                other(x, **given)
+    compiled = torch.compile(plain, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, mask=None), expected)
     assert torch.equal(activations_to_modules_(model, {"x": x, "mask": mask})(x, mask), masked)
 
 
