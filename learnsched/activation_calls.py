@@ -30,7 +30,10 @@ _DROPOUTS: Mapping[Any, type[nn.Module]] = {
     F.dropout3d: nn.Dropout3d,
     F.alpha_dropout: nn.AlphaDropout,
 }
-_WAY_OUT = "make it a module there (self.relu = nn.ReLU(), one for each place)"
+_WAY_OUT = (
+    "make it a module there (self.relu = nn.ReLU(), one for each place), or change other parts alone: "
+    "learnsched.activations_to_modules_(model.encoder, its_input)"
+)
 
 
 def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Module:
@@ -285,8 +288,9 @@ def _trace(module: nn.Module, name: str, given: set[str], *, training: bool) -> 
     # A forward may fail under a trace in any way.
     except Exception as error:
         raise ValueError(
-            f"torch.fx cannot trace the forward of {name}, which calls an activation function "
-            f"({_first_line(error)}); {_WAY_OUT}"
+            f"torch.fx cannot trace the forward of {name} ({type(module).__name__}), which calls an "
+            f"activation function ({_first_line(error)}); {_WAY_OUT}. A forward can be traced that does "
+            "not decide by values and has its tensors from register_buffer or others (x.new_zeros)"
         ) from error
     finally:
         before.put_back()

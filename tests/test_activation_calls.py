@@ -18,6 +18,7 @@ from learnsched.export.trace import trace
 from learnsched.finalize import finalize_
 from learnsched.layers import quantized_layers
 from learnsched.levels import ternary, unsigned
+from learnsched.quantizers import ActivationQuantizer
 
 X = torch.linspace(-3, 3, 4 * 3 * 8 * 8).sin().view(4, 3, 8, 8)
 
@@ -154,6 +155,18 @@ def test_a_function_becomes_its_module_with_its_arguments(function, module):
     assert torch.equal(outputs(model, x, True), before)
 
 
+def test_a_part_alone_is_changed_and_quantized_in_the_whole():
+    part = Of(lambda self, x, _: F.relu(self.fc(x)))
+    model, x = Of(lambda self, x, _: self.part(F.relu(x @ torch.eye(8)))), torch.randn(5, 8)
+    model.part = part
+    with pytest.raises(ValueError, match=r"forward of the model itself \(Of\)"):
+        activations_to_modules_(model, x)
+    activations_to_modules_(model.part, x)
+    quantize_(model, ternary(), unsigned(2), example_input=x)
+    assert [layer.info.name for layer in quantized_layers(model)] == ["fc", "part.fc"]
+    assert isinstance(part.relu_0, ActivationQuantizer)
+
+
 def test_calls_get_modules_of_their_own_and_names_that_are_free():
     model = Of(lambda self, x, _: F.relu(self.relu_0(x) - 1) + torch.relu(x))
     model.relu_0 = nn.ReLU()
@@ -219,7 +232,14 @@ REFUSED = {
         lambda self, x, _: x if self.training and random.random() < 0.2 else F.relu(x),
         "it draws random numbers",
     ),
-    "constant": (lambda self, x, _: F.relu(x + torch.ones(8)), "makes a tensor of its own"),
+    "constant": (
+        lambda self, x, _: F.relu(x + torch.ones(8)),
+        r"makes a tensor of its own.*activations_to_modules_\(model\.encoder, .*register_buffer",
+    ),
+    "tensor of the batch's size": (
+        lambda self, x, _: F.relu(x + torch.zeros(x.shape[0], 8)),
+        r"itself \(Of\), .*tensors from .*x\.new_zeros",
+    ),
 }
 
 
