@@ -104,7 +104,7 @@ def test_compare_prints_a_table_and_draws(capsys, tmp_path):
     assert cli.main(["compare", first, second, "--out", str(out), "--baseline", "learned"]) == 0
     text, err = capsys.readouterr()
     assert "| method | digits | mnist1d |" in text
-    assert "| ANA, normal | 55.0 [50.0, 60.0] | 50.0 |" in text
+    assert "| ANA, normal | 55.0 [-8.5, 118.5] | 50.0 |" in text
     assert out.read_bytes().startswith(PNG)
     assert err == ""
 
