@@ -1,7 +1,8 @@
 """Does it hold where networks are trained in earnest? All of Fashion-MNIST, ten times the steps seen.
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.full_size [--tasks NAME …]
-        [--artefact default] [--known PATH] [--peers] [--quick] [--seed N] [--json PATH]
+        [--methods NAME …] [--artefact default] [--known PATH] [--peers] [--quick] [--seed N]
+        [--json PATH]
 
 Networks on all 55,000 training images, 3,440 steps. Hand-coded methods come with what a search found
 for them on 4,000 of those images (the accuracy benchmark's records), the learned schedule as it is, and
@@ -177,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     carried.add_options(parser)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], help="which; all")
     parser.add_argument("--peers", action="store_true", help="torchao's PARQ and Brevitas, too")
+    parser.add_argument("--methods", nargs="+", help="by their names in the table; all")
     parser.add_argument("--quick", action="store_true", help="a small network on digits instead")
     parser.add_argument("--seed", type=int, default=0, help="added to the tasks'")
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
@@ -190,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             *compared(learned, full, tuned),
             *(public(full, tuned) if options.peers else ()),
         ]
+        if options.methods is None or row.name in options.methods
     }
 
     def work(job: tuple[str, Row]) -> list[dict[str, Any]]:
