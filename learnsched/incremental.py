@@ -92,9 +92,11 @@ def _first(order: Tensor, free: Tensor, count: int) -> Tensor:
 
     A selection, not a sort, and neither where none or all are wanted: layers are large, epochs many.
     """
+    if count == 0:
+        return torch.zeros_like(free)
     priorities = order[free].nan_to_num(math.inf, math.inf, -math.inf)
-    if count in (0, len(priorities)):
-        return free if count else torch.zeros_like(free)
+    if count == len(priorities):
+        return free
     least = priorities.kthvalue(len(priorities) - count + 1).values
     above = priorities > least
     equal = priorities == least

@@ -238,6 +238,8 @@ class WeightQuantizer(_Quantizer):
         scale = self.scale(weight)
         order = priority(weight / scale, self.levels, partition, generator)
         membership = hard_membership(order, self.membership, fraction, redraw=redraw)
+        if not redraw and fraction < 1 and torch.equal(membership, self.membership):
+            return self.restore_(weight)  # none is frozen anew, as in most epochs
         projected = self._hard(weight, scale)
         released = torch.zeros_like(self.membership) if redraw else self.membership
         self.held.copy_(hold(self.held, released, projected, membership))

@@ -54,6 +54,8 @@ class Setting:
                     value = float(1.0 * value)
                 except OverflowError:
                     value = math.inf
+                except (TypeError, ValueError, RuntimeError) as error:
+                    raise TypeError(f"{name} must be one number, got {value!r}") from error
                 object.__setattr__(self, name, value)
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")

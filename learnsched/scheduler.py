@@ -266,18 +266,18 @@ class QuantizationScheduler:
             state = as_own(state, self._state)
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"this is no whole state of a scheduler: {error!r}") from error
-        # All that can fail comes before this line.
-        self.epoch, self._seed, self._state = epoch, seed, state
-        self.history.settings, self.history.metrics = settings, metrics
         own = self._run.steps_per_epoch
-        if own is None:
-            self._run = replace(self._run, steps_per_epoch=steps)
-        elif steps not in (None, own):
+        if own is not None and steps not in (None, own):
             warnings.warn(
                 f"an epoch has {own} steps now, and had {steps} when the state was taken: the policy is "
                 f"shown {own} from here on",
                 stacklevel=2,
             )
+        # All that can fail comes before this line, a warning among it.
+        self.epoch, self._seed, self._state = epoch, seed, state
+        self.history.settings, self.history.metrics = settings, metrics
+        if own is None:
+            self._run = replace(self._run, steps_per_epoch=steps)
         self._counter.resume(counted, counting=epoch == 0)
         set_noise_(self._layers, self.get_last_setting())
 

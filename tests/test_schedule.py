@@ -182,9 +182,9 @@ def test_the_numbers_of_a_setting_are_plain(kind):
     assert setting == Setting(weight_forward_std=0.0, fraction=1.0)
 
 
-@pytest.mark.parametrize("bad", ["0.3", None, [0.3]])
+@pytest.mark.parametrize("bad", ["0.3", None, [0.3], torch.zeros(2)])
 def test_a_setting_takes_numbers_alone(bad):
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="fraction must be one number, got"):
         Setting(fraction=bad)
 
 

@@ -592,6 +592,12 @@ def test_a_run_that_goes_on_with_other_steps_per_epoch_keeps_them_with_a_warning
     first = ls.QuantizationScheduler(network(), learned(), 10, steps_per_epoch=10)
     first.step({"train_loss": 1.0})
     second = ls.QuantizationScheduler(network(), learned(), 10, steps_per_epoch=40)
+    before = second.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a warning that is an error changes nothing
+        with pytest.raises(UserWarning):
+            second.load_state_dict(first.state_dict())
+    assert_equal(second.state_dict(), before)
     with pytest.warns(UserWarning, match="an epoch has 40 steps now, and had 10 when"):
         second.load_state_dict(first.state_dict())
     assert second.state_dict()["steps_per_epoch"] == 40

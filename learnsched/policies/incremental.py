@@ -35,8 +35,9 @@ class IncrementalQuantization:
         fractions: non-decreasing, ending at 1; or the number of bits (2 to 5) for the paper's.
         partition: ``magnitude`` or ``random`` (the paper), ``redraw`` (RPR) or ``settled``.
         start: share of the run before the first fraction is frozen, in [0, 1).
-        activation_forward_std: constant std of the activations' forward noise, in level steps.
         activation_backward_std: std of the activations' backward noise, in level steps.
+        activation_forward_std: constant std of the activations' forward noise, in level steps.
+        noise: its shape; another than ``uniform`` softens free weights, and does not leave them real.
         restarts: whether ``learning_rate_factor`` starts anew with each fraction, as in the paper;
             otherwise it is one cosine.
 
