@@ -79,9 +79,10 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]
 
 
 def _interval(values: np.ndarray, sign: str = "") -> str:
-    # Points ahead of the interval: as shares, see Interval.text, some ends round to another digit.
-    mean = 100 * values.mean()
-    low, high = confidence_interval(100 * values)
+    # Points come first, as in figures: means of shares, see Interval.text, may round to another digit.
+    points = 100 * values
+    mean = points.mean()
+    low, high = confidence_interval(points)
     if low == high:
         return f"{mean:{sign}.1f}"
     return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
