@@ -195,6 +195,11 @@ class RunInfo:
         if self.steps_per_epoch is not None and self.steps_per_epoch < 1:
             raise ValueError(f"an epoch has at least one step, got {self.steps_per_epoch}")
 
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps of the run, or None while unknown."""
+        return None if self.steps_per_epoch is None else self.horizon * self.steps_per_epoch
+
     def progress(self, epoch: int) -> float:
         """``epoch / (horizon - 1)`` in [0, 1]; 1 for a horizon of one epoch."""
         return 1.0 if self.horizon == 1 else epoch / (self.horizon - 1)

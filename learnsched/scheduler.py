@@ -171,14 +171,14 @@ class QuantizationScheduler:
         Raises:
             ValueError: the steps of an epoch are not known yet, or the step is negative.
         """
-        if self._run.steps_per_epoch is None:
+        if self._run.steps is None:
             raise ValueError(
                 "the learning rate changes with every optimizer step: give the scheduler "
                 "steps_per_epoch, the length of the data loader"
             )
         if step < 0:
             raise ValueError(f"optimizer steps are counted from 0, got {step}")
-        progress = min(1.0, step / (self.epochs * self._run.steps_per_epoch))
+        progress = min(1.0, step / self._run.steps)
         return learning_rate_factor(self.policy, self._run, progress)
 
     def step(self, metrics: Mapping[str, float | Tensor] | None = None) -> None:

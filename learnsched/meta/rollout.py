@@ -181,7 +181,7 @@ def learning_rates(policy: Policy, run: RunInfo) -> Tensor:
 
 def step_by_step(factor: Callable[[float], float], run: RunInfo) -> Tensor:
     """A factor on the learning rate, by progress, as a column; see :func:`learning_rates`."""
-    total = run.horizon * (run.steps_per_epoch or 1)
+    total = run.steps or run.horizon
     return torch.tensor([[factor(step / total)] for step in range(total)])
 
 

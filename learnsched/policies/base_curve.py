@@ -203,8 +203,7 @@ class BaseCurve:
 
     def power_in(self, run: RunInfo) -> float:
         """The exponent of the loss in a run: ``loss_power``, or 0 if the run is too short."""
-        steps = run.horizon * (run.steps_per_epoch or 0)
-        return self.loss_power if steps >= self.loss_from else 0.0
+        return self.loss_power if (run.steps or 0) >= self.loss_from else 0.0
 
     def rows(self, run: RunInfo, epoch: int) -> list[tuple[float, float, float, float, float]]:
         """:meth:`at` of every layer, forward std before it follows the loss."""

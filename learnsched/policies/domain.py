@@ -62,8 +62,8 @@ class Domain:
             ("fan-in", self.fan_in, fan_ins),
             ("weight levels", self.weight_levels, weights),
         ]
-        if run.steps_per_epoch is not None:
-            seen.append(("optimizer steps", self.steps, [run.horizon * run.steps_per_epoch]))
+        if run.steps is not None:
+            seen.append(("optimizer steps", self.steps, [run.steps]))
         return [
             f"{name} {' to '.join(f'{v:g}' for v in sorted({min(values), max(values)}))} "
             f"(seen {ends[0]:g} to {ends[1]:g})"

@@ -28,9 +28,8 @@ def static_features(run: RunInfo, progress: float, domain: Domain) -> Tensor:
 
     count = len(run.layers)
     horizon = log_within(run.horizon, domain.horizon, 15.0)
-    steps = run.steps_per_epoch
     typical_steps = math.sqrt(domain.steps[0] * domain.steps[1])
-    total = typical_steps if steps is None else run.horizon * steps
+    total = typical_steps if run.steps is None else run.steps
     rows = []
     for index, (layer, depth) in enumerate(zip(run.layers, depths(count), strict=True)):
         fan_in = log_within(layer.fan_in, domain.fan_in, 50.0) if layer.fan_in else 0.0
