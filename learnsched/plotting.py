@@ -134,13 +134,17 @@ def plot_comparison(
     if baseline is not None and baseline not in names:
         raise ValueError(f"no results of the baseline {baseline!r}; there are {', '.join(names)}")
     columns = 2 if len(runs) in (2, 4) else min(len(runs), 3)
+    titles = [textwrap.fill(task, min(55, 90 // columns)) for task in runs]
+    further_lines = [title.count("\n") for title in titles]
+    rows = -(-len(runs) // columns)
+    wrapped = sum(max(further_lines[row * columns : (row + 1) * columns]) for row in range(rows))
     with paper_style():
-        rows = -(-len(runs) // columns)
-        figure = _figure(columns, height=0.3 + rows * (0.45 + 0.17 * len(names)))
-        for i, (task, methods) in enumerate(runs.items()):
+        height = 0.3 + rows * (0.45 + 0.17 * len(names)) + 0.17 * wrapped
+        figure = _figure(columns, height=height)
+        for i, methods in enumerate(runs.values()):
             panel = figure.add_subplot(rows, columns, i + 1)
             _draw_methods(panel, methods, names, baseline)
-            panel.set_title(textwrap.fill(task, 90 // columns), loc="left")
+            panel.set_title(titles[i], loc="left")
             if i % columns:
                 panel.set_yticklabels([])
         note = "" if baseline is None else f" (dashed: {baseline})"

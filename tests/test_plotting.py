@@ -220,6 +220,15 @@ def test_comparison_shows_means_in_per_cent_in_the_order_given() -> None:
     assert rows == [0, 2]
 
 
+def test_long_names_of_tasks_make_room_for_themselves() -> None:
+    short = plot_comparison({"task": {"a": [0.5], "b": [0.6], "c": [1.0]}})
+    task = "a task whose name says all that there is to say of its network, its data and more " * 3
+    long = plot_comparison({task: {"a": [0.5], "b": [0.6], "c": [1.0]}})
+    lines = long.axes[0].get_title(loc="left").count("\n")
+    assert lines >= 2
+    assert long.get_figheight() - short.get_figheight() == pytest.approx(0.17 * lines)
+
+
 def test_intervals_are_those_of_a_mean_and_draw_nothing() -> None:
     def whiskers(figure: Figure) -> list[list[float]]:
         lines = [ends(line) for line in figure.axes[0].lines]
