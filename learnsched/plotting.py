@@ -134,7 +134,7 @@ def plot_comparison(
     if baseline is not None and baseline not in names:
         raise ValueError(f"no results of the baseline {baseline!r}; there are {', '.join(names)}")
     columns = 2 if len(runs) in (2, 4) else min(len(runs), 3)
-    titles = [textwrap.fill(task, min(55, 90 // columns)) for task in runs]
+    titles = [textwrap.fill(task, min(50, 90 // columns)) for task in runs]
     further_lines = [title.count("\n") for title in titles]
     rows = -(-len(runs) // columns)
     wrapped = sum(max(further_lines[row * columns : (row + 1) * columns]) for row in range(rows))

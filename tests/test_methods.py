@@ -169,7 +169,8 @@ PUBLISHED = {
 def test_the_published_setting_lies_in_the_ranges(name):
     [bits] = [b for b in ("ternary/2-bit", "binary/binary", "binary/2-bit")
               if name in {m.name for m in hand_coded(b)}][:1]  # fmt: skip
-    method(name, bits).suggest(Draw(**PUBLISHED[name]))
+    drawn = Draw(**PUBLISHED[name])
+    assert isinstance(method(name, bits).suggest(drawn), Policy)
 
 
 @pytest.mark.parametrize("std", [0.3, 3.0])

@@ -103,15 +103,20 @@ def test_the_card_of_another_artefact_may_be_handed_on(made, tmp_path):
     assert ls.pretrained_card(path)["reached"] == {"digits": 0.9}
 
 
-def test_a_loaded_policy_schedules_a_network(made):
-    model = ls.quantize_(
-        torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU()),
-        ls.ternary(), ls.unsigned(2),
-    )  # fmt: skip
-    scheduler = ls.QuantizationScheduler(model, ls.load_pretrained(made), epochs=3)
-    for loss in (1.0, 0.5, 0.4):
-        scheduler.step({"train_loss": loss})
-    ls.integer_weights(ls.finalize_(model))
+def test_a_loaded_policy_schedules_as_the_one_that_was_saved(made):
+    def scheduled(policy):
+        torch.manual_seed(0)
+        layers = torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU()
+        model = ls.quantize_(torch.nn.Sequential(*layers), ls.ternary(), ls.unsigned(2))
+        scheduler = ls.QuantizationScheduler(model, policy, epochs=3)
+        for loss in (1.0, 0.5, 0.4):
+            scheduler.step({"train_loss": loss})
+        ls.integer_weights(ls.finalize_(model))
+        return scheduler.history.settings
+
+    settings = scheduled(ls.load_pretrained(made))
+    assert settings == scheduled(trained())
+    assert settings != scheduled(ls.policies.StraightThrough())
 
 
 def truncated(path):

@@ -1044,7 +1044,12 @@ def test_half_precision_models_are_scheduled_and_finished():
         model(torch.randn(8, 8).to(torch.bfloat16)).sum().backward()
         optimizer.step()
         scheduler.step()
-    ls.integer_weights(ls.finalize_(model))
+    assert {s.fraction for s in scheduler.get_last_setting()} == {1.0}
+    codes = ls.integer_weights(ls.finalize_(model))
+    for name, found in codes.items():
+        weight = model.get_submodule(name).weight
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(found.integers.to(weight.dtype) * found.scale, weight)
 
 
 def test_history_is_a_schedule():
