@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learnsched.choices import whole_number
 from learnsched.tracing import inside_transform, recorded_for_onnx
 
 # Up to this many thresholds a chain of comparisons is faster than a binary search.
@@ -165,7 +166,7 @@ def unsigned(bits: int) -> LevelSet:
         >>> unsigned(2).values
         (0.0, 1.0, 2.0, 3.0)
     """
-    _check_bits(bits, 1, "unsigned")
+    bits = whole_number("bits of unsigned", bits, 1, 8)
     return LevelSet(tuple(float(q) for q in range(2**bits)), name=f"unsigned{bits}")
 
 
@@ -183,7 +184,7 @@ def signed(bits: int, narrow: bool = True) -> LevelSet:
         >>> signed(2).values, signed(2, narrow=False).values
         ((-1.0, 0.0, 1.0), (-2.0, -1.0, 0.0, 1.0))
     """
-    _check_bits(bits, 2, "signed")
+    bits = whole_number("bits of signed", bits, 2, 8)
     top = 2 ** (bits - 1) - 1
     bottom = -top if narrow else -top - 1
     name = f"signed{bits}" + ("" if narrow else "full")
@@ -207,7 +208,7 @@ def power_of_two(bits: int, max_abs: float = 1.0) -> LevelSet:
         >>> power_of_two(3, max_abs=0.8).values
         (-1.0, -0.5, 0.0, 0.5, 1.0)
     """
-    _check_bits(bits, 2, "power_of_two", most=5)
+    bits = whole_number("bits of power_of_two", bits, 2, 5)
     if not (math.isfinite(max_abs) and max_abs > 0):
         raise ValueError(
             f"power_of_two needs a positive, finite max_abs, got {max_abs}; "
@@ -249,13 +250,6 @@ def _increasing(numbers: Sequence[float], what: str) -> tuple[float, ...]:
     if any(b <= a for a, b in zip(result, result[1:], strict=False)):
         raise ValueError(f"{what} of a level set must increase strictly, got {result}; sort them")
     return result
-
-
-def _check_bits(bits: int, least: int, name: str, most: int = 8) -> None:
-    if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= most:
-        raise ValueError(
-            f"{name} takes a whole number of bits from {least} to {most}, got {bits!r}"
-        )
 
 
 def _sums_exactly(values: tuple[float, ...]) -> bool:

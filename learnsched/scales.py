@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from learnsched import kernels
-from learnsched.choices import check_choice
+from learnsched.choices import check_choice, whole_number
 from learnsched.levels import LevelSet
 from learnsched.noise import noise_shape
 
@@ -145,8 +145,7 @@ class LeastSquares:
 
     def __post_init__(self) -> None:
         _check_per(self.per)
-        if self.candidates < 2:
-            raise ValueError(f"candidates must be at least 2, got {self.candidates}")
+        whole_number("candidates", self.candidates, least=2)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, levels: LevelSet) -> Tensor:

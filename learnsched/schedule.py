@@ -15,6 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from learnsched.choices import whole_number
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -175,7 +177,8 @@ class RunInfo:
         fine_tuning: whether training starts from a trained float network.
 
     Raises:
-        ValueError: there is no layer, or the horizon or the steps of an epoch are below 1.
+        ValueError: there is no layer, or the horizon or the steps of an epoch are no whole numbers of at
+            least 1.
 
     Example:
         >>> RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=5).progress(2)
@@ -188,12 +191,12 @@ class RunInfo:
     fine_tuning: bool = False
 
     def __post_init__(self) -> None:
-        if self.horizon < 1:
-            raise ValueError(f"the horizon must be at least one epoch, got {self.horizon}")
+        object.__setattr__(self, "horizon", whole_number("the horizon", self.horizon))
         if not self.layers:
             raise ValueError("a run needs at least one quantized layer")
-        if self.steps_per_epoch is not None and self.steps_per_epoch < 1:
-            raise ValueError(f"an epoch has at least one step, got {self.steps_per_epoch}")
+        if self.steps_per_epoch is not None:
+            steps = whole_number("steps_per_epoch", self.steps_per_epoch)
+            object.__setattr__(self, "steps_per_epoch", steps)
 
     @property
     def steps(self) -> int | None:

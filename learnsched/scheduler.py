@@ -21,7 +21,7 @@ from learnsched.apply_settings import (
     restore_,
     set_noise_,
 )
-from learnsched.choices import check_choice
+from learnsched.choices import check_choice, whole_number
 from learnsched.history import History, as_numbers
 from learnsched.incremental import PARTITIONS
 from learnsched.layers import quantized_layers
@@ -97,9 +97,9 @@ class QuantizationScheduler:
         noise, mode = _checked(policy)
         if optimizer is not None:
             optimizer = _own_optimizer(optimizer)
-        epochs = _count_of("epochs", epochs)
+        epochs = whole_number("epochs", epochs)
         if steps_per_epoch is not None:
-            steps_per_epoch = _count_of("steps_per_epoch", steps_per_epoch)
+            steps_per_epoch = whole_number("steps_per_epoch", steps_per_epoch)
         self._layers = quantized_layers(model)
         parallel = isinstance(model, DistributedDataParallel)
         self._process_group: Any = model.process_group if parallel else None
@@ -261,7 +261,7 @@ class QuantizationScheduler:
             epoch, seed, counted = (
                 operator.index(state_dict[key]) for key in ("epoch", "seed", "counted")
             )
-            steps = steps if steps is None else _count_of("steps_per_epoch", steps)
+            steps = steps if steps is None else whole_number("steps_per_epoch", steps)
             check_whole(epoch, self.epochs, len(self._layers), settings, metrics)
             state = as_own(state, self._state)
         except (KeyError, AttributeError, TypeError, ValueError) as error:
@@ -361,17 +361,6 @@ class QuantizationScheduler:
 def _differ(told: int, counted: int) -> bool:
     """Whether steps an epoch are others than was said, but for a few that were skipped."""
     return abs(counted - told) > max(2, 0.1 * told)
-
-
-def _count_of(name: str, value: Any) -> int:
-    """A whole number of at least 1, as a plain one: NumPy's are welcome."""
-    try:
-        count = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    return count
 
 
 def _checked(policy: Policy) -> tuple[NoiseShape, str]:

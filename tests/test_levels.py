@@ -4,6 +4,7 @@ import math
 from fractions import Fraction
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -229,8 +230,12 @@ def test_malformed_level_sets_are_refused(values, thresholds, message):
     ],
 )
 def test_bits_out_of_range_are_refused(make, bits):
-    with pytest.raises(ValueError, match="whole number of bits"):
+    with pytest.raises(ValueError, match=r"bits of .* must be a whole number from"):
         make(bits)
+
+
+def test_bits_may_be_numpys():
+    assert unsigned(np.int64(2)) == unsigned(2)
 
 
 @pytest.mark.parametrize("max_abs", [0.0, -1.0, math.nan, math.inf])

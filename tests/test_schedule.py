@@ -113,9 +113,9 @@ def test_an_unknown_field_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((LAYERS, 0), "at least one epoch, got 0"),
+        ((LAYERS, 0), "the horizon must be a whole number of at least 1, got 0"),
         (((), 3), "at least one quantized layer"),
-        ((LAYERS, 3, 0), "at least one step, got 0"),
+        ((LAYERS, 3, 0), "steps_per_epoch must be a whole number of at least 1, got 0"),
     ],
 )
 def test_impossible_runs_are_refused(arguments, message):
