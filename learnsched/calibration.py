@@ -35,8 +35,8 @@ def calibrate_(
     Each activation is fitted to what the layers before it, already calibrated, put out: one pass,
     and the mean over batches. Batch norms use the statistics of each batch, and keep their own. An
     activation that is 0 throughout keeps its scale, with a warning. Of more than 2^18 values of a batch
-    as many are drawn, always the same. In training from random weights
-    activations grow: let their scales be learned from there (:func:`learnsched.learn_scales_`).
+    as many are drawn, always the same. In training from random weights activations grow: let their
+    scales be learned from there (:func:`learnsched.learn_scales_`).
 
     Args:
         model: converted by ``quantize_``.

@@ -223,9 +223,19 @@ def _notes(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[str]:
             f"{hooked} have hooks, which stay with the modules that are replaced; register them after "
             "quantize_"
         )
+    weights = any(type(modules[name]) in QUANTIZED_TYPES for name in chosen)
+    yield from _notes_on_what_stays_real(model, weights=weights)
+
+
+def _notes_on_what_stays_real(model: nn.Module, *, weights: bool) -> Iterator[str]:
+    """Modules that hold products or activations of no quantized kind.
+
+    Args:
+        model: before it is converted.
+        weights: whether any weight is quantized; else those that are not need no word.
+    """
     attention = {n: m for n, m in model.named_modules() if type(m) is nn.MultiheadAttention}
-    asked = any(type(modules[name]) in QUANTIZED_TYPES for name in chosen)
-    if asked and attention:
+    if weights and attention:
         yield (
             f"{[*attention]} stay real: they are nn.MultiheadAttention, whose projections are bare "
             "parameters; call learnsched.attention_to_linears_(model) first"
@@ -243,7 +253,7 @@ def _notes(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[str]:
             f"{foreign} stay real: what a subclass computes with its weight is not known (a "
             "parametrization makes one, too)"
         )
-    if asked and (real := [n for n, module in named if isinstance(module, REAL)]):
+    if weights and (real := [n for n, module in named if isinstance(module, REAL)]):
         yield f"{real} stay real: of such layers no quantized kind is known"
     bare = [
         f"{f'{name}.{parameter}'.lstrip('.')} ({type(module).__name__})"
@@ -251,7 +261,7 @@ def _notes(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[str]:
         if _is_a_layer_of_ones_own(module)
         for parameter in matrices(module)
     ]
-    if asked and bare:
+    if weights and bare:
         yield (
             f"{bare} stay real: they are parameters of no layer of torch's; where products are formed "
             "with them, let an nn.Linear or a convolution hold them. What is looked up or added, as "

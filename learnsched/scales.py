@@ -221,9 +221,8 @@ def default_weight_rule(levels: LevelSet) -> ScaleRule:
         return PowerOfTwo()
     if len(levels.values) <= 3:
         return AbsoluteMean()
-    return LeastSquares(
-        candidates=12
-    )  # within some 2 % of the error that 24 leave, at half the cost
+    # Within some 2 % of the error that 24 leave, at half the cost.
+    return LeastSquares(candidates=12)
 
 
 def unit_normal_scale(levels: LevelSet) -> float:

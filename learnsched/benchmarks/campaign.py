@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from learnsched.benchmarks.environment import stored_records, write_results
+from learnsched.benchmarks.environment import write_results
 from learnsched.meta import distribution
 
 Job = TypeVar("Job")
@@ -61,14 +61,13 @@ def recorded(
                     progress(record)
             write_results(path, {**content, "records": records})
 
-    if path is not None and path.exists():
-        stored = json.loads(path.read_text())
-        if differing := [k for k, value in content.items() if stored.get(k, value) != value]:
-            raise ValueError(
-                f"{path} holds records of another {', '.join(differing)} than "
-                f"{', '.join(str(content[k]) for k in differing)}; choose another file"
-            )
-    return completed(stored_records(path), jobs, work, key, keep)
+    stored = json.loads(path.read_text()) if path is not None and path.exists() else {"records": []}
+    if differing := [k for k, value in content.items() if stored.get(k, value) != value]:
+        raise ValueError(
+            f"{path} holds records of another {', '.join(differing)} than "
+            f"{', '.join(str(content[k]) for k in differing)}; choose another file"
+        )
+    return completed(stored["records"], jobs, work, key, keep)
 
 
 def completed(
