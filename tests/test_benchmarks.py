@@ -1,6 +1,7 @@
 """Every benchmark runs in its quick form and writes what it promises."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ from learnsched.benchmarks.campaign import recorded
 from learnsched.benchmarks.comparison import summary, table
 from learnsched.benchmarks.held_out import QUICK_TASKS, compare
 from learnsched.benchmarks.methods import hand_coded
+from learnsched.benchmarks.rate_choice import choose
 from learnsched.benchmarks.room import tables
 from learnsched.benchmarks.search import Budget
 from learnsched.benchmarks.transfer import gains, margins
@@ -66,6 +68,33 @@ def test_results_name_no_version_of_a_package_that_is_not_there(tmp_path, monkey
     environment.write_results(tmp_path / "rows.json", {"rows": [1]})
     stored = json.loads((tmp_path / "rows.json").read_text())
     assert stored["environment"]["higher"] == "" and stored["rows"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("peak", "listed"),
+    [
+        (4.0, [1.0, 2.0, 4.0, 8.0]),  # inside
+        (0.25, [0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0]),
+        (32.0, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]),
+        (1000.0, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]),  # three extensions, no more
+    ],
+)
+def test_a_list_of_rates_goes_on_where_its_best_is_at_an_end(peak, listed):
+    asked = []
+
+    def score(rates):
+        asked.extend(rates)
+        return [-abs(math.log2(rate / peak)) for rate in rates]
+
+    choice = choose((1.0, 2.0, 4.0, 8.0), score, extensions=3)
+    assert choice.rates == listed and sorted(asked) == listed
+    assert choice.validation == [-abs(math.log2(rate / peak)) for rate in listed]
+    assert choice.best == min(listed, key=lambda rate: abs(math.log2(rate / peak)))
+
+
+def test_a_list_of_rates_stays_as_it_is_without_extensions():
+    choice = choose((1.0, 2.0), lambda rates: [-rate for rate in rates])
+    assert choice == ([1.0, 2.0], [-1.0, -2.0], 1.0)
 
 
 def missing(name):

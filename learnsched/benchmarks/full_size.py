@@ -6,9 +6,9 @@
 
 Networks on all 55,000 training images, 3,440 steps. Hand-coded methods come with what a search found
 for them on 4,000 of those images (the accuracy benchmark's records), the learned schedule as it is, and
-again in fewer epochs; the learning rate alone is chosen anew, on validation data. With ``--peers``
-public packages come, too, as they were tuned there, in the environment of
-:mod:`learnsched.benchmarks.peers`.
+again in fewer epochs; the learning rate alone is chosen anew, on validation data, from a list that goes
+on where its best is at an end. With ``--peers`` public packages come, too, as they were tuned there, in
+the environment of :mod:`learnsched.benchmarks.peers`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.benchmarks.environment import describe
 from learnsched.benchmarks.held_out import trained
 from learnsched.benchmarks.methods import Method
-from learnsched.benchmarks.rate_choice import measure
+from learnsched.benchmarks.rate_choice import EXTENSIONS, measure
 from learnsched.benchmarks.records import HAND_CODED, read
 from learnsched.benchmarks.search import Budget, Train
 from learnsched.intervals import interval
@@ -152,17 +152,19 @@ def public(full: FullSize, records: Sequence[Mapping[str, Any]]) -> list[Row]:
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: test accuracy in %, the first row's margin, validation accuracy by rate."""
     own = 100 * np.asarray(records[0]["test"])
-    rates = [f"validation at {rate:g}" for rate in records[0]["rates"]]
-    rows = [["method", "test accuracy", f"{records[0]['method']} − it", "rate", *rates]]
+    rates = sorted({rate for record in records for rate in record["rates"]})
+    heads = [f"validation at {rate:g}" for rate in rates]
+    rows = [["method", "test accuracy", f"{records[0]['method']} − it", "rate", *heads]]
     for record in records:
         accuracy = 100 * np.asarray(record["test"])
+        validation = dict(zip(record["rates"], record["validation"], strict=True))
         rows.append(
             [
                 record["method"],
                 f"{accuracy.mean():.1f}",
                 interval((own - accuracy) / 100).text("+") if record is not records[0] else "",
                 f"{record['learning_rate']:g}",
-                *(f"{100 * value:.1f}" for value in record["validation"]),
+                *(f"{100 * validation[r]:.1f}" if r in validation else "" for r in rates),
             ]
         )
     return markdown(rows)
@@ -198,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def work(job: tuple[str, Row]) -> list[dict[str, Any]]:
         name, row = job
         task = replace(row.task, seed=row.task.seed + options.seed)
-        made = measure(task, row.name, row.train, row.policy, RATES, _BUDGET)
+        made = measure(task, row.name, row.train, row.policy, RATES, _BUDGET, extensions=EXTENSIONS)
         return [{"task": name} | made | {"commit": describe()["commit"]}]
 
     def progress(record: dict[str, Any]) -> None:

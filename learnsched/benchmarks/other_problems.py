@@ -6,7 +6,8 @@
 Regression, denoising, segmentation, attention and text, with ternary weights and 2-bit activations, in
 a loop that anyone would write. Two hand-coded methods come with what their search found on
 Fashion-MNIST (the accuracy benchmark's records), the learned schedule as it is; for all of them, and
-for the network without quantizers, the learning rate is chosen on validation data.
+for the network without quantizers, the learning rate is chosen on validation data, from a list that
+goes on where its best is at an end.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.benchmarks.environment import describe
 from learnsched.benchmarks.problems import PROBLEMS, Problem, Split
-from learnsched.benchmarks.rate_choice import smoothed
+from learnsched.benchmarks.rate_choice import EXTENSIONS, choose
 from learnsched.benchmarks.records import read
 from learnsched.intervals import interval
 from learnsched.learning_rate import warm_cosine
@@ -124,13 +125,16 @@ def measured(
         with torch.no_grad():
             return problem.score(net(split.x), split.y)
 
-    trials = [score(rate, seed, validation) for rate in rates]
-    rate = rates[int(smoothed(torch.tensor(trials)).argmax())]
+    choice = choose(
+        rates,
+        lambda rates: [score(rate, seed, validation) for rate in rates],
+        extensions=EXTENSIONS,
+    )
     return {
-        "rates": list(rates),
-        "validation": trials,
-        "learning_rate": rate,
-        "test": [score(rate, seed + 1 + n, test) for n in range(size.runs)],
+        "rates": choice.rates,
+        "validation": choice.validation,
+        "learning_rate": choice.best,
+        "test": [score(choice.best, seed + 1 + n, test) for n in range(size.runs)],
     }
 
 

@@ -6,9 +6,9 @@ are mostly noise, and luck with them would look like a better method.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,26 +17,81 @@ from learnsched.benchmarks.search import Budget, Train
 from learnsched.data import load
 from learnsched.meta.tasks import Task
 
+# A list of four or five rates may grow by so many where its best is at an end.
+EXTENSIONS = 2
+
 # Rates are searched from here to 25 times as much.
 _LOWEST_RATE = {"adam": 2e-3, "adamw": 2e-3, "momentum": 2e-2, "sgd": 1e-1}
 
 
+class Choice(NamedTuple):
+    """Learning rates in ascending order, the validation score of each, and the rate that was chosen."""
+
+    rates: list[float]
+    validation: list[float]
+    best: float
+
+
+def choose(
+    rates: Sequence[float],
+    score: Callable[[Sequence[float]], Sequence[float]],
+    *,
+    extensions: int = 0,
+) -> Choice:
+    """The rate of best smoothed score, of a list that grows where its best is at an end.
+
+    Args:
+        rates: ascending, at least two where the list may grow.
+        score: from learning rates to their validation scores.
+        extensions: how often at most the list goes on beyond its best, by the ratio of the two rates
+            at that end, which is rounded to three digits.
+
+    Example:
+        >>> found = choose((1.0, 2.0, 4.0), lambda rates: [-abs(r - 8) for r in rates], extensions=3)
+        >>> found.rates, found.best
+        ([1.0, 2.0, 4.0, 8.0, 16.0], 8.0)
+    """
+    listed, validation = list(rates), list(score(rates))
+    for _ in range(extensions):
+        best = int(smoothed(torch.tensor(validation)).argmax())
+        if 0 < best < len(listed) - 1:
+            break
+        at, neighbour = (0, 1) if best == 0 else (len(listed), -2)
+        further = [float(f"{listed[best] ** 2 / listed[neighbour]:.3g}")]
+        validation[at:at] = score(further)
+        listed[at:at] = further
+    return Choice(listed, validation, listed[int(smoothed(torch.tensor(validation)).argmax())])
+
+
 def measure(
-    task: Task, name: str, train: Train, policy: Any, rates: Sequence[float], budget: Budget
+    task: Task,
+    name: str,
+    train: Train,
+    policy: Any,
+    rates: Sequence[float],
+    budget: Budget,
+    *,
+    extensions: int = 0,
 ) -> dict[str, Any]:
-    """Validation accuracy of every learning rate, and test accuracy of fresh seeds at the best."""
+    """Validation accuracy of every learning rate, and test accuracy of fresh seeds at the best.
+
+    The list of rates may grow at its ends, as :func:`choose` says.
+    """
     data = load(task.data)
-    policies, runs = [policy] * len(rates), budget.trial_runs
-    validation = train(task, data, rates, policies, runs, data.validation).mean(1)
-    rate = rates[int(smoothed(validation).argmax())]
+
+    def validated(rates: Sequence[float]) -> list[float]:
+        policies, runs = [policy] * len(rates), budget.trial_runs
+        return train(task, data, rates, policies, runs, data.validation).mean(1).tolist()
+
+    choice = choose(rates, validated, extensions=extensions)
     final = replace(task, seed=task.seed + 1)
-    test = train(final, data, [rate], [policy], budget.runs, data.test)
+    test = train(final, data, [choice.best], [policy], budget.runs, data.test)
     return {
         "method": name,
         "cell": task.name,
-        "rates": list(rates),
-        "validation": validation.tolist(),
-        "learning_rate": rate,
+        "rates": choice.rates,
+        "validation": choice.validation,
+        "learning_rate": choice.best,
         "test": test.flatten().tolist(),
     }
 
