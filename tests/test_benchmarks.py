@@ -49,6 +49,7 @@ def run(name, *arguments):
         "selection",
         "without_batch_norm",
         "other_problems",
+        "tuned_once",
     ],
 )
 def test_a_quick_run_writes_its_rows(name, tmp_path):

@@ -112,6 +112,7 @@ SLOW = {
     "selection": benchmark("selection"),
     "without_batch_norm": benchmark("without_batch_norm"),
     "other_problems": benchmark("other_problems"),
+    "tuned_once": benchmark("tuned_once"),
     "payback": module("learnsched.benchmarks.payback"),
     "embed_card": ["-c", EMBED],
 }

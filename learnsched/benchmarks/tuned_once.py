@@ -1,0 +1,264 @@
+"""One recipe for every network: what is a schedule worth where nobody searches?
+
+    torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.tuned_once [--artefact default]
+        [--grid medium] [--cells NAME …] [--methods NAME …] [--known PATH] [--quick] [--seed N]
+        [--json PATH]
+
+Each method is tuned once for each pair of level sets, from scratch and for fine-tuning, on tasks like
+meta-training's: its learning rate and all of its parameters, a learned schedule's learning rate, with
+the same number of trials. What was found trains every network of the accuracy benchmark as it is. Its
+seeds are those of that benchmark, whose records say what a search in each cell would have brought.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from learnsched.benchmarks import carried
+from learnsched.benchmarks import methods as field
+from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
+from learnsched.benchmarks.cells import GRIDS, Cell
+from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.held_out import train
+from learnsched.benchmarks.methods import Method
+from learnsched.benchmarks.records import HAND_CODED, LEARNED, read
+from learnsched.benchmarks.search import Budget, search
+from learnsched.benchmarks.statistics import Record, compare, mean, search_curve
+from learnsched.data import load
+from learnsched.intervals import Interval
+from learnsched.meta import distribution
+from learnsched.meta.tasks import Task, task_of
+from learnsched.policies import LearnedPolicy
+from learnsched.schedule import Policy
+from learnsched.tables import markdown
+
+# The strongest of the grid, one of INQ's, and the simplest.
+RIVALS = (
+    "ANA, triangular",
+    "ANA, triangular, warm-up",
+    "ANA, logistic",
+    "ANA, normal, warm-up",
+    "STE, moving",
+    "STE, moving, warm-up",
+    "straight-through",
+    "INQ, magnitude",
+)
+
+# Of one trial on one task: enough, since a trial trains on all of them.
+_BUDGET = Budget(rounds=2, trials=8, trial_runs=1, runs=6)
+_QUICK = Budget(rounds=1, trials=2, trial_runs=1, runs=2)
+
+
+@dataclass(frozen=True, order=True)
+class Regime:
+    """What a recipe is made for: level sets, by their name in a task, and where training starts."""
+
+    bits: str
+    fine_tuning: bool
+
+    @classmethod
+    def of(cls, task: Task) -> Regime:
+        """That of a task."""
+        return cls(task.bits, task.fine_tuning)
+
+    def __str__(self) -> str:
+        return f"{self.bits}{', fine-tuned' * self.fine_tuning}"
+
+
+def practice(regime: Regime) -> list[Task]:
+    """What a method is tuned on: four networks like those of meta-training, on other seeds."""
+    rows = (
+        ("mnist1d", "cnn1d", 8, 4, 8, 20),
+        ("mnist1d", "cnn1d", 16, 4, 16, 25),
+        ("mnist1d", "mlp", 32, 4, 12, 15),
+        ("noisy_digits", "residual", 8, 5, 10, 20),
+    )
+    return [
+        task_of(
+            row,
+            batch=64 if row[0] == "mnist1d" else 32,
+            bits=regime.bits,
+            learning_rates=(),
+            fine_tuning=regime.fine_tuning,
+            seed=760_000,
+        )
+        for row in rows
+    ]
+
+
+def compared(learned: LearnedPolicy, bits: str, names: Sequence[str]) -> list[Method]:
+    """The learned schedule, its start and the rivals of these names that apply to these bits."""
+    every = (*_own(learned), *field.hand_coded(bits))
+    return [method for method in every if method.name in names]
+
+
+def _own(learned: LearnedPolicy) -> tuple[Method, Method]:
+    return field.learned(learned), field.start_of(learned)
+
+
+def tuned(method: Method, tasks: Sequence[Task], budget: Budget, seed: int) -> dict[str, Any]:
+    """Learning rate and parameters of best validation accuracy, the mean over tasks."""
+
+    def evaluate(rates: list[float], policies: list[Policy | None]) -> list[float]:
+        accuracies = []
+        for task in tasks:
+            data = load(task.data)
+            runs = budget.trial_runs
+            found = train(method, task, data, rates, policies, runs, data.validation)
+            accuracies.append(found.mean(1).tolist())
+        return [fmean(values) for values in zip(*accuracies, strict=True)]
+
+    found = search(method.suggest, evaluate, budget, seed)
+    return {
+        "method": method.name,
+        "learning_rate": found.learning_rate,
+        "parameters": found.parameters,
+        "validation": found.validation,
+        "trials": found.trials,
+    }
+
+
+def tested(method: Method, recipe: Record, cell: Cell, runs: int) -> dict[str, Any]:
+    """Test accuracies in a cell under a recipe, of the accuracy benchmark's own seeds."""
+    task, data = replace(cell.task, seed=cell.task.seed + 1), cell.data()
+    policies = [carried.tuned(method.suggest, recipe)]
+    accuracy = train(method, task, data, [recipe["learning_rate"]], policies, runs, data.test)
+    return {"cell": cell.name, "method": method.name, "test": accuracy.flatten().tolist()}
+
+
+def table(records: Sequence[Record], cells: Sequence[Cell], first: str = LEARNED) -> str:
+    """Markdown: what each method reaches over the cells, and by how much the first is ahead of it.
+
+    Two rows choose among the hand-coded ones: what was best where they were tuned, and the best of each
+    cell on test data, which nobody can know.
+    """
+    recipes = {(r["regime"], r["method"]): r for r in records if r["stage"] == "recipe"}
+    tests = {(r["cell"], r["method"]): r for r in records if r["stage"] == "test"}
+    names = list(dict.fromkeys(r["method"] for r in records))
+    own = (first, *(name for name in names if name.startswith(first) and name != first))
+    rows: dict[str, dict[str, Record]] = {
+        name: {c.name: tests[c.name, name] for c in cells if (c.name, name) in tests}
+        for name in names
+    }
+    rivals = [name for name in names if name not in own]
+    validated, luckiest = {}, {}
+    for cell in cells:
+        there = [name for name in rivals if (cell.name, name) in tests]
+        if there:
+            regime = str(Regime.of(cell.task))
+            found = max(there, key=lambda name: recipes[regime, name]["validation"])
+            validated[cell.name] = tests[cell.name, found]
+            luckiest[cell.name] = max((tests[cell.name, n] for n in there), key=mean)
+    rows |= {"the best where tuned": validated, "the best of each cell": luckiest}
+    heads = [
+        "method",
+        "cells",
+        "mean accuracy",
+        f"{first} ahead by",
+        "in cells",
+        "clearly",
+        "clearly behind",
+    ]
+    lines = [heads]
+    for name, found in rows.items():
+        pairs = {cell: (rows[first][cell], r) for cell, r in found.items() if cell in rows[first]}
+        line = [name, str(len(found)), f"{100 * fmean(map(mean, found.values())):.1f}"]
+        if name != first and pairs:
+            result = compare(pairs)
+            counts = (result.wins, result.clear_wins, result.clear_losses)
+            line += [result.interval.text("+"), *map(str, counts)]
+        lines.append(line + [""] * (len(heads) - len(line)))
+    return markdown(lines)
+
+
+def without_search(records: Sequence[Record], known: Sequence[Record]) -> str:
+    """Markdown: the learned schedule under its recipe against methods searched in each cell."""
+    cells: dict[str, dict[str, Record]] = {
+        r["cell"]: {LEARNED: {**r, "role": LEARNED}}
+        for r in records
+        if r["stage"] == "test" and r["method"] == LEARNED
+    }
+    own: dict[str, Record] = {}
+    for record in known:
+        if record["cell"] in cells and record["role"] == HAND_CODED:
+            cells[record["cell"]][record["method"]] = record
+        elif record["cell"] in cells and record["method"] == LEARNED:
+            own[record["cell"]] = record
+    curve = search_curve(cells)
+    chosen = [m for m in curve if m & (m - 1) == 0 or m == len(curve)]
+    lines = [["against, searched in each cell", f"margin of {LEARNED}, not searched / points"]]
+    for m in chosen:
+        ahead = Interval(-curve[m].mean, -curve[m].high, -curve[m].low)
+        lines.append([f"the best of {m} hand-coded methods", ahead.text("+")])
+    if own:
+        found = compare({cell: (cells[cell][LEARNED], own[cell]) for cell in own})
+        lines.append([f"{LEARNED}, its learning rate searched", found.interval.text("+")])
+    return markdown(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    from learnsched.pretrained import load_pretrained
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    carried.add_options(parser)
+    parser.add_argument("--grid", choices=GRIDS, default="medium", help="of the accuracy benchmark")
+    parser.add_argument("--cells", nargs="+", metavar="NAME", help="all of the grid if omitted")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="by name; all if omitted")
+    parser.add_argument("--quick", action="store_true", help="grid quick, few trials and methods")
+    parser.add_argument("--seed", type=int, default=0, help="of the search")
+    parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
+    options = parser.parse_args(arguments)
+    learned = load_pretrained(options.artefact)
+    budget, grid, count = (_QUICK, "quick", 1) if options.quick else (_BUDGET, options.grid, None)
+    cells = GRIDS[grid].chosen(options.cells)
+    names = options.methods or [*(m.name for m in _own(learned)), *RIVALS[:count]]
+    methods = {
+        (str(regime), method.name): (regime, method)
+        for regime in dict.fromkeys(Regime.of(cell.task) for cell in cells)
+        for method in compared(learned, regime.bits, names)
+    }
+
+    def recipe(job: tuple[Regime, Method]) -> list[dict[str, Any]]:
+        regime, method = job
+        found = tuned(method, practice(regime)[:count], budget, options.seed)
+        return [{"stage": "recipe", "regime": str(regime), **found, "commit": describe()["commit"]}]
+
+    def test(job: tuple[Cell, Method, Record]) -> list[dict[str, Any]]:
+        cell, method, found = job
+        made = tested(method, found, cell, budget.runs)
+        return [{"stage": "test", **made, "commit": describe()["commit"]}]
+
+    def key(record: Record) -> tuple[str, str, str]:
+        return (record["stage"], record.get("regime") or record["cell"], record["method"])
+
+    def progress(record: dict[str, Any]) -> None:
+        place, name = key(record)[1:]
+        score = record["validation"] if record["stage"] == "recipe" else mean(record)
+        print(f"{record['stage']}, {place}, {name}: {100 * score:.1f}", flush=True)
+
+    content = {"progress": progress, "seed": options.seed, "quick": options.quick}
+    with one_of_the_ranks():
+        jobs = {("recipe", *names): job for names, job in methods.items()}
+        records = recorded(options.json, jobs, recipe, key, **content)
+        recipes = {key(record): record for record in records}
+        tests = {
+            ("test", cell.name, name): (cell, method, recipes["recipe", regime, name])
+            for cell in cells
+            for (regime, name), (_, method) in methods.items()
+            if regime == str(Regime.of(cell.task))
+        }
+        records = recorded(options.json, tests, test, key, **content)
+        if distribution.rank() == 0:
+            print(f"\n{table(records, cells)}\n\n{without_search(records, read(options.known))}")
+
+
+if __name__ == "__main__":
+    main()
