@@ -123,7 +123,7 @@ def tuned(method: Method, tasks: Sequence[Task], budget: Budget, seed: int) -> d
     }
 
 
-def tested(method: Method, recipe: Record, cell: Cell, runs: int) -> dict[str, Any]:
+def measured(method: Method, recipe: Record, cell: Cell, runs: int) -> dict[str, Any]:
     """Test accuracies in a cell under a recipe, of the accuracy benchmark's own seeds."""
     task, data = replace(cell.task, seed=cell.task.seed + 1), cell.data()
     policies = [carried.tuned(method.suggest, recipe)]
@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def test(job: tuple[Cell, Method, Record]) -> list[dict[str, Any]]:
         cell, method, found = job
-        made = tested(method, found, cell, budget.runs)
+        made = measured(method, found, cell, budget.runs)
         return [{"stage": "test", **made, "commit": describe()["commit"]}]
 
     def key(record: Record) -> tuple[str, str, str]:
