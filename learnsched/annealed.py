@@ -86,6 +86,8 @@ def annealed_quantize(
     shape = noise_shape(noise)
     _check_std(forward_std, "forward_std")
     _check_std(backward_std, "backward_std")
+    _check_mean(forward_mean, "forward_mean")
+    _check_mean(backward_mean, "backward_mean")
     return quantize_unchecked(
         x, levels, forward_std, forward_mean, backward_std, backward_mean, shape, mode, generator
     )
@@ -383,3 +385,12 @@ def _check_std(std: Level, name: str) -> None:
         wrong = not (math.isfinite(std) and std >= 0)
     if wrong:
         raise ValueError(f"{name} must be at least 0 and finite, got {std}; 0 quantizes hard")
+
+
+def _check_mean(mean: Level, name: str) -> None:
+    if isinstance(mean, Tensor):
+        finite = not can_look(mean) or bool(mean.isfinite().all())
+    else:
+        finite = math.isfinite(mean)
+    if not finite:
+        raise ValueError(f"{name} must be finite, got {mean}; 0 leaves the noise where it is")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_OUTPUTS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 class ProjectedAttention(nn.MultiheadAttention):
@@ -165,6 +166,11 @@ def attention_to_linears_(model: nn.Module) -> nn.Module:
 
 def _projections(name: str, module: nn.MultiheadAttention) -> dict[str, nn.Linear]:
     """Linear layers with the values of the projections of queries, keys and values."""
+    if type(module.out_proj) not in _OUTPUTS:
+        raise ValueError(
+            f"out_proj of {name or 'the model'} is a {type(module.out_proj).__name__}, not torch's own "
+            "linear layer, as with parametrizations; remove that first"
+        )
     own = dict(module.named_parameters(recurse=False))
     packed = module._qkv_same_embed_dim
     names = ("in_proj_weight",) if packed else tuple(f"{p}_weight" for p in _PROJECTIONS)

@@ -49,8 +49,8 @@ def calibrate_(
 
     Raises:
         TypeError: without ``forward``, a batch is neither a tensor nor a tuple that starts with one.
-        ValueError: there are no batches, one is empty or too small for batch norm, an activation is not
-            finite, or the model has no quantized layers. The scales are as they were.
+        ValueError: the model has no quantized activations, there are no batches, one is empty or too
+            small for batch norm, or an activation is not finite. The scales are as they were.
 
     Example:
         >>> from learnsched import quantize_, ternary, unsigned
@@ -59,6 +59,11 @@ def calibrate_(
         >>> net = calibrate_(net, [torch.randn(64, 8)])
     """
     activations = [a for layer in quantized_layers(model) for a in layer.activations]
+    if not activations:
+        raise ValueError(
+            "the model has no quantized activations whose scale could be fitted; give quantize_ an "
+            "activation level set such as unsigned(2)"
+        )
     run = forward or on_first
     batches = checked(batches, model, run)
     statistics = keep(b for module in batch_norms(model) for b in module.buffers())

@@ -25,6 +25,7 @@ from learnsched.batches import (
 from learnsched.layers import Layer, quantized_layers
 from learnsched.modules import QUANTIZED_TYPES, QuantizedLayer
 from learnsched.quantizers import NOISE_BUFFERS, ActivationQuantizer
+from learnsched.weight_warnings import has_lost_noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,8 +138,8 @@ def finalize_(
         ``model`` itself. Its parameters hold the quantized weights.
 
     Raises:
-        RuntimeError: a weight is not on its level set, to the bit (it is not finite, for one), or a
-            learned scale is not positive and finite.
+        RuntimeError: a weight is not on its level set, to the bit (it is not finite, for one), a
+            learned scale is not positive and finite, or learned noise is not finite.
         TypeError: without ``forward``, a batch is neither a tensor nor a tuple that starts with one.
         ValueError: the model has no quantized layers, or the loader or a batch is empty, or too small
             for batch norm.
@@ -155,6 +156,11 @@ def finalize_(
     run = forward or on_first
     batches = None if loader is None else checked(loader, model, run)
     for layer in layers:
+        if has_lost_noise(layer):
+            raise RuntimeError(
+                f"the learned noise of {layer.info.name} is not finite, so its weights have not been "
+                "trained; learn noise at a lower rate"
+            )
         if layer.weight is not None:
             if not bool(layer.weight.weight.isfinite().all()):
                 raise RuntimeError(

@@ -68,8 +68,11 @@ def quantize_once(model: nn.Module) -> Iterator[None]:
         >>> net[0].weight.grad.shape
         torch.Size([4, 8])
     """
+    every = [m for m in model.modules() if isinstance(m, WeightQuantizer)]
+    if not every:
+        raise ValueError("the model has no quantized weights; call learnsched.quantize_ first")
     # An outer context goes on with what it has.
-    quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer) and m.shared is None]
+    quantizers = [quantizer for quantizer in every if quantizer.shared is None]
     shared = [_Shared() for _ in quantizers]
     for quantizer, own in zip(quantizers, shared, strict=True):
         # What a weight was made of changes from step to step, which a compiled graph must not.

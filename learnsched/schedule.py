@@ -330,6 +330,23 @@ def ask(
     return answer
 
 
+def check_policy(policy: object) -> None:
+    """Refuse what is no policy.
+
+    Raises:
+        TypeError: it lacks ``begin`` or ``settings``, or is a class.
+
+    Example:
+        >>> from learnsched.policies import StraightThrough
+        >>> check_policy(StraightThrough())
+    """
+    if isinstance(policy, type) or not isinstance(policy, Policy):
+        raise TypeError(
+            f"policy must have begin() and settings(), got {policy!r}; see "
+            "learnsched.policies and learnsched.load_pretrained"
+        )
+
+
 def plan(
     policy: Policy,
     run: RunInfo,
@@ -346,7 +363,7 @@ def plan(
         progress: called with the number of epochs that are planned, after each.
 
     Raises:
-        TypeError: ``run`` is no :class:`RunInfo`.
+        TypeError: ``policy`` is no policy, or ``run`` no :class:`RunInfo`.
         TypeError, ValueError: the policy's settings are none, or of another number of layers.
 
     Example:
@@ -355,6 +372,7 @@ def plan(
         >>> plan(StraightThrough(), run)["fraction"].flatten().tolist()
         [0.0, 0.0, 1.0]
     """
+    check_policy(policy)
     if not isinstance(run, RunInfo):
         raise TypeError(
             f"a schedule is planned for a RunInfo(layers, horizon), got {run!r}; the layers of a "

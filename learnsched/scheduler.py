@@ -28,7 +28,15 @@ from learnsched.layers import quantized_layers
 from learnsched.learning_rate import learning_rate_factor
 from learnsched.noise import NoiseShape, noise_shape
 from learnsched.ranks import over_ranks, several_ranks
-from learnsched.schedule import FIELDS, Policy, RunInfo, Setting, ask, terminal
+from learnsched.schedule import (
+    FIELDS,
+    Policy,
+    RunInfo,
+    Setting,
+    ask,
+    check_policy,
+    terminal,
+)
 from learnsched.scheduler_state import as_own, check_whole, description, snapshot, spelled
 from learnsched.step_counter import StepCounter
 from learnsched.telemetry import relative
@@ -370,11 +378,7 @@ def _checked(policy: Policy) -> tuple[NoiseShape, str]:
         TypeError: it is no policy.
         ValueError: its noise, partition or mode is unknown.
     """
-    if isinstance(policy, type) or not isinstance(policy, Policy):
-        raise TypeError(
-            f"policy must have begin() and settings(), got {policy!r}; see "
-            "learnsched.policies and learnsched.load_pretrained"
-        )
+    check_policy(policy)
     if isinstance(policy.metrics, str):
         raise TypeError(
             f"the policy's metrics must be a tuple of names, got the string {policy.metrics!r}"

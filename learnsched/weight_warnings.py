@@ -12,7 +12,7 @@ from learnsched.schedule import Setting
 
 
 def warn_of_weights(layers: Sequence[Layer], settings: Sequence[Setting], stacklevel: int) -> None:
-    """Warn of weights that are not finite, and of fewer frozen ones than there should be.
+    """Warn of weights and noise that are not finite, and of fewer frozen ones than there should be.
 
     Args:
         layers: of the model, from the input.
@@ -30,6 +30,12 @@ def warn_of_weights(layers: Sequence[Layer], settings: Sequence[Setting], stackl
             "hard activation turns into its lowest level. finalize_ will refuse them",
             stacklevel=stacklevel,
         )
+    if noise := [layer.info.name for layer in layers if has_lost_noise(layer)]:
+        warnings.warn(
+            f"the learned noise of {noise} is not finite, so no gradient reaches their weights: learn "
+            "noise at a lower rate. finalize_ will refuse it",
+            stacklevel=stacklevel,
+        )
     free = [
         layer.info.name
         for layer, setting in zip(layers, settings, strict=True)
@@ -41,6 +47,12 @@ def warn_of_weights(layers: Sequence[Layer], settings: Sequence[Setting], stackl
             "state with the scheduler's",
             stacklevel=stacklevel,
         )
+
+
+def has_lost_noise(layer: Layer) -> bool:
+    """Whether noise that a layer learns has become NaN or infinite."""
+    learned = (quantizer.log_std for quantizer in layer.quantizers)
+    return any(log_std is not None and not bool(log_std.isfinite()) for log_std in learned)
 
 
 def _is_freer(layer: Layer, setting: Setting) -> bool:

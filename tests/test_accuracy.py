@@ -14,7 +14,7 @@ import torch
 
 from learnsched import load_pretrained, quantize_, ternary, unsigned
 from learnsched.benchmarks import accuracy
-from learnsched.benchmarks.accuracy import entries, main, matching, measure
+from learnsched.benchmarks.accuracy import entries, is_done, main, matching, measure
 from learnsched.benchmarks.cells import GRIDS, Cell
 from learnsched.benchmarks.records import LEARNED, START, claim, read, unpack
 from learnsched.benchmarks.search import Budget, search
@@ -69,6 +69,14 @@ def test_records_made_before_are_not_made_again(whole, tmp_path, monkeypatch):
     assert read(folder) == read(whole), "what the folder has is kept"
     with pytest.raises(SystemExit, match="neither a folder nor a file"):
         main(["--quick", "--known", str(tmp_path / "none")])
+
+
+def test_records_of_another_budget_or_seed_are_made_again(whole):
+    [method] = matching(entries(CELL.task, None), ["straight-through"])
+    assert is_done(whole, CELL, method, QUICK.budget, seed=0)
+    assert not is_done(whole, CELL, method, QUICK.budget, seed=1)
+    assert not is_done(whole, CELL, method, replace(QUICK.budget, runs=3), seed=0)
+    assert not is_done(whole, CELL, replace(method, version="2"), QUICK.budget, seed=0)
 
 
 @pytest.mark.slow

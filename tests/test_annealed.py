@@ -643,6 +643,16 @@ def test_std_must_be_at_least_0_and_finite(which, value, form):
         annealed_quantize(torch.zeros(3), ternary(), **stds)
 
 
+@pytest.mark.parametrize("which", ["forward_mean", "backward_mean"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("form", [float, torch.tensor, lambda v: torch.tensor([1.0, v, 0.0])])
+def test_mean_must_be_finite(which, value, form):
+    with pytest.raises(ValueError, match=f"{which} must be finite"):
+        annealed_quantize(
+            torch.zeros(3), ternary(), forward_std=0.5, backward_std=0.5, **{which: form(value)}
+        )
+
+
 @pytest.mark.parametrize("value", [-1.0, math.nan])
 def test_level_probabilities_check_their_std(value):
     with pytest.raises(ValueError, match="std must be at least 0"):

@@ -167,6 +167,16 @@ def test_there_must_be_attention_of_parameters():
     assert type(model["mix"]) is nn.MultiheadAttention
 
 
+def test_a_projection_of_outputs_that_is_not_torchs_own_is_refused():
+    for change in (nn.utils.parametrizations.weight_norm, lambda layer: nn.Sequential(layer)):
+        mix = nn.MultiheadAttention(8, 2, batch_first=True)
+        mix.out_proj = change(mix.out_proj)
+        before = type(mix.out_proj)
+        with pytest.raises(ValueError, match=f"out_proj of the model is a {before.__name__}"):
+            ls.attention_to_linears_(mix)
+        assert type(mix) is nn.MultiheadAttention and type(mix.out_proj) is before
+
+
 def encoder():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)

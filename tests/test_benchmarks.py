@@ -9,7 +9,15 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from learnsched.benchmarks import environment, gradient, stability
+from learnsched.benchmarks import (
+    ablation,
+    curve_search,
+    environment,
+    gradient,
+    held_out,
+    stability,
+    transfer,
+)
 from learnsched.benchmarks.campaign import recorded
 from learnsched.benchmarks.comparison import summary, table
 from learnsched.benchmarks.held_out import QUICK_TASKS, compare
@@ -69,6 +77,23 @@ def test_results_name_no_version_of_a_package_that_is_not_there(tmp_path, monkey
     environment.write_results(tmp_path / "rows.json", {"rows": [1]})
     stored = json.loads((tmp_path / "rows.json").read_text())
     assert stored["environment"]["higher"] == "" and stored["rows"] == [1]
+
+
+@pytest.mark.parametrize("program", [held_out, transfer, ablation])
+def test_programs_refuse_files_of_other_settings(program, tmp_path):
+    path = tmp_path / "rows.json"
+    text = json.dumps({"seed": 7, "quick": True, "records": []})
+    path.write_text(text)
+    with pytest.raises(ValueError, match="holds records of another"):
+        program.main(["--json", str(path)])
+    assert path.read_text() == text
+
+
+def test_a_search_of_curves_with_another_seed_is_refused(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"ternary/2-bit": {"seed": 0, "runs": 8, "rounds": []}}))
+    with pytest.raises(ValueError, match="of 8 runs with seed 0, not of 8 with 5"):
+        curve_search.main(["--quick", "--seed", "5", "--json", str(path)])
 
 
 @pytest.mark.parametrize(

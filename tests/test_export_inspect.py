@@ -45,6 +45,26 @@ def test_ternary_folder_by_hand(tmp_path):
     assert "learnsched-ternary 2" in text and "4×8×8" in text and "multiply-accumulates" in text
 
 
+@pytest.mark.parametrize("kind", ["folder", "onnx", "qonnx"])
+def test_codes_of_pooled_accumulators_are_counted_where_they_are(kind, tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        QuantizedInput(0.05),
+        nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Flatten(), nn.Linear(64, 10),
+    )  # fmt: skip
+    x = torch.randn(6, 1, 8, 8)
+    ls.finalize_(ls.quantize_(net, ls.ternary(), ls.unsigned(2)), [x]).eval()
+    if kind != "folder":
+        pytest.importorskip("onnx")
+    write = {"folder": ls.export_ternary, "onnx": ls.export_onnx, "qonnx": ls.export_qonnx}[kind]
+    write(net, x, tmp_path / "net")
+    conv, linear = inspect(tmp_path / "net").layers
+    # 64 codes of 2 bits: the four by four places of four channels that the pool leaves.
+    assert conv.shape == (4, 8, 8)
+    assert (conv.activation_bytes, linear.input_bytes) == (16, 16)
+
+
 def test_files_agree_with_the_folder(tmp_path):
     pytest.importorskip("onnx")
     for family in ("mlp", "cnn1d", "residual"):

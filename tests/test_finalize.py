@@ -305,7 +305,9 @@ def test_finalize_puts_every_weight_on_its_level_set_to_the_bit(levels, dtype):
 @pytest.mark.parametrize("rule", [ls.AbsoluteMean, ls.Maximum, ls.PowerOfTwo, ls.LeastSquares])
 def test_finalize_works_with_every_scale_rule(rule, per):
     model = ls.finalize_(network(ls.signed(3), weight_scale=rule(per)))
-    assert all(len(c.integers.unique()) > 1 for c in ls.integer_weights(model).values())
+    for name, found in ls.integer_weights(model).items():
+        assert len(found.integers.unique()) > 1
+        assert torch.equal(found.integers * found.scale, model.get_submodule(name).weight)
 
 
 def test_finalize_keeps_levels_that_training_ended_with():
@@ -504,6 +506,12 @@ class WithHead(nn.Module):
     def forward(self, x):
         h = self.act(self.norm(self.body(x)))
         return (h, self.aux_act(self.aux(h))) if self.training else h
+
+
+def test_there_is_nothing_to_calibrate_where_activations_are_real():
+    model = ls.quantize_(nn.Sequential(nn.Linear(8, 4)), ls.ternary())
+    with pytest.raises(ValueError, match="no quantized activations whose scale could be fitted"):
+        ls.calibrate_(model, [torch.randn(4, 8)])
 
 
 def test_what_the_batches_do_not_reach_is_kept_and_named():

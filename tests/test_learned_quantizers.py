@@ -256,6 +256,20 @@ def test_float_checkpoints_load_where_noise_is_learned_and_its_own_come_back():
     other.load_state_dict(model.state_dict())
 
 
+@pytest.mark.parametrize("kind", ["weight", "activation"])
+def test_learned_noise_that_is_lost_is_said_and_refused(kind):
+    model = ls.quantize_(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), ls.ternary(), ls.unsigned(2))
+    ls.learn_noise_(model)
+    scheduler = ls.QuantizationScheduler(model, ls.policies.StraightThrough(), epochs=3)
+    [layer] = quantized_layers(model)
+    with torch.no_grad():
+        layer.quantizers[kind == "activation"].log_std.fill_(float("nan"))
+    with pytest.warns(UserWarning, match=r"learned noise of \['0'\] is not finite"):
+        scheduler.step()
+    with pytest.raises(RuntimeError, match="learned noise of 0 is not finite"):
+        ls.finalize_(model)
+
+
 def test_a_population_learns_noise_for_each_member():
     check_that_each_member_learned_its_own(ls.learn_noise_, 3, "log_std", [(2,)] * 5)
 

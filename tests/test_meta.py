@@ -1,5 +1,6 @@
 """The inner loop, its gradient and the trainer, against references written differently."""
 
+import copy
 import dataclasses
 import json
 
@@ -355,15 +356,42 @@ DAMAGE = {
         path, scalars=lambda s: {k: v for k, v in s.items() if k != "step"}
     ),
     "no scalars": lambda path: respoiled(path, scalars=lambda s: []),
-}
+    **{
+        f"{name}: {value}": lambda path, name=name, value=value: respoiled(
+            path, scalars=lambda s: s | {name: value}
+        )
+        for name, value in (
+            ("log", None), ("log", [1]), ("step", "three"), ("step", -4), ("best_error", None),
+        )
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_checkpoint_is_refused(name, tmp_path):
     small_trainer(tmp_path).run(1)
     DAMAGE[name](tmp_path / "checkpoint.safetensors")
+    torch.manual_seed(0)
+    network = MetaNetwork()
+    kept = copy.deepcopy(network.state_dict())
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged"):
-        small_trainer(tmp_path)
+        small_trainer(tmp_path, network=network)
+    assert all(torch.equal(kept[key], value) for key, value in network.state_dict().items())
+
+
+def test_a_frozen_policy_is_refused_before_anything_is_written(tmp_path):
+    network = MetaNetwork().requires_grad_(False)
+    with pytest.raises(ValueError, match="network are frozen, as those of load_pretrained"):
+        small_trainer(tmp_path / "run", network=network)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_another_run_leaves_the_network_without_gradients(tmp_path):
+    small_trainer(tmp_path)
+    network = MetaNetwork()
+    with pytest.raises(FileExistsError):
+        small_trainer(tmp_path, network=network, validate_every=3)
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "{", '{"policy": 1, "trainer": 2}'])
@@ -379,8 +407,11 @@ def test_a_damaged_configuration_is_refused(text, tmp_path):
     [
         ({"bits": "ternary"}, "unknown bits 'ternary'; choose one of ternary/2-bit"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion'"),
-        ({"depth": 1}, "depth must be at least 2, got 1"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"depth": 1}, "depth must be a whole number of at least 2, got 1"),
+        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"steps": 2.5}, "steps must be a whole number of at least 1, got 2.5"),
+        ({"learning_rates": (0.01, -0.01)}, "learning rates must be positive"),
+        ({"learning_rates": (float("nan"),)}, "learning rates must be positive"),
     ],
 )
 def test_impossible_tasks_are_refused(change, match):
@@ -393,6 +424,11 @@ def test_unknown_ways_to_build_a_task_are_refused(change):
     (kind,) = change
     with pytest.raises(ValueError, match=f"unknown (noise|{kind})"):
         SMALL.build(DIGITS, **change)
+
+
+def test_no_more_seeds_are_drawn_than_there_are_members():
+    task = dataclasses.replace(SMALL, learning_rates=(0.01,), runs=3, fine_tuning=True)
+    assert task.build(DIGITS).population.members == 1
 
 
 def test_a_task_without_members_is_not_built():
@@ -415,12 +451,17 @@ def with_architecture(**changes):
     ("change", "error", "match"),
     [
         (with_architecture(widths=()), ValueError, "widths is empty"),
-        (with_architecture(widths=(6, 0)), ValueError, "widths must be at least 1"),
+        (
+            with_architecture(widths=(6, 0)),
+            ValueError,
+            "widths must be a whole number of at least 1",
+        ),
         (with_architecture(widths=6), TypeError, "widths must be a tuple of whole numbers"),
-        (with_architecture(depths=(3.0,)), TypeError, "depths must be a tuple of whole numbers"),
+        (with_architecture(depths=(3.0,)), ValueError, "depths must be a whole number .* got 3.0"),
         (with_architecture(family="resnet"), ValueError, "unknown family 'resnet'"),
-        ({"horizons": (0,)}, ValueError, "horizons must be at least 1"),
-        ({"batches": (32, -1)}, ValueError, "batches must be at least 1"),
+        ({"horizons": (0,)}, ValueError, "horizons must be a whole number of at least 1"),
+        ({"batches": (32, -1)}, ValueError, "batches must be a whole number of at least 1"),
+        ({"members": 2.5}, ValueError, "members must be a whole number"),
         ({"bits": (("ternary/2-bit", 0.0),)}, ValueError, "weight of ternary/2-bit must be pos"),
         ({"bits": (("ternary/2-bit", float("nan")),)}, ValueError, "must be positive"),
     ],
@@ -527,10 +568,16 @@ def test_data_that_a_family_cannot_take_are_refused(family, shape, dtype):
 
 @pytest.mark.parametrize(
     "change",
-    [{"validate_every": 0}, {"learning_rate": -1.0}, {"average": 1.0}, {"betas": (0.9, 1.0)}],
+    [
+        {"validate_every": 0},
+        {"validate_every": 0.5},
+        {"learning_rate": -1.0},
+        {"average": 1.0},
+        {"betas": (0.9, 1.0)},
+    ],
 )
 def test_a_trainer_s_numbers_out_of_range_are_refused(change):
-    with pytest.raises(ValueError, match="are positive"):
+    with pytest.raises(ValueError, match=r"are positive|validate_every must be a whole number"):
         dataclasses.replace(PRESETS["quick"].trainer, **change)
 
 
@@ -538,7 +585,7 @@ def test_a_trainer_s_numbers_out_of_range_are_refused(change):
     "change", [{"members": 0}, {"alike": 0}, {"fine_tuning": 7.0}, {"total_steps": (60, 20)}]
 )
 def test_a_mix_s_numbers_out_of_range_are_refused(change):
-    with pytest.raises(ValueError, match=r"at least 1|positive number up"):
+    with pytest.raises(ValueError, match=r"at least 1|a probability|positive number up"):
         dataclasses.replace(PRESETS["quick"].trainer.mix, **change)
 
 
@@ -572,9 +619,10 @@ def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch, name, loc
 def test_a_run_that_began_with_another_network_is_refused(tmp_path):
     small_trainer(tmp_path).run(1)
     config = json.loads((tmp_path / "config.json").read_text())
+    other = ls.load_pretrained("default").network.requires_grad_(True)
     with pytest.raises(FileExistsError, match="another configuration"):
-        small_trainer(tmp_path, network=ls.load_pretrained("default").network)
+        small_trainer(tmp_path, network=other)
     # Runs that do not say what they began with go on.
     del config["start"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert small_trainer(tmp_path, network=ls.load_pretrained("default").network).step == 1
+    assert small_trainer(tmp_path, network=other).step == 1

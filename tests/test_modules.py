@@ -363,6 +363,11 @@ def test_quantize_once_quantizes_each_weight_once(monkeypatch):
     assert len(calls) == 4
 
 
+def test_quantize_once_needs_quantized_weights():
+    with pytest.raises(ValueError, match="no quantized weights"), ls.quantize_once(nn.Linear(2, 2)):
+        pass
+
+
 def test_a_weight_that_changes_inside_quantize_once_is_refused_and_the_context_ends():
     model = two_layers()
     x = weights(8, 6, dtype=torch.float64)

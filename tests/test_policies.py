@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -213,6 +214,13 @@ def test_inq_fits_any_horizon(bits, horizon):
 def test_inq_may_start_late(start, horizon, expected):
     found = table(policies.IncrementalQuantization(5, start=start), 1, horizon, "fraction")
     assert found.flatten().tolist() == expected
+
+
+def test_inq_takes_bits_of_numpy():
+    bits = np.int64(3)
+    assert policies.IncrementalQuantization(bits).cumulative == PUBLISHED_FRACTIONS[3]
+    with pytest.raises(ValueError, match="fractions for 2, 3, 4 and 5 bits, not 6"):
+        policies.IncrementalQuantization(np.int64(6))
 
 
 def test_inq_takes_fractions_of_your_own():

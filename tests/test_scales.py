@@ -157,7 +157,10 @@ def test_vectors_and_scalars_have_one_scale(rule):
 
 @pytest.mark.parametrize("rule", [*(rule("channel") for rule in RULES), Fixed(2.0)])
 def test_rules_follow_the_protocol(rule):
-    assert isinstance(rule, ScaleRule)
+    x = weights(3, 20)
+    scale = rule(x, signed(3))
+    assert isinstance(rule, ScaleRule) and isinstance(scale, torch.Tensor)
+    assert torch.broadcast_shapes(scale.shape, x.shape) == x.shape and bool((scale > 0).all())
 
 
 @pytest.mark.parametrize("rule", RULES[:3])

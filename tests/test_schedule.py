@@ -191,6 +191,9 @@ def test_a_setting_takes_numbers_alone(bad):
 def test_a_schedule_is_planned_for_a_run():
     with pytest.raises(TypeError, match=r"planned for a RunInfo.*got 5"):
         plan(policies.StraightThrough(), 5)
+    for policy in (policies.StraightThrough, None):
+        with pytest.raises(TypeError, match=r"policy must have begin\(\) and settings\(\)"):
+            plan(policy, RunInfo(LAYERS[:1], 4))
 
 
 def test_schedules_and_telemetry_can_be_compared_and_kept_in_sets():

@@ -22,7 +22,7 @@ def test_ratios_are_medians_of_the_ratios_within_a_round():
 
 
 @pytest.mark.filterwarnings("ignore:no batch norm precedes")
-def test_every_section_gives_positive_numbers_and_can_be_drawn(tmp_path):
+def test_every_section_gives_numbers_and_can_be_drawn(tmp_path):
     small = [mlp(width=8, depth=2, batch=4), cnn((4, 8), batch=2), resnet(batch=2)]
     result = {
         "operations": speed.operations(1000, seed=0, rounds=1),

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from learnsched.benchmarks import methods as field
-from learnsched.benchmarks.campaign import one_of_the_ranks
-from learnsched.benchmarks.environment import stored_records, write_results
+from learnsched.benchmarks.campaign import one_of_the_ranks, stored_records
+from learnsched.benchmarks.environment import write_results
 from learnsched.benchmarks.held_out import HELD_OUT
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.search import Budget
@@ -158,16 +158,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with one_of_the_ranks():
         tasks = TASKS[:1] if options.quick else TASKS
+        content = {"quick": options.quick, "artefact": options.artefact}
 
         def keep(records: list[dict[str, Any]]) -> None:
             if distribution.rank() == 0:
-                write_results(options.json, {"records": records})
+                write_results(options.json, {**content, "records": records})
 
         records = transfer(
             [(method, None) for method in variants(load_pretrained(options.artefact))],
             {"task": {name: HELD_OUT[name] for name in tasks}},
             _QUICK if options.quick else _SHOWN,
-            done=stored_records(options.json),
+            done=stored_records(options.json, **content),
             progress=keep,
         )
         if distribution.rank() == 0:

@@ -143,10 +143,14 @@ def _numbers(curve: BaseCurve) -> list[tuple[str, float]]:
     return sorted((name, number) for name, number in asdict(curve).items() if number)
 
 
-def is_done(folder: Path, cell: Cell, entry: Entry) -> bool:
-    """Whether the record of a cell and method is there, of this version of the method."""
+def is_done(folder: Path, cell: Cell, entry: Entry, budget: Budget, seed: int) -> bool:
+    """Whether the record of a cell and method is there: of this version, budget and seed."""
     path = record_path(folder, cell.name, entry.name)
-    return path.exists() and json.loads(path.read_text())["version"] == entry.version
+    if not path.exists():
+        return False
+    record = json.loads(path.read_text())
+    wanted = {"version": entry.version, "budget": asdict(budget), "seed": seed}
+    return all(record[name] == value for name, value in wanted.items())
 
 
 def measure(
@@ -231,16 +235,19 @@ def run(
     """
     data: dict[str, DataSet] = {}
     for cell, entry in jobs:
-        if is_done(folder, cell, entry):
+        if is_done(folder, cell, entry, budget, seed):
             continue
         name = f"{slug(cell.name)}--{slug(entry.name)}"
         with claim(folder / "claims" / name) as mine:
             # Another process may have made it since the first look.
-            if not mine or is_done(folder, cell, entry):
+            if not mine or is_done(folder, cell, entry, budget, seed):
                 continue
             if cell.name not in data:
                 data = {cell.name: cell.data()}
-            journal = folder / "searches" / f"{name}{entry.version and '-' + entry.version}.log"
+            # One file a search: trials of another version, budget or seed are none of its own.
+            trials = f"{budget.rounds}x{budget.trials}x{budget.trial_runs}-{seed}"
+            version = entry.version and f"-{entry.version}"
+            journal = folder / "searches" / f"{name}{version}-{trials}.log"
             record = measure(cell, entry, data[cell.name], budget, seed, journal)
             write_record(record, folder)
         if progress is not None:

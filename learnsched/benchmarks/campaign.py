@@ -61,13 +61,29 @@ def recorded(
                     progress(record)
             write_results(path, {**content, "records": records})
 
-    stored = json.loads(path.read_text()) if path is not None and path.exists() else {"records": []}
+    return completed(stored_records(path, **content), jobs, work, key, keep)
+
+
+def stored_records(path: Path | None, **content: Any) -> list[dict[str, Any]]:
+    """The records of an interrupted run's file; none without a file.
+
+    Args:
+        path: of a JSON file.
+        content: what else the file should say; what it does not say is not compared.
+
+    Raises:
+        ValueError: the file holds records of other content.
+    """
+    if path is None or not path.exists():
+        return []
+    stored = json.loads(path.read_text())
     if differing := [k for k, value in content.items() if stored.get(k, value) != value]:
         raise ValueError(
             f"{path} holds records of another {', '.join(differing)} than "
             f"{', '.join(str(content[k]) for k in differing)}; choose another file"
         )
-    return completed(stored["records"], jobs, work, key, keep)
+    records: list[dict[str, Any]] = stored["records"]
+    return records
 
 
 def completed(

@@ -349,6 +349,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stored: dict[str, Any] = {}
         if options.json and options.json.exists():
             stored = json.loads(options.json.read_text())
+        asked = {"seed": options.seed, "runs": rounds * count * len(rows)}
+        there = {setting: stored.get(name, asked)[setting] for setting in asked}
+        if there != asked:
+            raise ValueError(
+                f"{options.json} holds a search for {name} of {there['runs']} runs with seed "
+                f"{there['seed']}, not of {asked['runs']} with {asked['seed']}; choose another file"
+            )
         content = stored.get(name) or {
             "environment": describe(),
             "seed": options.seed,

@@ -37,14 +37,6 @@ def write_results(path: Path | None, content: Mapping[str, Any]) -> None:
         write_text(path, json.dumps(whole, indent=1) + "\n")
 
 
-def stored_records(path: Path | None) -> list[dict[str, Any]]:
-    """The ``records`` of an interrupted run's results; none without a file."""
-    if path is None or not path.exists():
-        return []
-    records: list[dict[str, Any]] = json.loads(path.read_text())["records"]
-    return records
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, such as a run's log; empty lines are none.
 

@@ -21,9 +21,9 @@ from typing import Any, cast
 import torch
 
 from learnsched.benchmarks import methods as field
-from learnsched.benchmarks.campaign import completed, one_of_the_ranks
+from learnsched.benchmarks.campaign import completed, one_of_the_ranks, stored_records
 from learnsched.benchmarks.comparison import table
-from learnsched.benchmarks.environment import describe, stored_records, write_results
+from learnsched.benchmarks.environment import describe, write_results
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.search import Budget, Found, Train, search
 from learnsched.data import DataSet, load
@@ -189,14 +189,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not options.hand_coded:
             policy = load_pretrained(options.artefact)
             methods = [field.learned(policy), field.start_of(policy), *methods]
-        done = stored_records(options.json)
+        content = {"seed": options.seed, "quick": options.quick, "artefact": options.artefact}
+        done = stored_records(options.json, **content)
 
         def keep(record: dict[str, Any]) -> None:
             mean = sum(record["test"]) / len(record["test"])
             if distribution.rank() == 0:
                 print(f"{record['task']:20} {record['method']:32} {100 * mean:5.1f} %", flush=True)
                 done.append(record)
-                write_results(options.json, {"seed": options.seed, "records": done})
+                write_results(options.json, {**content, "records": done})
 
         records = compare(
             methods,

@@ -135,7 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     with one_of_the_ranks():
         records = recorded(
-            options.json, jobs, measure, lambda r: (r["task"], r["seed"], r["policy"])
+            options.json,
+            jobs,
+            measure,
+            lambda record: (record["task"], record["seed"], record["policy"]),
+            preset=options.preset,
+            quick=options.quick,
         )
         if distribution.rank() == 0:
             print(table(records))

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from learnsched.benchmarks import methods as field
-from learnsched.benchmarks.campaign import completed, one_of_the_ranks
-from learnsched.benchmarks.environment import stored_records, write_results
+from learnsched.benchmarks.campaign import completed, one_of_the_ranks, stored_records
+from learnsched.benchmarks.environment import write_results
 from learnsched.benchmarks.held_out import trained, tune
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.rate_choice import measure, rates_of
@@ -317,6 +317,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_of_the_ranks():
         axes = options.axes or (["depth"] if options.quick else list(AXES))
         budget = _QUICK if options.quick else _SHOWN
+        content = {"seed": options.seed, "quick": options.quick, "artefact": options.artefact}
+        done = stored_records(options.json, **content)
 
         def keep(records: list[dict[str, Any]]) -> None:
             if distribution.rank() == 0:
@@ -325,12 +327,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     f"{last['cell']}: {last['method']} {100 * np.mean(last['test']):.1f}",
                     flush=True,
                 )
-                write_results(options.json, {"seed": options.seed, "records": records})
+                write_results(options.json, {**content, "records": records})
 
         tasks = {axis: AXES[axis][1] for axis in axes}
         if options.quick:
             tasks = {axis: dict(list(values.items())[:2]) for axis, values in tasks.items()}
-        done = stored_records(options.json)
         cells = {task.name for values in tasks.values() for task in values.values()}
         finished = [
             name for name in RIVALS if cells <= {r["cell"] for r in done if r["method"] == name}

@@ -175,7 +175,8 @@ def _folder_report(path: Path) -> Report:
     graph, layers = reference.graph, []
     for node in graph:
         if isinstance(node, g.Product):
-            bits = _following_bits(graph, node.name)
+            after = _following(graph, node.name)
+            bits, shape = (32, node.shape) if after is None else (after.levels.bits, after.shape)
             layers.append(
                 LayerReport(
                     node.name,
@@ -186,7 +187,7 @@ def _folder_report(path: Path) -> Report:
                     int((node.weight == 0).sum()),
                     graph.operations(node),
                     -(-node.weight.size // 5),
-                    _packed(node.shape, bits),
+                    _packed(shape, bits),
                     _packed(graph[node.inputs[0]].shape, _code_bits(graph, node.inputs[0])),
                 )
             )
@@ -195,15 +196,15 @@ def _folder_report(path: Path) -> Report:
     return Report(str(path), version, size, tuple(layers))
 
 
-def _following_bits(graph: g.Graph, name: str) -> int:
-    """Bits of the codes that an accumulator is turned into."""
+def _following(graph: g.Graph, name: str) -> g.Threshold | None:
+    """The node that turns an accumulator into codes; None where it stays one."""
     for node in graph:
         if name in node.inputs:
             if isinstance(node, g.Threshold):
-                return node.levels.bits
+                return node
             if isinstance(node, g.STRUCTURAL):
-                return _following_bits(graph, node.name)
-    return 32
+                return _following(graph, node.name)
+    return None
 
 
 def _code_bits(graph: g.Graph, name: str) -> int:
@@ -256,7 +257,7 @@ def _layers(onnx: Any, model: Any) -> list[LayerReport]:
             weight, bits = _weight(onnx, makers, constants, node.input[1])
             shape = shapes[node.output[0]]
             places = shapes[node.input[0]] if node.op_type == "ConvTranspose" else shape
-            out = _output_bits(onnx, model.graph.node, constants, types, node.output[0])
+            out, after = _output(onnx, model.graph.node, constants, types, node.output[0])
             layers.append(
                 LayerReport(
                     node.output[0].removesuffix(".product"),
@@ -267,7 +268,7 @@ def _layers(onnx: Any, model: Any) -> list[LayerReport]:
                     int((weight == 0).sum()),
                     math.prod(places[1:]) * weight.size,
                     -(-weight.size * bits // 8),
-                    _packed(shape, out),
+                    _packed(shapes.get(after, shape), out),
                     _packed(
                         shapes[node.input[0]],
                         _input_bits(onnx, makers, constants, types, node.input[0]),
@@ -287,18 +288,18 @@ def _weight(onnx: Any, makers: Any, constants: Any, name: str) -> tuple[NDArray[
     return values, _quantizer_bits(onnx, maker, constants, stored.data_type)
 
 
-def _output_bits(onnx: Any, nodes: Any, constants: Any, types: Any, name: str) -> int:
-    """Bits of the first quantizer on the way from a tensor, 32 if a product comes first."""
+def _output(onnx: Any, nodes: Any, constants: Any, types: Any, name: str) -> tuple[int, str]:
+    """Bits and output of the first quantizer that a tensor meets; 32 bits if a product comes first."""
     for node in nodes:
         if name not in node.input or node.op_type in _PRODUCTS:
             continue
         output = node.output[0]
         if node.op_type in _QUANTIZERS:
-            return _quantizer_bits(onnx, node, constants, types.get(output, 0))
-        found = _output_bits(onnx, nodes, constants, types, output)
-        if found != 32:
+            return _quantizer_bits(onnx, node, constants, types.get(output, 0)), output
+        found = _output(onnx, nodes, constants, types, output)
+        if found[0] != 32:
             return found
-    return 32
+    return 32, name
 
 
 def _input_bits(onnx: Any, makers: Any, constants: Any, types: Any, name: str) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learnsched.choices import check_choice
+from learnsched.choices import check_choice, whole_number
 from learnsched.meta.estimators import Inner, Rollout, ScheduleEstimate, perturbation_generator
 from learnsched.meta.rollout import run_forward, terminal_settings
 from learnsched.schedule import BACKWARD_STDS, FIELDS, FRACTION, Telemetry
@@ -76,8 +76,8 @@ class EvolutionStrategies:
     objective: str = "loss"
 
     def __post_init__(self) -> None:
-        if self.pairs < 1 or self.knots < 1:
-            raise ValueError(f"pairs and knots must be at least 1, got {self.pairs}, {self.knots}")
+        for name in ("pairs", "knots"):
+            whole_number(name, getattr(self, name))
         positive = all(0 < std < math.inf for std in (self.std, self.relative_std))
         if not (positive and 0 <= self.ridge < math.inf):
             raise ValueError(f"both std must be positive and ridge at least 0, got {self}")

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from learnsched.choices import check_choice
+from learnsched.choices import check_choice, whole_number
 from learnsched.meta.networks import FAMILIES, check_depth
 from learnsched.meta.tasks import BITS, Task, mixed_seed
 
@@ -38,7 +38,7 @@ class Mix:
             finish together.
 
     Raises:
-        TypeError: widths, depths, horizons or batches are no whole numbers to draw from.
+        TypeError: widths, depths, horizons or batches are no tuple to draw from.
         ValueError: there is nothing to draw from, bits or a family are unknown, a family has no network
             of a depth, or a number is out of its range.
 
@@ -81,11 +81,10 @@ class Mix:
         ends = (self.total_steps, self.learning_rates)
         if not all(0 < low <= high < math.inf for low, high in ends):
             raise ValueError(f"ranges go from a positive number up, got {ends}")
-        if min(self.members, self.tasks, self.alike) < 1 or not 0 <= self.fine_tuning <= 1:
-            raise ValueError(
-                "members, tasks and alike are at least 1 and fine_tuning lies in [0, 1], got "
-                f"{self.members}, {self.tasks}, {self.alike} and {self.fine_tuning}"
-            )
+        for name in ("members", "tasks", "alike"):
+            whole_number(name, getattr(self, name))
+        if not 0 <= self.fine_tuning <= 1:
+            raise ValueError(f"fine_tuning is a probability in [0, 1], got {self.fine_tuning}")
 
     @property
     def run_steps(self) -> tuple[float, float]:
@@ -139,11 +138,11 @@ def _check_not_empty(name: str, options: Sequence[object]) -> None:
 
 def _check_whole(name: str, options: Sequence[int]) -> None:
     """Refuse what are no whole numbers from 1 up."""
-    if not isinstance(options, Sequence) or any(type(option) is not int for option in options):
+    if not isinstance(options, Sequence):
         raise TypeError(f"{name} must be a tuple of whole numbers to draw from, got {options!r}")
     _check_not_empty(name, options)
-    if min(options) < 1:
-        raise ValueError(f"{name} must be at least 1, got {options}")
+    for option in options:
+        whole_number(f"each of {name}", option)
 
 
 def _choice(options: Sequence[T], generator: torch.Generator) -> T:

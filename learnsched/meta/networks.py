@@ -52,7 +52,7 @@ def cnn1d(length: int, width: int, depth: int, classes: int) -> nn.Module:
 
 
 def cnn2d(side: int, width: int, depth: int, classes: int) -> nn.Module:
-    """``depth - 1`` convolutions, the first two with stride 2, pooling and a linear layer."""
+    """``depth - 1`` convolutions, the first two with stride 2, and a linear layer."""
     layers: list[nn.Module] = []
     channels = 1
     for index in range(depth - 1):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from learnsched.choices import whole_number
 from learnsched.meta.estimators import (
     Inner,
     ParametricRollout,
@@ -95,8 +96,7 @@ class ParameterEvolution:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.pairs < 1:
-            raise ValueError(f"pairs must be at least 1, got {self.pairs}")
+        whole_number("pairs", self.pairs)
         if not 0 < self.std < math.inf:
             raise ValueError(f"std must be positive and finite, got {self.std}")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from learnsched.annealed import MODES
-from learnsched.choices import check_choice
+from learnsched.choices import check_choice, whole_number
 from learnsched.choose import LayerConfig
 from learnsched.convert import quantize_
 from learnsched.data import DataSet
@@ -74,7 +74,7 @@ class Task:
             activations are quantized.
 
     Raises:
-        ValueError: the bits or the optimizer are unknown, or a number is below its minimum.
+        ValueError: the bits or the optimizer are unknown, or a number is out of its range.
 
     Example:
         >>> from learnsched.data import load
@@ -105,8 +105,9 @@ class Task:
         check_choice("bits", self.bits, BITS)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         for name, least in _MINIMA.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            whole_number(name, getattr(self, name), least)
+        if not all(0 < rate < math.inf for rate in self.learning_rates):
+            raise ValueError(f"learning rates must be positive, got {self.learning_rates}")
 
     @property
     def name(self) -> str:
@@ -213,7 +214,7 @@ class Task:
 
     def _drawn(self, data: DataSet, held_out: int) -> tuple[list[nn.Module], Tensor, Tensor]:
         """Float networks of the members; of the runs, batches and indices of held-out examples."""
-        runs = self.runs or len(self.learning_rates)
+        runs = min(self.runs, len(self.learning_rates)) or len(self.learning_rates)
         generators = [
             torch.Generator().manual_seed(mixed_seed(self.seed, run)) for run in range(runs)
         ]

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from learnsched.choices import whole_number
 from learnsched.data import DataSet, load
 from learnsched.differences import differences
 from learnsched.digest import digest
@@ -74,12 +75,13 @@ class TrainerConfig:
     validate_every: int = 10
 
     def __post_init__(self) -> None:
-        positive = (self.learning_rate, self.decay, self.clip, self.validate_every)
+        whole_number("validate_every", self.validate_every)
+        positive = (self.learning_rate, self.decay, self.clip)
         shares = (*self.betas, self.average)
         if not (all(n > 0 for n in positive) and all(0 <= share < 1 for share in shares)):
             raise ValueError(
-                "learning_rate, decay, clip and validate_every are positive, betas and average lie in "
-                f"[0, 1), got {positive}, {self.betas} and {self.average}"
+                "learning_rate, decay and clip are positive, betas and average lie in [0, 1), got "
+                f"{positive}, {self.betas} and {self.average}"
             )
 
     def load_data(self) -> dict[str, DataSet]:
@@ -108,7 +110,8 @@ class MetaTrainer:
             names what differs.
         FileNotFoundError: the folder holds a checkpoint without its configuration.
         KeyError: a data set of the mix or of validation is missing.
-        ValueError: the folder's checkpoint or configuration is damaged.
+        ValueError: the policy's network is frozen, or the folder's checkpoint or configuration is
+            damaged.
 
     Example:
         >>> import tempfile
@@ -142,6 +145,11 @@ class MetaTrainer:
                 f"data lacks {', '.join(sorted(missing))}, which the mix or validation names; "
                 f"it has {', '.join(data) or 'nothing'}"
             )
+        if frozen := [n for n, p in policy.network.named_parameters() if not p.requires_grad]:
+            raise ValueError(
+                f"{', '.join(frozen)} of the policy's network are frozen, as those of load_pretrained "
+                "are; copy the policy and call network.requires_grad_(True)"
+            )
         self.policy = policy
         self.config = config
         self.folder = Path(folder)
@@ -155,7 +163,6 @@ class MetaTrainer:
             self._parameters.values(), lr=config.learning_rate, betas=config.betas
         )
         for parameter in self._parameters.values():
-            parameter.grad = torch.zeros_like(parameter)
             # What Adam begins with in its first step: so a state has the same tensors at any time.
             self._optimizer.state[parameter] = {
                 "step": torch.zeros(()),
@@ -386,6 +393,7 @@ class MetaTrainer:
                 stored = json.loads(file.metadata()["trainer"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             scalars = {name: stored[name] for name in _SCALARS}
+            _check_scalars(scalars)
             if _shapes(tensors) != _shapes(self._tensors()):
                 raise ValueError("its tensors are not those of this network")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -412,6 +420,22 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     """
     entries = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     return [{n: float(v) if v in WORDS else v for n, v in entry.items()} for entry in entries]
+
+
+def _check_scalars(scalars: Mapping[str, Any]) -> None:
+    """Refuse what no run writes beside its tensors.
+
+    Raises:
+        TypeError, ValueError: a number is none or out of its range, or the log is no list of entries.
+    """
+    for name in ("step", "best_step"):
+        whole_number(name, scalars[name], least=0)
+    for name in ("seconds", "best_error", "typical_norm"):
+        if not isinstance(scalars[name], float | int) or scalars[name] < 0:
+            raise ValueError(f"{name} must be a number of at least 0, got {scalars[name]!r}")
+    log = scalars["log"]
+    if not (isinstance(log, list) and all(isinstance(entry, dict) for entry in log)):
+        raise ValueError(f"log must be a list of entries, got {log!r}")
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from learnsched.choices import check_choice
 from learnsched.incremental import PARTITIONS, check_fraction
@@ -68,7 +70,7 @@ class IncrementalQuantization:
 
     def __post_init__(self) -> None:
         check_choice("partition", self.partition, PARTITIONS)
-        if isinstance(self.fractions, int) and self.fractions not in PUBLISHED_FRACTIONS:
+        if self._bits is not None and self._bits not in PUBLISHED_FRACTIONS:
             raise ValueError(
                 f"the paper has fractions for 2, 3, 4 and 5 bits, not {self.fractions}; "
                 "give a tuple of your own"
@@ -88,9 +90,17 @@ class IncrementalQuantization:
     @property
     def cumulative(self) -> tuple[float, ...]:
         """The cumulative fractions in force."""
-        if isinstance(self.fractions, int):
-            return PUBLISHED_FRACTIONS[self.fractions]
-        return self.fractions
+        if self._bits is not None:
+            return PUBLISHED_FRACTIONS[self._bits]
+        return cast(tuple[float, ...], self.fractions)
+
+    @property
+    def _bits(self) -> int | None:
+        """Whose fractions are the paper's; None where they are given."""
+        try:
+            return operator.index(cast(int, self.fractions))
+        except TypeError:
+            return None
 
     def restarted(self, progress: float) -> float:
         """Factor on the learning rate that starts anew with each fraction, as in the paper.
