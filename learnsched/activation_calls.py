@@ -16,7 +16,15 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from learnsched.attributes import Attributes
-from learnsched.execution import ACTIVATION_FUNCTIONS, Example, call, hooked, in_evaluation, tensors
+from learnsched.execution import (
+    ACTIVATION_FUNCTIONS,
+    Example,
+    call,
+    hooked,
+    in_evaluation,
+    tensors,
+    varied,
+)
 from learnsched.modules import ACTIVATIONS
 from learnsched.traced_forward import Code, restore_arguments, with_forward
 
@@ -30,6 +38,9 @@ _DROPOUTS: Mapping[Any, type[nn.Module]] = {
     F.dropout3d: nn.Dropout3d,
     F.alpha_dropout: nn.AlphaDropout,
 }
+# Methods of a tensor that give numbers of Python's.
+_READS = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "__complex__")
+_Way = Callable[[], AbstractContextManager[Any]]
 _WAY_OUT = (
     "make it a module there (self.relu = nn.ReLU(), one for each place), or change other parts alone: "
     "learnsched.activations_to_modules_(model.encoder, its_input)"
@@ -45,7 +56,8 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
     alone; parameters, buffers, children and other methods are what they were. Functional dropout that
     follows ``self.training`` becomes modules too. Calls at one place of the network, as of a helper that
     both inputs of a siamese network go through, share a module. What else the method decides in Python,
-    or reads from attributes that are no tensors, stays as it was at the trace. Arguments that the
+    or reads from attributes that are no tensors, stays as it was at the trace; numbers of tensors it
+    may not read. Arguments that the
     example leaves at their defaults can have no other values afterwards, which is checked. Other
     methods, as ``encode`` where ``model.encode(x)`` is called from outside, keep their functions.
 
@@ -89,6 +101,7 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
             "tensors, in collections or dataclasses"
         )
     traced = {module: _traced(module, names[module], given) for module, given in callers.items()}
+    others = _other_ways(model, example_input)
     changed: list[tuple[nn.Module, type[nn.Module], list[str]]] = []
     try:
         # From here on the model changes, and back again if anything fails.
@@ -99,16 +112,17 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
             module.__class__ = with_forward(type(module), Code.of(graph))
         try:
             after = _results(model, example_input)
+            again = [(known, _results(model, example, way=way)) for example, way, known in others]
         except Exception as error:
             raise ValueError(
                 f"what torch.fx traced of {[names[module] for module in callers]} fails on the example "
                 f"input ({_first_line(error)}); {_WAY_OUT}"
             ) from error
-        if len(after) != len(before) or not all(map(_same, before, after)):
+        if not all(_all_same(*pair) for pair in ((before, after), *again)):
             raise ValueError(
                 f"what torch.fx traced of {[names[module] for module in callers]} computes something "
                 "else on the example input, or has other gradients: a condition on an argument, "
-                f"perhaps, a change in place, or torch.no_grad; {_WAY_OUT}"
+                f"perhaps, a change in place, torch.no_grad or torch.autocast; {_WAY_OUT}"
             )
     except BaseException:
         for module, kind, added_names in changed:
@@ -120,14 +134,44 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
     return model
 
 
+def _other_ways(
+    model: nn.Module, example_input: Example
+) -> list[tuple[Example, _Way, list[Tensor]]]:
+    """What else is compared: numbers where the example is constant, and autocast where it works.
+
+    Each with what the model makes of it.
+    """
+    found: list[tuple[Example, _Way, list[Tensor]]] = []
+    numbers = varied(example_input)
+    if numbers is not None:
+        try:
+            found.append((numbers, nullcontext, _results(model, numbers)))
+        except Exception as error:
+            raise ValueError(
+                "the example input is constant, which tells little, and random numbers in its place "
+                f"fail ({_first_line(error)}); give real data"
+            ) from error
+    device = next((p.device.type for p in model.parameters()), "cpu")
+
+    def autocast() -> AbstractContextManager[Any]:
+        return torch.autocast(device, torch.bfloat16)
+
+    with suppress(Exception):  # a model that does not work there, as on some devices
+        found.append((example_input, autocast, _results(model, example_input, way=autocast)))
+    return found
+
+
 def _results(
-    model: nn.Module, example_input: Example, watch: AbstractContextManager[None] | None = None
+    model: nn.Module,
+    example_input: Example,
+    watch: AbstractContextManager[None] | None = None,
+    way: _Way = nullcontext,
 ) -> list[Tensor]:
     """Outputs and gradients: a trace forgets, among others, where a method went without gradients."""
     # Gradients too, since checkpoints compute activations again for them.
     with in_evaluation(model), torch.enable_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
-        with watch or nullcontext():
+        with watch or nullcontext(), way():
             outputs = list(tensors(call(model, example_input)))
         gradients = _gradients(model, outputs)
     none = torch.empty(0)
@@ -152,8 +196,13 @@ def _gradients(model: nn.Module, outputs: Sequence[Tensor]) -> Sequence[Tensor |
         ) from error
 
 
+def _all_same(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    return len(before) == len(after) and all(map(_same, before, after))
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+    alike = one.shape == other.shape and one.dtype == other.dtype
+    return alike and torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _first_line(error: Exception) -> str:
@@ -204,6 +253,21 @@ class _Flat(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+
+class _NoNumbers(TorchFunctionMode):
+    """Refuses that a trace reads the number of a tensor, which would stay what it is at the trace."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if getattr(func, "__name__", "") in _READS:
+            raise ValueError("it reads a number from a tensor, which may change later")
+        return func(*args, **(kwargs or {}))
 
 
 def _traced(module: nn.Module, name: str, given: set[str]) -> tuple[fx.Graph, dict[str, nn.Module]]:
@@ -274,7 +338,8 @@ def _trace(module: nn.Module, name: str, given: set[str], *, training: bool) -> 
             torch.random.fork_rng(devices=[]),
             torch.autograd.graph.disable_saved_tensors_hooks(forgotten),
         ):
-            graph = _Flat().trace(module, concrete_args=defaults or None)
+            with _NoNumbers():
+                graph = _Flat().trace(module, concrete_args=defaults or None)
             states = _random_states()
         module.training = usual
         if states != drawn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -59,7 +59,7 @@ def choose(
     _check_request(model, base, skip, overrides)
     found = execution(model, example_input)
     _check_overrides(found.order, overrides)
-    chosen = _configure(found, base, skip, overrides)
+    chosen = _configure(found, base, skip, overrides, ordered=example_input is not None)
     _check_found(found.order, chosen, base, overrides)
     return found, chosen
 
@@ -100,6 +100,18 @@ def _check_request(
         raise ValueError(f"skip takes a sequence of 'first' and 'last', got {skip!r}")
     if is_quantized(model):
         raise ValueError("the model is quantized already; start again from the float model")
+    hidden = [
+        f"{name}.{own}".lstrip(".")
+        for name, module in model.named_modules()
+        for own in module._modules
+        if own in vars(module)
+    ]
+    if hidden:
+        raise ValueError(
+            f"{hidden} are modules that attributes of the same name hide, as copies of "
+            "nn.TransformerDecoderLayer do, which compute F.relu whatever they were given; take the "
+            "attribute away, del vars(layer)['activation'], where the module is meant"
+        )
     if any(map(is_lazy, model.parameters())):
         raise ValueError("the model has lazy modules; run a batch through it first")
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -146,8 +158,13 @@ def _configure(
     base: LayerConfig,
     skip: Sequence[str],
     overrides: Mapping[str, LayerConfig | None],
+    *,
+    ordered: bool,
 ) -> Chosen:
-    """Level set and scale rule of every module that gets quantized."""
+    """Level set and scale rule of every module that gets quantized.
+
+    Only in order of execution are activations behind a last layer that stays real the network's output.
+    """
     # An end that stays real in any case is an end all the same.
     weights = [
         name
@@ -155,13 +172,16 @@ def _configure(
         if type(module) in QUANTIZED_TYPES or isinstance(module, RECURRENT) or stays_real(module)
     ]
     real = {weights[0 if end == "first" else -1] for end in skip if weights}
+    ends = weights[-1:] if ordered and "last" in skip else []
     configs: Chosen = {}
     following = base
-    for name, module in found.order:
+    for index, (name, module) in enumerate(found.order):
+        if index == found.executed:
+            following = base
         if isinstance(module, BATCH_NORMS):
             continue
         if stays_real(module):
-            following = base
+            following = replace(base, activation=None) if name in ends else base
             continue
         is_weight = type(module) in QUANTIZED_TYPES
         config: LayerConfig | None = base if is_weight else following
@@ -172,7 +192,7 @@ def _configure(
                 config = own
                 break
         if is_weight:
-            following = config or base
+            following = config or (replace(base, activation=None) if name in ends else base)
         if config is None:
             continue
         if isinstance(module, RECURRENT):

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from learnsched.modules import (
     QUANTIZED_LAYERS,
     QUANTIZED_TYPES,
     REAL,
+    CopiedDecoderLayer,
     channel_dim,
     matrices,
 )
@@ -30,6 +31,9 @@ from learnsched.quantizers import ActivationQuantizer, PReLUQuantizer, WeightQua
 from learnsched.scales import LeastSquares, ScaleRule, default_weight_rule, unit_normal_scale
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Of what batch norms put out, as a root mean square: beyond, a scale made for 1 costs accuracy.
+_USUAL_SIZES = (0.5, 2.0)
 
 # A search of a tenth of a second, the same for all activations of a level set.
 _initial_scale = functools.cache(unit_normal_scale)
@@ -154,6 +158,8 @@ def _convert(model: nn.Module, found: Execution, chosen: Chosen) -> dict[str, nn
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
+        elif type(module) is nn.TransformerDecoderLayer:
+            module.__class__ = CopiedDecoderLayer
     return dict(quantizers)
 
 
@@ -178,10 +184,17 @@ def _notes(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[str]:
     activations = [n for n, module in order if n in chosen and type(module) in ACTIVATIONS]
     modules = dict(order)
     normalized = {
-        name
+        name: before
         for (_, before), (name, _) in zip(order, order[1:], strict=False)
         if isinstance(before, BATCH_NORMS)
     }
+    sizes = {n: _size(normalized[n]) for n in activations if n in normalized}
+    low, high = _USUAL_SIZES
+    if unusual := [f"{n} ({size:.2g})" for n, size in sizes.items() if not low < size < high]:
+        yield (
+            f"the batch norms ahead of {unusual} put out values of that root mean square, and scales "
+            "are made for 1: call learnsched.calibrate_(model, batches) before training goes on"
+        )
     if uncalibrated := [name for name in activations if name not in normalized]:
         yield (
             f"no batch norm precedes {uncalibrated}: their scale is a guess until "
@@ -227,6 +240,17 @@ def _notes(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[str]:
     yield from _notes_on_what_stays_real(model, weights=weights)
 
 
+def _size(norm: Any) -> float:
+    """Root mean square of what a batch norm puts out, by its weights."""
+    scale, shift = norm.weight, norm.bias
+    if scale is None:
+        return 1.0
+    squares = scale.detach().double().square()
+    if shift is not None:
+        squares = squares + shift.detach().double().square()
+    return float(squares.mean().sqrt())
+
+
 def _notes_on_what_stays_real(model: nn.Module, *, weights: bool) -> Iterator[str]:
     """Modules that hold products or activations of no quantized kind.
 
@@ -250,8 +274,8 @@ def _notes_on_what_stays_real(model: nn.Module, *, weights: bool) -> Iterator[st
         n for n, module in named if isinstance(module, KNOWN) and type(module) not in KNOWN
     ]:
         yield (
-            f"{foreign} stay real: what a subclass computes with its weight is not known (a "
-            "parametrization makes one, too)"
+            f"{foreign} stay real: what a subclass computes is not known (a parametrization makes one, "
+            "too)"
         )
     if weights and (real := [n for n, module in named if isinstance(module, REAL)]):
         yield f"{real} stay real: of such layers no quantized kind is known"
@@ -309,6 +333,16 @@ def _own_weight(model: nn.Module, name: str, module: nn.Module, chosen: Chosen) 
         and any(p is weight for p in user.parameters(recurse=False))
         and (type(user) is not type(module) or chosen.get(other) != chosen[name])
     ]
+    aliases = [
+        other
+        for other, parameter in model.named_parameters()
+        if parameter is not weight and parameter.data_ptr() == weight.data_ptr()
+    ]
+    if aliases:
+        raise ValueError(
+            f"the weight of {name} lies in the same memory as {aliases}, which is another parameter; "
+            f"make them one parameter (b.weight = a.weight) or two tensors (clone()), {keep}"
+        )
     if others:
         raise ValueError(
             f"{name} shares its weight with {others}, which are not quantized alike; give it its own, "

@@ -170,6 +170,32 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def varied(example_input: Example) -> Example | None:
+    """The example with random numbers where its tensors are constant; None where none of them is.
+
+    Of zeros alone all networks make the same, so that nothing can be told from what they make.
+    """
+    constant = False
+
+    def vary(value: Any) -> Any:
+        nonlocal constant
+        of_numbers = isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1
+        if not of_numbers or not bool((value == value.flatten()[0]).all()):
+            return value
+        constant = True
+        generator = torch.Generator("cpu").manual_seed(0)
+        drawn = torch.randn(value.shape, generator=generator, device="cpu")
+        return value + drawn.to(value)
+
+    if isinstance(example_input, Mapping):
+        found: Example = {name: vary(value) for name, value in example_input.items()}
+    elif isinstance(example_input, tuple):
+        found = tuple(map(vary, example_input))
+    else:
+        found = vary(example_input)
+    return found if constant else None
+
+
 def call(model: nn.Module, example_input: Example) -> Any:
     """What the model makes of the example input."""
     if isinstance(example_input, Mapping):

@@ -120,6 +120,17 @@ QUANTIZED_TYPES: dict[type[nn.Module], type[QuantizedLayer]] = {
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 QUANTIZED_LAYERS = tuple(QUANTIZED_TYPES.values())
 
+
+class CopiedDecoderLayer(nn.TransformerDecoderLayer):
+    """Torch's, whose copies and pickles keep an activation that is a module, as a quantizer is.
+
+    Torch's own put ``F.relu`` in its place.
+    """
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+
+
 # A staircase contains the clipping of these; the others are computed ahead of it.
 CLIPPING = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 _SMOOTH = (

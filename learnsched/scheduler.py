@@ -105,6 +105,7 @@ class QuantizationScheduler:
         noise, mode = _checked(policy)
         if optimizer is not None:
             optimizer = _own_optimizer(optimizer)
+            _warn_of_strangers(optimizer, model)
         epochs = whole_number("epochs", epochs)
         if steps_per_epoch is not None:
             steps_per_epoch = whole_number("steps_per_epoch", steps_per_epoch)
@@ -388,6 +389,17 @@ def _checked(policy: Policy) -> tuple[NoiseShape, str]:
     check_choice("partition", policy.partition, PARTITIONS)
     check_choice("mode", mode, MODES)
     return noise, mode
+
+
+def _warn_of_strangers(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    own = {id(parameter) for parameter in model.parameters()}
+    given = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    if given and own.isdisjoint(given):
+        warnings.warn(
+            "the optimizer holds no parameter of this model: it would count the steps of another, as of "
+            "a copy. Give the scheduler the model that the optimizer trains",
+            stacklevel=3,
+        )
 
 
 def _own_optimizer(optimizer: Any) -> torch.optim.Optimizer:

@@ -70,6 +70,7 @@ class Of(nn.Module):
         super().__init__()
         self.fc = nn.Linear(8, 8)
         self.slope = nn.Parameter(torch.tensor([0.1]))
+        self.register_buffer("factor", torch.tensor(2.0))
         self.function = function
 
     def forward(self, x, extra=None):
@@ -79,6 +80,12 @@ class Of(nn.Module):
 def outputs(model, x, training):
     torch.manual_seed(1)
     return copy.deepcopy(model).train(training)(x)
+
+
+def gradients(model, x):
+    own = copy.deepcopy(model)
+    own(x).square().sum().backward()
+    return [p.grad for p in own.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -148,11 +155,12 @@ CALLS = {
 @pytest.mark.parametrize("function, module", CALLS.values(), ids=CALLS)
 def test_a_function_becomes_its_module_with_its_arguments(function, module):
     model, x = Of(function), torch.randn(5, 8)
-    before = outputs(model, x, True)
+    before, slopes = outputs(model, x, True), gradients(model, x)
     activations_to_modules_(model, x)
     [added] = [child for name, child in model.named_children() if name != "fc"]
     assert repr(added) == repr(module)
     assert torch.equal(outputs(model, x, True), before)
+    assert all(map(torch.equal, gradients(model, x), slopes))
 
 
 def test_a_part_alone_is_changed_and_quantized_in_the_whole():
@@ -200,6 +208,12 @@ def without_gradients(self, x, _):
     return x + shift
 
 
+def without_autocast(self, x, _):
+    x = F.relu(x)
+    with torch.autocast("cpu", enabled=False):
+        return self.fc(x.float())
+
+
 REFUSED = {
     "gradients": (without_gradients, "something else on the example input, or has other gradients"),
     "no function": (lambda self, x, _: x + 1, "calls no activation functions itself"),
@@ -226,8 +240,13 @@ REFUSED = {
     ),
     "stochastic depth": (
         lambda self, x, _: x if self.training and torch.rand(()) < 0.2 else F.relu(x),
-        "it draws random numbers",
+        "it reads a number from a tensor",
     ),
+    "a number of a buffer": (
+        lambda self, x, _: F.relu(x) * float(self.factor),
+        "it reads a number from a tensor",
+    ),
+    "autocast": (without_autocast, r"something else on the example input.*torch\.autocast"),
     "python's random": (
         lambda self, x, _: x if self.training and random.random() < 0.2 else F.relu(x),
         "it draws random numbers",
@@ -252,6 +271,40 @@ def test_what_cannot_be_done_is_refused_and_leaves_the_model_as_it_was(function,
     assert type(model) is Of and model.training
     assert set(vars(model)) == attributes and [n for n, _ in model.named_children()] == ["fc"]
     assert torch.equal(outputs(model, x, False), before)
+
+
+class InPlace(nn.Module):
+    """Uses the input of an in-place function again; where all is 0, nobody sees it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.n = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.b = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        h = self.n(self.a(x))
+        return self.b(F.relu(h, inplace=True)) + h
+
+
+@pytest.mark.parametrize("kind", ["alone", "in a tuple", "by name"])
+def test_a_constant_example_does_not_hide_what_a_trace_forgets(kind):
+    x = torch.zeros(1, 3, 8, 8)
+    example = {"alone": x, "in a tuple": (x,), "by name": {"x": x}}[kind]
+    with pytest.raises(ValueError, match="something else on the example input"):
+        activations_to_modules_(InPlace(), example)
+
+
+def test_a_constant_example_that_cannot_be_varied_is_refused():
+    class OfCounts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(3, 4)
+
+        def forward(self, x):
+            return F.relu(self.table(x.long()))
+
+    with pytest.raises(ValueError, match=r"example input is constant.*give real data"):
+        activations_to_modules_(OfCounts(), torch.zeros(50))
 
 
 class Writing(nn.Module):

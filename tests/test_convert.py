@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 import warnings
 
@@ -245,6 +246,73 @@ def test_an_activation_without_batch_norm_is_warned_of():
         warnings.simplefilter("error")
         ls.quantize_(cnn(), ls.ternary(), ls.unsigned(2))
         ls.quantize_(mlp(), ls.ternary())
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift", "far"), [(0.1, 0, True), (0.9, 0.3, False), (1, 5, True)]
+)
+def test_batch_norms_that_have_learned_another_scale_are_warned_of(scale, shift, far):
+    model = cnn()
+    with torch.no_grad():
+        model[1].weight.fill_(scale)
+        model[1].bias.fill_(shift)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ls.quantize_(model, ls.ternary(), ls.unsigned(2))
+    said = [str(w.message) for w in caught]
+    size = math.sqrt(scale**2 + shift**2)
+    expected = [f"['2 ({size:.2g})'] put out values of that root mean square"] if far else []
+    assert len(said) == len(expected) and all(e in s for e, s in zip(expected, said, strict=True))
+
+
+def test_a_layer_that_is_left_real_at_the_end_leaves_the_output_real():
+    def network():
+        return nn.Sequential(mlp(), nn.BatchNorm1d(3), nn.Softplus())
+
+    x = torch.randn(4, 8)
+    whole = ls.quantize_(network(), ls.ternary(), ls.unsigned(2), example_input=x)
+    assert isinstance(whole[2], ActivationQuantizer)
+    model = network()
+    ls.quantize_(model, ls.ternary(), ls.unsigned(2), skip=("last",), example_input=x)
+    assert type(model[2]) is nn.Softplus and type(model[0][5]) is nn.Linear
+    assert isinstance(model[0][4], ActivationQuantizer)
+
+
+def decoder():
+    return nn.TransformerDecoderLayer(8, 2, 16, batch_first=True, activation=nn.ReLU())
+
+
+def test_copies_of_a_decoder_layer_compute_what_it_does():
+    torch.manual_seed(0)
+    x, layer = torch.randn(3, 5, 8), decoder()
+    ls.quantize_(layer, ls.ternary(), ls.unsigned(2), example_input=(x, x))
+    assert isinstance(layer.activation, ActivationQuantizer)
+    ls.finalize_(layer).eval()
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x, x), layer(x, x))
+
+
+def test_a_module_that_an_attribute_hides_is_refused():
+    model = nn.TransformerDecoder(decoder(), 2)  # whose copies compute F.relu
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError, match=r"\['layers.0.activation', 'layers.1.activation'\] are mod"
+    ):
+        ls.quantize_(model, ls.ternary(), ls.unsigned(2))
+    assert_unchanged(model, before)
+    for layer in model.layers:
+        del vars(layer)["activation"]
+    ls.quantize_(model, ls.ternary(), ls.unsigned(2))
+    assert all(isinstance(layer.activation, ActivationQuantizer) for layer in model.layers)
+
+
+def test_two_parameters_in_one_memory_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight.data = model[0].weight.data
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"weight of 0 lies in the same memory as \['1.weight'\]"):
+        ls.quantize_(model, ls.ternary())
+    assert_unchanged(model, before)
 
 
 def test_a_warning_turned_into_an_error_leaves_the_model_alone():

@@ -362,3 +362,27 @@ def test_a_hook_that_changes_what_a_layer_puts_out_is_refused(tmp_path):
     net = finalized(Forward(lambda self, y: y), X)
     net[1].conv.register_forward_hook(lambda module, inputs, output: 3 * output)
     refused(net, "or a hook changes what a layer puts out", tmp_path=tmp_path)
+
+
+class ChangedInPlace(nn.Module):
+    """Adds to a tensor that goes by two names, which a trace does not show; of zeros nobody sees it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.relu = nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU()
+        self.b = nn.Linear(8, 4, bias=False)
+
+    def forward(self, x):
+        h = self.relu(self.norm(self.a(x)))
+        g = h
+        h += g
+        return self.b(h + g)
+
+
+def test_a_constant_example_does_not_hide_what_a_trace_does_not_show(tmp_path):
+    torch.manual_seed(0)
+    net = ls.quantize_(ChangedInPlace(), ls.ternary(), ls.unsigned(2))
+    ls.finalize_(net).eval()
+    for export in ALL:
+        with pytest.raises(ExportError):
+            export(net, torch.zeros(2, 8), tmp_path / "net")

@@ -214,6 +214,18 @@ OPTIMIZERS = {
 }
 
 
+def test_an_optimizer_of_another_model_is_warned_of():
+    model = ls.quantize_(nn.Sequential(nn.Linear(4, 2)), ls.ternary())
+    other = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="holds no parameter of this model") as caught:
+        ls.QuantizationScheduler(model, ls.policies.StraightThrough(), 3, optimizer=other)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own = torch.optim.SGD([model[0].bias], lr=0.1)
+        ls.QuantizationScheduler(model, ls.policies.StraightThrough(), 3, optimizer=own)
+
+
 @pytest.mark.parametrize("given_optimizer", [True, False])
 @pytest.mark.parametrize("partition", PARTITIONS)
 @pytest.mark.parametrize("kind", OPTIMIZERS)

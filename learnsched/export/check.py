@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from learnsched.execution import varied
 from learnsched.export import graph as g
 from learnsched.export.errors import ExportError
 from learnsched.export.operations import QUANTIZERS
@@ -107,12 +108,20 @@ def check(
 def prove(model: nn.Module, graph: g.Graph, x: Tensor) -> None:
     """Compare every layer of the graph, computed with integers, with PyTorch's own codes.
 
-    Where real operations precede a quantizer, as behind a float first layer, PyTorch's own codes of that
-    quantizer are taken, and all that follows from them is compared, the network's real output among it.
+    Of an example that is constant, random numbers too: all networks make the same of zeros. Where real
+    operations precede a quantizer, as behind a float first layer, PyTorch's own codes of that quantizer
+    are taken, and all that follows from them is compared, the network's real output among it.
 
     Raises:
         ExportError: codes or outputs differ; the message names the first layer that does.
     """
+    _prove(model, graph, x)
+    numbers = varied(x)
+    if isinstance(numbers, Tensor):
+        _prove(model, graph, numbers)
+
+
+def _prove(model: nn.Module, graph: g.Graph, x: Tensor) -> None:
     expected, own = _run(model, graph, x)
     known = {graph.nodes[0].name: x.detach().cpu().numpy()}
     for node in graph:
