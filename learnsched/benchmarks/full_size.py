@@ -74,8 +74,8 @@ QUICK = FullSize(
 )
 RATES = (0.004, 0.01, 0.025, 0.06)
 
-# Of the hand-coded methods, the best over all of the grid.
-STRONGEST = "ANA, normal, warm-up"
+# Of the hand-coded methods, the best over all of the grid, and the best on its Fashion-MNIST.
+STRONGEST = ("ANA, triangular", "ANA, normal, warm-up")
 
 # Shares of the epochs in which the learned schedule runs, too.
 SHORTER = (0.5, 0.75)
@@ -103,7 +103,7 @@ def compared(
     """The learned schedule, its start, rivals as they were tuned, the relaxed network.
 
     Rivals are the hand-coded methods that were best in the cell on validation data and on test data,
-    and the strongest one over the grid. The learned schedule comes in fewer epochs, too.
+    and the strongest over the grid. The learned schedule comes in fewer epochs, too.
 
     Args:
         learned: the schedule.
@@ -120,10 +120,10 @@ def compared(
     there = carried.in_cell(records, full.tuned_on).values()
     found = [r for r in there if r["role"] == HAND_CODED and r["method"] in methods]
     best = [
-        max(found, key=score, default={"method": STRONGEST})["method"]
+        max(found, key=score, default={"method": STRONGEST[0]})["method"]
         for score in (lambda r: r["validation"], lambda r: np.mean(r["test"]))
     ]
-    names = list(dict.fromkeys([*best, STRONGEST, field.upper_bound().name]))
+    names = list(dict.fromkeys([*best, *STRONGEST, field.upper_bound().name]))
     known = carried.in_cell(records, full.tuned_on, names)
     own = field.learned(learned)
     rows = [_row(own, None, task), _row(field.start_of(learned), None, task)]
