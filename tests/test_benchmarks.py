@@ -13,6 +13,7 @@ from learnsched.benchmarks import (
     ablation,
     curve_search,
     environment,
+    full_size,
     gradient,
     held_out,
     stability,
@@ -228,8 +229,27 @@ def test_margins_are_to_the_best_of_what_was_tuned():
     )  # the others are still to come
     assert margins(records, "new", "old").splitlines()[2:] == [
         "| a | one | +5.0 | +10.0 |", "| b | two | -10.0 | +10.0 |",
-        "| ahead in 1 of 2 |  | -2.5 | +10.0 |",
+        "| all: ahead in 1 of 2, 2 of 2 |  | -2.5 | +10.0 |",
     ]  # fmt: skip
+    for record in records[:4]:
+        record["cell"] = "a, ternary/2-bit"
+    assert margins(records, "new", "old").splitlines()[-1:] == [
+        "| 2-bit activations: ahead in 1 of 1, 1 of 1 |  | +5.0 | +10.0 |",
+    ]
+
+
+def test_the_gap_is_that_of_the_relaxed_network_to_the_best_by_hand():
+    def record(method, *test):
+        found = {"rates": [0.1], "validation": [0.5], "learning_rate": 0.1}
+        return {"method": method, "test": list(test), **found}
+
+    records = [
+        record("learned", 0.8, 0.8), record("STE, moving", 0.7, 0.7),
+        record("ANA, normal", 0.78, 0.78), record("a peer", 0.99, 0.99),
+    ]  # fmt: skip
+    assert "gap" not in full_size.table(records)
+    text = full_size.table([*records, record("relaxed (never hard)", 0.88, 0.88)])
+    assert text.splitlines()[-1] == "gap closed, from ANA, normal: 20 %"
 
 
 def test_a_commit_is_marked_where_code_was_changed_and_not_where_results_were(

@@ -43,17 +43,22 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         "best hand-coded": [m.name for m in hand_coded() if m.name in names],
         "before meta-training": [n for n in names if n == "learned, before meta-training"],
     }
+    legend = [f"- {task}: {networks[task]}" for task in tasks]
     for rival, candidates in rivals.items():
         if "learned" not in names or not candidates:
             continue
-        row = [f"**learned − {rival}**"]
+        row, means = [f"**learned − {rival}**"], []
         for task in tasks:
             theirs = [found[task, n] for n in candidates if (task, n) in found]
-            complete = (task, "learned") in found and theirs
-            best = max(theirs, key=np.mean) if complete else None
-            row.append("" if best is None else _interval(found[task, "learned"] - best, sign="+"))
+            if (task, "learned") not in found or not theirs:
+                row.append("")
+                continue
+            margin = found[task, "learned"] - max(theirs, key=np.mean)
+            means.append(100 * margin.mean())
+            row.append(_interval(margin, sign="+"))
         rows.append(row)
-    legend = [f"- {task}: {networks[task]}" for task in tasks]
+        if len(means) > 1:
+            legend.append(f"- learned − {rival}, mean over tasks: {np.mean(means):+.1f}")
     return "\n".join([markdown(rows), "", *legend])
 
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from learnsched.benchmarks import report_figures
-from learnsched.benchmarks.methods import WARM_UP_SUFFIX
+from learnsched.benchmarks import report_figures, transfer
+from learnsched.benchmarks.methods import WARM_UP_SUFFIX, rivals
 from learnsched.benchmarks.records import PARAMETRIC, PEER, START, read
 from learnsched.benchmarks.report_tables import (
     accuracy_table,
@@ -51,6 +51,10 @@ def _without_warm_up(rows: Mapping[str, Record]) -> dict[str, Record]:
     return {name: record for name, record in rows.items() if not name.endswith(WARM_UP_SUFFIX)}
 
 
+def _named(rows: Mapping[str, Record], names: Sequence[str]) -> dict[str, Record]:
+    return {name: record for name, record in rows.items() if name in names}
+
+
 # Against whom a learned method is compared, besides the best hand-coded one of each cell.
 RIVALS: dict[str, Callable[[Mapping[str, Record]], Record | None]] = {
     "the hand-coded method of best validation accuracy": best_validated,
@@ -59,6 +63,14 @@ RIVALS: dict[str, Callable[[Mapping[str, Record]], Record | None]] = {
     "its closed form, before meta-training": lambda rows: best(rows, START),
     "a search over the closed form": lambda rows: best(rows, PARAMETRIC),
     "the better public peer": lambda rows: best(rows, PEER),
+    "PARQ of torchao": lambda rows: rows.get("PARQ (torchao)"),
+    "Brevitas": lambda rows: rows.get("Brevitas"),
+    f"the best of the {len(transfer.RIVALS)} methods that are carried over": lambda rows: best(
+        _named(rows, transfer.RIVALS)
+    ),
+    f"the best of the {len(rivals())} methods of the held-out tasks": lambda rows: best(
+        _named(rows, [method.name for method in rivals()])
+    ),
 }
 
 

@@ -28,6 +28,7 @@ from learnsched.benchmarks.statistics import (
     share_to_match,
 )
 from learnsched.intervals import interval
+from learnsched.policies.annealing_grid import PUBLISHED_STD
 from learnsched.tables import markdown
 
 # What the papers claim, each as one method against another.
@@ -41,13 +42,20 @@ CLAIMS = (
     ("TWN: one scale a layer, against one a filter", "TWN", "STE, uniform"),
     ("ANA: noise that vanishes, against straight-through", "ANA, normal", "straight-through"),
     ("ANA: normal, against uniform noise", "ANA, normal", "ANA, uniform"),
-    ("ANA: a tuned backward width, against the 2022 grid", "ANA, uniform", "ANA 2022, uniform"),
+    *(
+        (
+            f"ANA: a tuned backward width, against the 2022 grid: {noise}",
+            f"ANA, {noise}", f"ANA 2022, {noise}",
+        )
+        for noise in PUBLISHED_STD
+    ),
     ("STE: a backward width that moves, against a constant", "STE, moving", "straight-through"),
     ("XNOR-Net: input scales, against none", "XNOR-Net, input scales", "XNOR-Net"),
     ("RQ: expectation, against hard samples (RQ ST)", "RQ", "RQ ST"),
     ("RQ: expectation, against concrete samples", "RQ, learned", "RQ, concrete"),
     ("RQ: noise and scales learned, against a schedule", "RQ, learned", "RQ"),
     ("LSQ: learned scales, against fixed ones", "LSQ", "STE, uniform"),
+    ("PARQ: torchao's optimizer, against the closed form", "PARQ (torchao)", "PARQ"),
     ("A warm-up, against the cosine alone: ANA, normal", "ANA, normal, warm-up", "ANA, normal"),
     ("The same: ANA, triangular", "ANA, triangular, warm-up", "ANA, triangular"),
     ("The same: ANA, uniform", "ANA, uniform, warm-up", "ANA, uniform"),
