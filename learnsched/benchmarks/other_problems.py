@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.other_problems [--quick]
         [--problems NAME …] [--artefact default] [--known PATH] [--seed N] [--json PATH]
+        [--pooled-with PATH …]
 
 Regression, denoising, segmentation, attention and text, with ternary weights and 2-bit activations, in
 a loop that anyone would write. Two hand-coded methods come with what their search found on
@@ -27,7 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import learnsched as ls
 from learnsched.benchmarks import carried
 from learnsched.benchmarks import methods as field
-from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
+from learnsched.benchmarks.campaign import one_of_the_ranks, recorded, stored_records
 from learnsched.benchmarks.environment import describe
 from learnsched.benchmarks.problems import PROBLEMS, Problem, Split
 from learnsched.benchmarks.rate_choice import EXTENSIONS, choose
@@ -141,9 +142,13 @@ def measured(
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: test scores in %, mean over seeds, and by how many points the first is ahead.
 
-    Problems that not all methods have run on are left out.
+    Records of one problem and method are pooled, as those of several seeds. Problems that not all
+    methods have run on are left out.
     """
-    found = {(r["problem"], r["method"]): 100 * np.asarray(r["test"]) for r in records}
+    tests: dict[tuple[str, str], list[float]] = {}
+    for record in records:
+        tests.setdefault((record["problem"], record["method"]), []).extend(record["test"])
+    found = {key: 100 * np.asarray(test) for key, test in tests.items()}
     names = list(dict.fromkeys(r["method"] for r in records))
     rows = [["problem", "score", *names, *(f"{names[0]} − {name}" for name in names[1:-1])]]
     for problem in dict.fromkeys(r["problem"] for r in records):
@@ -165,6 +170,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="regression in six epochs, two rates")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write records here; those there are kept")
+    parser.add_argument(
+        "--pooled-with",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="PATH",
+        help="files of other seeds; their problems are shown over all seeds, too",
+    )
     options = parser.parse_args(arguments)
     names, rates, size = (
         (options.problems[:1], RATES[1:3], _QUICK)
@@ -195,6 +208,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         if distribution.rank() == 0:
             print(f"\n{table(records)}")
+            others = [record for path in options.pooled_with for record in stored_records(path)]
+            if problems := {record["problem"] for record in others}:
+                mine = [record for record in records if record["problem"] in problems]
+                print(f"\nover all seeds\n\n{table([*mine, *others])}")
 
 
 if __name__ == "__main__":
