@@ -35,9 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: _say(
-                f"warning: {message}", always=True
-            )
+            warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
             options.verb(options)
             sys.stdout.flush()
     except BrokenPipeError:
@@ -45,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError, ImportError) as error:
-        _say(f"error: {error}", always=True)
+        _say(f"error: {error}")
         return MISTAKE
     return 0
 
@@ -271,10 +269,9 @@ def _percentage(total: int) -> Callable[[int], None] | None:
     return show
 
 
-def _say(text: str, *, always: bool = False) -> None:
-    """Tell the user beside the output; what is only progress, on a terminal alone."""
-    if always or sys.stderr.isatty():
-        print(f"learnsched: {text}", file=sys.stderr)
+def _say(text: str) -> None:
+    """Tell the user beside the output."""
+    print(f"learnsched: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from learnsched.files import write_text
+from learnsched.json_numbers import as_json, from_json
 from learnsched.schedule import FIELDS, Schedule, Setting
 
 _VERSION = 1
 # how what JSON has no number for is written
-WORDS = ("nan", "inf", "-inf")
 
 
 class History:
@@ -63,11 +62,7 @@ class History:
             "layers": list(self.layers),
             "fields": list(FIELDS),
             "settings": [[[getattr(s, f) for f in FIELDS] for s in row] for row in self.settings],
-            # JSON has no NaN, nor infinity
-            "metrics": [
-                {name: value if math.isfinite(value) else str(value) for name, value in row.items()}
-                for row in self.metrics
-            ],
+            "metrics": [as_json(row) for row in self.metrics],
         }
         write_text(path, json.dumps(content, allow_nan=False) + "\n")
 
@@ -90,10 +85,7 @@ class History:
                 raise ValueError("its layers are not given by name")
             history = cls(layers)
             history.settings = [tuple(Setting(*s) for s in row) for row in content["settings"]]
-            history.metrics = [
-                as_numbers({n: float(v) if v in WORDS else v for n, v in metrics.items()})
-                for metrics in content["metrics"]
-            ]
+            history.metrics = [as_numbers(from_json(metrics)) for metrics in content["metrics"]]
             # A schedule checks its own shape.
             if len(history.metrics) > len(history.schedule.table):
                 raise ValueError("it has more metrics than epochs")

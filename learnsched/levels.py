@@ -29,7 +29,8 @@ class LevelSet:
     Args:
         values: the ``K + 1`` levels, strictly increasing and finite, at least two.
         thresholds: the ``K`` thresholds, strictly increasing; midpoints of the levels if omitted.
-        name: how the set is called in reports and artefacts.
+        name: how the set is called in reports and artefacts; one that begins with ``power_of_two`` has
+            scales that are powers of two for its customary rule.
 
     Attributes:
         gaps: the ``K`` differences ``q_k - q_{k-1}``, all positive.

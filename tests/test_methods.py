@@ -8,7 +8,6 @@ import torch
 
 from learnsched import Fixed, ternary, unsigned
 from learnsched.benchmarks import spaces
-from learnsched.benchmarks.held_out import train
 from learnsched.benchmarks.methods import (
     TWN_LEVELS,
     Method,
@@ -19,6 +18,7 @@ from learnsched.benchmarks.methods import (
     start_of,
     upper_bound,
 )
+from learnsched.benchmarks.training import train
 from learnsched.choose import LayerConfig
 from learnsched.data import load
 from learnsched.meta.rollout import run_forward, table_rollout

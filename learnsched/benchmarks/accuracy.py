@@ -28,8 +28,8 @@ from typing import Any, cast
 
 import torch
 
-from learnsched.benchmarks import held_out, plain
 from learnsched.benchmarks import methods as field
+from learnsched.benchmarks import plain, training
 from learnsched.benchmarks.cells import GRIDS, Cell
 from learnsched.benchmarks.environment import describe, write_results
 from learnsched.benchmarks.methods import Method
@@ -108,7 +108,7 @@ def entries(task: Task, policy: LearnedPolicy | None, name: str = "learned") -> 
 def _entry(
     method: Method, role: str, *, version: str = "", shorter: tuple[float, ...] = ()
 ) -> Entry:
-    train = held_out.trained(method)
+    train = training.trained(method)
     return Entry(method.name, role, train, method.suggest, method.source, version, shorter)
 
 

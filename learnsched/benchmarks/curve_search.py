@@ -27,8 +27,8 @@ from torch import Tensor
 
 from learnsched.benchmarks.campaign import one_of_the_ranks
 from learnsched.benchmarks.environment import describe, write_results
-from learnsched.benchmarks.held_out import train
 from learnsched.benchmarks.methods import Method
+from learnsched.benchmarks.training import train
 from learnsched.data import DataSet, load
 from learnsched.meta import distribution
 from learnsched.meta.presets import PRESETS

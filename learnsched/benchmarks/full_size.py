@@ -25,11 +25,11 @@ from learnsched.benchmarks import carried
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.benchmarks.environment import describe
-from learnsched.benchmarks.held_out import trained
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.rate_choice import EXTENSIONS, measure
 from learnsched.benchmarks.records import HAND_CODED, read
 from learnsched.benchmarks.search import Budget, Train
+from learnsched.benchmarks.training import trained
 from learnsched.intervals import interval
 from learnsched.meta import distribution
 from learnsched.meta.tasks import Task, task_of

@@ -16,21 +16,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
-
-import torch
+from typing import Any
 
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import completed, one_of_the_ranks, stored_records
 from learnsched.benchmarks.comparison import table
 from learnsched.benchmarks.environment import describe, write_results
 from learnsched.benchmarks.methods import Method
-from learnsched.benchmarks.search import Budget, Found, Train, search
+from learnsched.benchmarks.search import Budget
+from learnsched.benchmarks.training import train, tune
 from learnsched.data import DataSet, load
 from learnsched.meta import distribution
-from learnsched.meta.rollout import run_forward
 from learnsched.meta.tasks import Task, task_of
-from learnsched.schedule import Policy
 
 QUICK = Budget(rounds=1, trials=6, trial_runs=2, runs=8)
 
@@ -58,54 +55,6 @@ HELD_OUT: dict[str, Task] = {
 
 
 QUICK_TASKS = {"other seeds": HELD_OUT["other seeds"]}
-
-
-def tune(method: Method, task: Task, data: DataSet, budget: Budget, seed: int) -> Found:
-    """The learning rate and policy of best mean validation accuracy."""
-
-    def evaluate(rates: list[float], policies: list[Policy | None]) -> list[float]:
-        accuracy = train(method, task, data, rates, policies, budget.trial_runs, data.validation)
-        return list(map(float, accuracy.mean(1)))
-
-    return search(method.suggest, evaluate, budget, seed)
-
-
-def train(
-    method: Method,
-    task: Task,
-    data: DataSet,
-    rates: Sequence[float],
-    policies: Sequence[Policy | None],
-    runs: int,
-    split: Any,
-) -> torch.Tensor:
-    """Accuracy on a split of every rate and policy, shape ``(len(rates), runs)``."""
-    members = tuple(rate for rate in rates for _ in range(runs))
-    repeated = [policy for policy in policies if policy is not None for _ in range(runs)]
-    inner = replace(task, learning_rates=members, runs=runs).build(
-        data,
-        noise=method.noise,
-        partition=method.partition,
-        membership_width=0.0,
-        eps=1e-8,
-        config=method.config(task.bits),
-        mode=method.mode,
-        prepare=method.prepare,
-    )
-    inner.rates = method.rates(repeated, inner.run)
-    # Sampled forward values draw from the global generator.
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(task.seed)
-        states, table, _ = run_forward(
-            inner, method.rollout(inner, repeated), hardened=method.hardened
-        )
-        accuracy = inner.accuracy(states[-1], table[-1], split.x, split.y)
-    return accuracy.view(len(rates), runs)
-
-
-def trained(method: Method) -> Train:
-    """:func:`train` of a method."""
-    return cast(Train, functools.partial(train, method))
 
 
 def compare(

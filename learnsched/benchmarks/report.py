@@ -138,6 +138,45 @@ def _bits(rows: Mapping[str, Record]) -> str:
     return str(next(iter(rows.values()))["bits"])
 
 
+def _of_learned(cells: Cells, name: str, trials: int) -> list[str]:
+    """What the page says of a learned method."""
+    parts = [
+        f"## {name.capitalize()} against the best hand-coded method",
+        learned_table(cells, name),
+        rates_line(cells, name),
+    ]
+    found = against_best(cells, name)
+    if found is not None:
+        parts += [verdict(found, name, "the best hand-coded method"), by_data(found, cells)]
+    gap = overall_gap_closed(cells, name)
+    if gap is not None:
+        parts.append(f"Gap closed over all cells, as the ratio of sums: {100 * gap:.0f} %.")
+    for text, choose in RIVALS.items():
+        pairs = {
+            cell: (rows[name], rival)
+            for cell, rows in cells.items()
+            if name in rows and (rival := choose(rows)) is not None
+        }
+        if pairs:
+            found = compare(pairs)
+            parts += [verdict(found, name, text), by_data(found, cells)]
+    if any(name in rows and best(rows, START) for rows in cells.values()):
+        parts += [
+            "What the network adds to its closed form, where it is applied: validation accuracy at "
+            "the learning rates that both have tried, and test accuracy at those chosen:",
+            network_table(cells, name),
+        ]
+    parts += [
+        "Searching among hand-coded methods, drawn at random and judged on validation data:",
+        search_table(cells, name, trials),
+        "![search](methods_search.png)",
+        "![margins](methods_margins.png)",
+    ]
+    if any(rows.get(name, {}).get("shorter") for rows in cells.values()):
+        parts.append("![epochs](methods_epochs.png)")
+    return parts
+
+
 def page(records: Sequence[Record], shares: Mapping[str, Mapping[str, float]]) -> str:
     """The whole page in Markdown.
 
@@ -151,48 +190,13 @@ def page(records: Sequence[Record], shares: Mapping[str, Mapping[str, float]]) -
     if not records:
         raise ValueError("no records; run python -m learnsched.benchmarks.accuracy first")
     cells = by_cell(records)
-    learned = learned_names(cells)
     parts = [
         "# Methods by hand, and learned", conditions(records),
         "## Test accuracy", "In %, mean over seeds and 95 % interval; the best hand-coded "
         "method of a cell in bold, chosen on test data, which favours it.", accuracy_table(cells),
     ]  # fmt: skip
-    for name in learned:
-        parts += [
-            f"## {name.capitalize()} against the best hand-coded method",
-            learned_table(cells, name),
-            rates_line(cells, name),
-        ]
-        found = against_best(cells, name)
-        if found is not None:
-            parts.append(verdict(found, name, "the best hand-coded method"))
-            parts.append(by_data(found, cells))
-        gap = overall_gap_closed(cells, name)
-        if gap is not None:
-            parts.append(f"Gap closed over all cells, as the ratio of sums: {100 * gap:.0f} %.")
-        for text, choose in RIVALS.items():
-            pairs = {
-                cell: (rows[name], rival)
-                for cell, rows in cells.items()
-                if name in rows and (rival := choose(rows)) is not None
-            }
-            if pairs:
-                found = compare(pairs)
-                parts += [verdict(found, name, text), by_data(found, cells)]
-        if any(name in rows and best(rows, START) for rows in cells.values()):
-            parts += [
-                "What the network adds to its closed form, where it is applied: validation accuracy at "
-                "the learning rates that both have tried, and test accuracy at those chosen:",
-                network_table(cells, name),
-            ]
-        parts += [
-            "Searching among hand-coded methods, drawn at random and judged on validation data:",
-            search_table(cells, name, _trials(records)),
-            "![search](methods_search.png)",
-        ]
-        parts.append("![margins](methods_margins.png)")
-        if any(rows.get(name, {}).get("shorter") for rows in cells.values()):
-            parts.append("![epochs](methods_epochs.png)")
+    for name in learned_names(cells):
+        parts += _of_learned(cells, name, _trials(records))
     parts += [
         "## Methods over all cells", "Margins are to the best hand-coded method of each cell, so a "
         "hand-coded method has 0 at most; rank among the hand-coded methods.",
@@ -218,8 +222,9 @@ def write(records: Sequence[Record], into: Path) -> None:
     text = page(records, shares)
     into.mkdir(parents=True, exist_ok=True)
     report_figures.margins(cells, into / "methods_margins.png")
-    order = [n for n in names(cells) if any(n in r for r in cells.values())]
-    report_figures.ranking({n: margins(cells, n) for n in order}, into / "methods_ranking.png")
+    report_figures.ranking(
+        {n: margins(cells, n) for n in names(cells)}, into / "methods_ranking.png"
+    )
     report_figures.epochs(cells, into / "methods_epochs.png")
     for name in learned_names(cells)[:1]:
         curve = search_curve(cells, name)

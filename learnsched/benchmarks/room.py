@@ -24,10 +24,11 @@ from torch import Tensor
 
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
-from learnsched.benchmarks.held_out import HELD_OUT, trained
+from learnsched.benchmarks.held_out import HELD_OUT
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.rate_choice import measure, rates_of
 from learnsched.benchmarks.search import Budget
+from learnsched.benchmarks.training import trained
 from learnsched.data import load
 from learnsched.intervals import interval
 from learnsched.learning_rate import learning_rate_factor

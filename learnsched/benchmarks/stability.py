@@ -35,8 +35,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from learnsched.benchmarks import held_out
 from learnsched.benchmarks import methods as field
+from learnsched.benchmarks import training
 from learnsched.benchmarks.environment import write_results
 from learnsched.benchmarks.search import Budget
 from learnsched.data import DataSet
@@ -196,10 +196,10 @@ def hand_coded(
     for task in config.validation:
         runs = len(task.learning_rates)
         for method in methods:
-            found = held_out.tune(
+            found = training.tune(
                 method, replace(task, seed=task.seed + 1), data[task.data], budget, seed
             )
-            accuracy = held_out.train(
+            accuracy = training.train(
                 method, task, data[task.data], [found.learning_rate], [found.policy], runs,
                 data[task.data].validation,
             )  # fmt: skip

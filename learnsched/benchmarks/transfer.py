@@ -22,10 +22,10 @@ import numpy as np
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import completed, one_of_the_ranks, stored_records
 from learnsched.benchmarks.environment import write_results
-from learnsched.benchmarks.held_out import trained, tune
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.rate_choice import measure, rates_of
 from learnsched.benchmarks.search import Budget
+from learnsched.benchmarks.training import trained, tune
 from learnsched.data import load
 from learnsched.figure_style import DASHES, MARKERS, paper_style, save_figure
 from learnsched.intervals import confidence_interval

@@ -24,11 +24,11 @@ from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.benchmarks.cells import GRIDS, Cell
 from learnsched.benchmarks.environment import describe
-from learnsched.benchmarks.held_out import train
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.records import HAND_CODED, LEARNED, read
 from learnsched.benchmarks.search import Budget, search
 from learnsched.benchmarks.statistics import Record, compare, mean, search_curve
+from learnsched.benchmarks.training import train
 from learnsched.data import load
 from learnsched.intervals import Interval
 from learnsched.meta import distribution

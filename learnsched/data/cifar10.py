@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from learnsched.data.folders import find
-from learnsched.data.splits import DataSet, Split, standardised, stratified
+from learnsched.data.splits import DataSet, Split, parted, standardised
 
 _FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 _SHAPE = (3, 32, 32)
@@ -39,8 +39,7 @@ def load(folder: str | os.PathLike[str] | None = None) -> DataSet:
         source="get the binary version of CIFAR-10 (cifar-10-batches-bin)",
     )
     known, test = _read(paths[:-1]), _read(paths[-1:])
-    choice = stratified(known.y, (len(known) // 10, len(known) - len(known) // 10), _SEED)
-    validation, train = (Split(known.x[i], known.y[i]) for i in choice)
+    validation, train = parted(known, 10, _SEED)
     return standardised("cifar10", train, validation, test, _CLASSES)
 
 

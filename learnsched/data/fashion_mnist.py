@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from learnsched.data.folders import find
-from learnsched.data.splits import DataSet, Split, standardised, stratified
+from learnsched.data.splits import DataSet, Split, parted, standardised
 
 _FILES = (
     "train-images-idx3-ubyte.gz",
@@ -45,8 +45,7 @@ def load(folder: str | os.PathLike[str] | None = None) -> DataSet:
         source="apt-get install dataset-fashion-mnist, or get the four files elsewhere",
     )
     known, test = _read(*paths[:2]), _read(*paths[2:])
-    choice = stratified(known.y, (len(known) // 12, len(known) - len(known) // 12), _SEED)
-    validation, train = (Split(known.x[i], known.y[i]) for i in choice)
+    validation, train = parted(known, 12, _SEED)
     return standardised("fashion_mnist", train, validation, test, _CLASSES)
 
 

@@ -174,6 +174,19 @@ def reduced(data: DataSet, train: int, validation: int, test: int) -> DataSet:
     return DataSet(data.name, parts[0], parts[1], parts[2], data.classes)
 
 
+def parted(known: Split, parts: int, seed: int) -> tuple[Split, Split]:
+    """A stratified part of a split, one of so many, rounded down, and the rest.
+
+    Example:
+        >>> whole = Split(torch.zeros(25, 2), torch.arange(25) % 5)
+        >>> [len(split) for split in parted(whole, 10, seed=0)]
+        [2, 23]
+    """
+    size = len(known) // parts
+    part, rest = stratified(known.y, (size, len(known) - size), seed)
+    return Split(known.x[part], known.y[part]), Split(known.x[rest], known.y[rest])
+
+
 def standardised(name: str, train: Split, validation: Split, test: Split, classes: int) -> DataSet:
     """The data set with mean 0 and standard deviation 1 in each channel of the train split.
 
@@ -200,7 +213,7 @@ def standardised(name: str, train: Split, validation: Split, test: Split, classe
     channels = train.x.shape[1] if train.x.dim() > 2 else 1
     rows = train.x.reshape(len(train), channels, -1).float()
     # Sums of pixels and of their squares are whole numbers, exact in float64 in any order of
-    # summation: the values do not depend on threads or machine.
+    # summation: of images the values do not depend on threads or machine.
     count = rows[:, 0].numel()
     mean = rows.sum((0, 2), dtype=torch.float64) / count
     std = (rows.square().sum((0, 2), dtype=torch.float64) / count - mean.square()).clamp(0).sqrt()

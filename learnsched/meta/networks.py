@@ -92,7 +92,7 @@ class ResidualBlock(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape as ``x``, ``(batch, width, height, width)``."""
+        """Same shape as ``x``, ``(batch, channels, height, width)``."""
         result: Tensor = self.relu(x + self.branch(x))
         return result
 

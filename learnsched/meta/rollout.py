@@ -181,7 +181,9 @@ def learning_rates(policy: Policy, run: RunInfo) -> Tensor:
 
 def step_by_step(factor: Callable[[float], float], run: RunInfo) -> Tensor:
     """A factor on the learning rate, by progress, as a column; see :func:`learning_rates`."""
-    total = run.steps or run.horizon
+    if run.steps is None:
+        raise ValueError("a factor for each step needs a run whose steps_per_epoch is known")
+    total = run.steps
     return torch.tensor([[factor(step / total)] for step in range(total)])
 
 

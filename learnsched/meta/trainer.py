@@ -24,7 +24,7 @@ from learnsched.data import DataSet, load
 from learnsched.differences import differences
 from learnsched.digest import digest
 from learnsched.files import write, write_text
-from learnsched.history import WORDS
+from learnsched.json_numbers import as_json, from_json
 from learnsched.meta import distribution
 from learnsched.meta.estimators import Estimator
 from learnsched.meta.mix import Mix
@@ -383,7 +383,7 @@ class MetaTrainer:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         data = save(contiguous, metadata={"trainer": json.dumps(scalars)})
         # The checkpoint comes last: once the last one is there, so is the whole log.
-        lines = "".join(json.dumps(_as_json(e), allow_nan=False) + "\n" for e in scalars["log"])
+        lines = "".join(json.dumps(as_json(e), allow_nan=False) + "\n" for e in scalars["log"])
         write_text(self.folder / "log.jsonl", lines)
         write(self.folder / "checkpoint.safetensors", lambda temporary: temporary.write_bytes(data))
 
@@ -419,7 +419,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
         [{'step': 1, 'outer_loss': nan}]
     """
     entries = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    return [{n: float(v) if v in WORDS else v for n, v in entry.items()} for entry in entries]
+    return [from_json(entry) for entry in entries]
 
 
 def _check_scalars(scalars: Mapping[str, Any]) -> None:
@@ -440,11 +440,6 @@ def _check_scalars(scalars: Mapping[str, Any]) -> None:
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-def _as_json(entry: Mapping[str, float]) -> dict[str, float | str]:
-    """An entry of the log; JSON has no NaN, nor infinity, which are written as words."""
-    return {name: value if math.isfinite(value) else str(value) for name, value in entry.items()}
 
 
 def _sizes(data: DataSet) -> dict[str, Any]:

@@ -233,23 +233,25 @@ def completed(config: dict[str, Any]) -> dict[str, Any]:
     return {**dict.fromkeys(LATER_CHOICES, False), **config, "domain": domain}
 
 
+_LEAK = 0.3
+
+
 class _LeakyClamp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, leak: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.leak = leak
         return x.clamp(0, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        return torch.where((x > 0) & (x < 1), grad, ctx.leak * grad), None
+        return torch.where((x > 0) & (x < 1), grad, _LEAK * grad)
 
 
-def leaky_clamp(x: Tensor, leak: float = 0.3) -> Tensor:
-    """Clamp to [0, 1] whose gradient does not die outside but is multiplied by ``leak``.
+def leaky_clamp(x: Tensor) -> Tensor:
+    """Clamp to [0, 1] whose gradient does not die outside but is multiplied by 0.3.
 
     So an output can sit on exactly 0, the hard quantizer, and come back.
     """
-    result: Tensor = _LeakyClamp.apply(x, leak)
+    result: Tensor = _LeakyClamp.apply(x)
     return result
