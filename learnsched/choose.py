@@ -70,6 +70,8 @@ def _check_request(
     skip: Sequence[str],
     overrides: Mapping[str, LayerConfig | None],
 ) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r}")
     if not isinstance(overrides, Mapping):
         raise TypeError(
             "overrides map patterns of module names to LayerConfig or None, such as {'head.*': None}; "

@@ -76,8 +76,8 @@ def quantize_(
         ``model`` itself.
 
     Raises:
-        TypeError: a level set is not a :class:`LevelSet`, a scale rule not a scale rule, overrides no
-            mapping, or a weight not of real numbers of 16 bits or more.
+        TypeError: the model is no module, a level set not a :class:`LevelSet`, a scale rule not a scale
+            rule, overrides no mapping, or a weight not of real numbers of 16 bits or more.
         ValueError: nothing is asked for, a pattern matches nothing, no weight or no activation can
             be quantized though asked for, a weight is empty, on the meta device, computed by hooks (as
             of pruning; layers with parametrizations stay real, with a warning), recurrent, or shared

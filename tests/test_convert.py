@@ -306,6 +306,13 @@ def test_a_module_that_an_attribute_hides_is_refused():
     assert all(isinstance(layer.activation, ActivationQuantizer) for layer in model.layers)
 
 
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got None"):
+        ls.quantize_(None, ls.ternary())
+    with pytest.raises(TypeError, match="given by its name or path, got None"):
+        ls.load_pretrained(None)
+
+
 def test_two_parameters_in_one_memory_are_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight.data = model[0].weight.data

@@ -119,7 +119,7 @@ SLOW = {
 # What they print holds seconds.
 TIMED = ("gradient", "export", "curve_search", "accuracy", "stability")
 # They measure nothing else than times and memory; peers is `accuracy` with packages that are not ours.
-TIMES_ALONE = ("unroll", "speed", "outer_steps", "population", "stacking")
+TIMES_ALONE = ("unroll", "speed", "outer_steps", "population")
 ELSEWHERE = ("peers",)
 EVERY = [
     *COMMANDS.items(),

@@ -216,6 +216,12 @@ def test_inq_may_start_late(start, horizon, expected):
     assert found.flatten().tolist() == expected
 
 
+def test_annealing_takes_numbers_alone():
+    with pytest.raises(TypeError, match="std must be a number, got 'normal'"):
+        policies.AdditiveNoiseAnnealing("normal")
+    assert policies.AdditiveNoiseAnnealing(np.float32(0.5)).std == 0.5
+
+
 def test_inq_takes_bits_of_numpy():
     bits = np.int64(3)
     assert policies.IncrementalQuantization(bits).cumulative == PUBLISHED_FRACTIONS[3]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 from learnsched.annealed import MODES
@@ -43,6 +44,7 @@ class AdditiveNoiseAnnealing:
             when only the terminal condition hardens the network.
 
     Raises:
+        TypeError: a number is none.
         ValueError: an argument is out of range.
 
     Source:
@@ -75,6 +77,9 @@ class AdditiveNoiseAnnealing:
         check_choice("mode", self.mode, MODES)
         check_choice("annealed", self.annealed, ANNEALED)
         check_choice("interval", self.interval, INTERVALS)
+        for name in ("std", "end", "power", "mean"):
+            if not isinstance(getattr(self, name), Real):
+                raise TypeError(f"{name} must be a number, got {getattr(self, name)!r}")
         if not 0 < self.end <= 1:
             raise ValueError(f"end is a share of the run in (0, 1], got {self.end}")
         if not 0 < self.power < math.inf:

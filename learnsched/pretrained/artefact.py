@@ -64,6 +64,7 @@ def load_pretrained(name_or_path: str | Path) -> LearnedPolicy:
     Raises:
         ArtefactError: the file is missing, damaged or altered, or of another schema or version.
         OSError: it is there and cannot be read.
+        TypeError: it is neither a name nor a path.
 
     Example:
         >>> policy = load_pretrained("default")
@@ -195,6 +196,8 @@ def parse_card(text: str | bytes, path: Path) -> dict[str, Any]:
 def _path(name_or_path: str | Path) -> Path:
     if isinstance(name_or_path, str) and name_or_path in list_pretrained():
         return _HERE / f"{name_or_path}.safetensors"
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(f"an artefact is given by its name or path, got {name_or_path!r}")
     path = Path(name_or_path)
     there = os.path.isfile(path)  # not path.is_file(), which fails where a name is too long
     if path.suffix != ".safetensors" and there:
