@@ -45,7 +45,9 @@ def main() -> None:
         except (OSError, ValueError) as error:
             sys.exit(f"meta_train.py: {error}")
         except KeyboardInterrupt:
-            sys.exit(f"meta_train.py: interrupted; go on with --out {options.out} --resume")
+            sys.exit(
+                f"meta_train.py: interrupted; the same command with --resume goes on in {options.out}"
+            )
 
 
 def _options() -> argparse.Namespace:

@@ -148,7 +148,7 @@ def _sums(
     shifted = x if _is_zero(mean) else x + mean
     totals: tuple[Tensor, ...] = ()
     for threshold, gap in zip(levels.thresholds, levels.gaps, strict=True):
-        parts = terms((shifted - threshold).mul_(inverse))
+        parts = terms((shifted - threshold) * inverse)
         if totals:
             for total, part in zip(totals, parts, strict=True):
                 total.add_(part, alpha=gap)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import learnsched as ls
+from learnsched.choose import LayerConfig
 from learnsched.data import DataSet, Split, load, reduced
 from learnsched.meta import distribution
 from learnsched.meta.presets import PRESETS
@@ -18,6 +19,7 @@ from learnsched.meta.rollout import PolicyRollout, run_forward, table_rollout, t
 from learnsched.meta.trainer import MetaTrainer, read_log
 from learnsched.meta.unrolled import Unrolled
 from learnsched.policies import LearnedPolicy, MetaNetwork
+from learnsched.schedule import BACKWARD_STDS, FIELDS
 
 DIGITS = load("digits")
 SMALL = dataclasses.replace(small_task.SMALL, horizon=2, steps=3)
@@ -424,6 +426,59 @@ def test_unknown_ways_to_build_a_task_are_refused(change):
     (kind,) = change
     with pytest.raises(ValueError, match=f"unknown (noise|{kind})"):
         SMALL.build(DIGITS, **change)
+
+
+def test_an_epoch_with_its_graph_computes_what_it_does_without():
+    inner = SMALL.build(DIGITS)
+    settings = torch.zeros(inner.population.members, len(inner.population.layers), len(FIELDS))
+    settings[..., list(BACKWARD_STDS)] = 0.5
+    plain, losses = inner.epoch(inner.initial(), settings, 0, track=False)
+    tracked, same = inner.epoch(inner.initial(), settings.clone().requires_grad_(), 0, track=True)
+    assert torch.equal(losses, same)
+    assert all(map(torch.equal, plain.tensors, tracked.tensors))
+
+
+def test_a_scale_rule_that_drops_dimensions_is_refused():
+    def largest(x, levels):
+        return x.abs().max() / levels.values[-1]
+
+    config = LayerConfig(ls.ternary(), ls.unsigned(2), weight_scale=largest)
+    with pytest.raises(ValueError, match="as many dimensions as their weight"):
+        SMALL.build(DIGITS, config=config)
+    config = LayerConfig(
+        ls.ternary(), ls.unsigned(2), weight_scale=lambda x, levels: largest(x, levels).view(1, 1)
+    )
+    assert SMALL.build(DIGITS, config=config).population.members == len(SMALL.learning_rates)
+
+
+def test_a_network_that_has_no_say_with_the_levels_of_the_mix_is_refused(tmp_path):
+    preset = PRESETS["quick"]
+    mix = dataclasses.replace(preset.trainer.mix, bits=(("binary/binary", 1.0),))
+    config = dataclasses.replace(preset.trainer, mix=mix)
+    policy = LearnedPolicy(MetaNetwork(), preset.base, preset.domain)
+    with pytest.raises(ValueError, match="no say with binary/binary, which the mix draws"):
+        MetaTrainer(policy, config, tmp_path / "run", config.load_data())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bit_that_has_flipped_in_a_checkpoint_is_noticed(tmp_path):
+    small_trainer(tmp_path).run(1)
+    path = tmp_path / "checkpoint.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="its tensors are not what was written"):
+        small_trainer(tmp_path)
+
+
+def test_a_checkpoint_of_before_digests_is_taken_up(tmp_path):
+    small_trainer(tmp_path).run(1)
+    respoiled(tmp_path / "checkpoint.safetensors")
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert config["data"]["digits"].pop("validation") == len(DIGITS.validation)
+    path.write_text(json.dumps(config))
+    assert small_trainer(tmp_path).step == 1
 
 
 def test_no_more_seeds_are_drawn_than_there_are_members():

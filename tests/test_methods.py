@@ -1,7 +1,7 @@
 """The methods of the comparison: published numbers, ranges, and that each trains by the same trainer."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -407,3 +407,17 @@ def test_a_method_needs_no_more_than_its_name_noise_and_partition():
     assert plain.bits == tuple(BITS)
     assert plain.mode == AdditiveNoiseAnnealing().mode == "expectation"
     assert PUBLISHED_MEAN == 0.5
+
+
+def test_a_policy_that_follows_telemetry_is_not_compared_as_if_nothing_happened():
+    @dataclass(frozen=True)
+    class Following(StraightThrough):
+        metrics: tuple[str, ...] = ("train_loss",)
+
+    task = Task(
+        family="mlp", data="digits", width=4, depth=2, horizon=2, steps=2, batch=16,
+        bits="ternary/2-bit", learning_rates=(0.01,), fine_tuning=False, seed=0,
+    )  # fmt: skip
+    method = Method("mine", "normal", "settled", suggest=lambda trial: Following())
+    with pytest.raises(ValueError, match=r"mine follows train_loss.*leave metrics empty"):
+        train(method, task, load("digits"), [0.01], [Following()], 1, load("digits").validation)

@@ -126,9 +126,19 @@ class Method:
         return torch.cat([columns[policy] for policy in policies], dim=1)
 
     def rollout(self, inner: InnerLoop, policies: list[Policy]) -> Rollout:
-        """The settings of every member, whose policies are given."""
+        """The settings of every member, whose policies are given.
+
+        Raises:
+            ValueError: a policy is neither learned nor a base curve, and follows telemetry.
+        """
         if self.learned is not None:
             return PolicyRollout(self.learned, inner.run, inner.population.members)
+        for policy in policies:
+            if policy.metrics and not isinstance(policy, BaseCurve | BaseCurves):
+                raise ValueError(
+                    f"{self.name} follows {', '.join(policy.metrics)}, and hand-coded policies are "
+                    "compared by their plans, as if nothing happened in training; leave metrics empty"
+                )
         plans: dict[Policy, torch.Tensor] = {}
         for policy in policies:
             if policy not in plans:

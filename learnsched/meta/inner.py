@@ -177,7 +177,11 @@ class InnerLoop:
                 **{n: state.tensors[(k + 1) * count + i] for k, n in enumerate(names)},
             }
         # Frozen values come from the parameters too: the inner gradient must not flow through them.
-        parameters = [p.clone() if track else p.detach().requires_grad_() for p in parameters]
+        # Of a state that has no graph yet, as the initial one, training takes gradients all the same.
+        parameters = [
+            p.clone() if track and p.requires_grad else p.detach().requires_grad_()
+            for p in parameters
+        ]
         damped = track and damping != 1
         decay = self.optimizer.decoupled_decay
         losses = []

@@ -151,7 +151,7 @@ class Task:
 
         Raises:
             ValueError: the family, noise, partition or mode is unknown, there are no learning rates,
-                or the data are not what the family takes: float32 of shape ``(features,)`` for
+                the scale rule of weights does not keep their dimensions, or the data are not what the family takes: float32 of shape ``(features,)`` for
                 ``cnn1d``, ``(1, side, side)`` for ``cnn2d``, ``residual`` and ``vgg``, any shape for
                 ``mlp``.
         """
@@ -191,6 +191,8 @@ class Task:
                     activation.scale.copy_(activation.rule(_STANDARD_NORMAL, activation.levels))
             if prepare is not None:
                 prepare(model)
+        if config.weight_scale is not None:
+            _check_ranks(models[0])
         return InnerLoop(
             Population(models).to(device),
             batches,
@@ -271,6 +273,24 @@ class Task:
                 f"{self.family} takes inputs of torch.float32 and shape {wanted}, those of {data.name} "
                 f"are of {dtype} and shape {shape}; convert them, or choose another family"
             )
+
+
+def _check_ranks(model: nn.Module) -> None:
+    """Refuse scale rules whose results do not line up where the weights of members are stacked.
+
+    Raises:
+        ValueError: a scale has fewer dimensions than its weight.
+    """
+    for layer in quantized_layers(model):
+        if layer.weight is not None:
+            weight, quantizer = layer.weight.weight, layer.weight.weight_quantizer
+            scale = quantizer.rule(weight.detach(), quantizer.levels)
+            if scale.dim() != weight.dim():
+                raise ValueError(
+                    f"a population needs scales with as many dimensions as their weight, got "
+                    f"{tuple(scale.shape)} for {tuple(weight.shape)} from {quantizer.rule}; let the rule "
+                    "keep them, as keepdim=True does"
+                )
 
 
 def _pretrain(models: Sequence[nn.Module], x: Tensor, y: Tensor, order: Tensor) -> None:

@@ -29,11 +29,12 @@ from learnsched.meta import distribution
 from learnsched.meta.estimators import Estimator
 from learnsched.meta.mix import Mix
 from learnsched.meta.rollout import begin
-from learnsched.meta.tasks import Task
+from learnsched.meta.tasks import BITS, Task
 from learnsched.meta.unrolled import Unrolled
 from learnsched.meta.validation import hard_errors
 from learnsched.policies.domain import LATER_RANGES
 from learnsched.policies.learned import LATER_CHOICES, LearnedPolicy
+from learnsched.schedule import LayerInfo, RunInfo
 
 # What a checkpoint says beside its tensors.
 _SCALARS = ("step", "seconds", "best_error", "best_step", "typical_norm", "log")
@@ -110,8 +111,8 @@ class MetaTrainer:
             names what differs.
         FileNotFoundError: the folder holds a checkpoint without its configuration.
         KeyError: a data set of the mix or of validation is missing.
-        ValueError: the policy's network is frozen, or the folder's checkpoint or configuration is
-            damaged.
+        ValueError: the policy's network is frozen, its domain lacks level sets of the mix, or the
+            folder's checkpoint or configuration is damaged.
 
     Example:
         >>> import tempfile
@@ -150,6 +151,12 @@ class MetaTrainer:
                 f"{', '.join(frozen)} of the policy's network are frozen, as those of load_pretrained "
                 "are; copy the policy and call network.requires_grad_(True)"
             )
+        for bits, _ in config.mix.bits:
+            if not policy.domain.has_seen_levels(_levels_alone(bits)):
+                raise ValueError(
+                    f"the network has no say with {bits}, which the mix draws: the policy's domain has "
+                    f"activation_levels={policy.domain.activation_levels}; widen it, or change the mix"
+                )
         self.policy = policy
         self.config = config
         self.folder = Path(folder)
@@ -337,6 +344,10 @@ class MetaTrainer:
             tasks = stored["trainer"]["validation"]
             stored["trainer"]["validation"] = [later | task for task in tasks]
             stored = {part: config[part] for part in ("data", "start")} | stored
+            stored["data"] = {
+                name: {"validation": config["data"].get(name, {}).get("validation")} | sizes
+                for name, sizes in stored["data"].items()
+            }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error!r}); choose another folder") from error
         found = ", ".join(key for key, _, _ in differences(stored, config))
@@ -381,7 +392,8 @@ class MetaTrainer:
         if distribution.rank() != 0:
             return
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        data = save(contiguous, metadata={"trainer": json.dumps(scalars)})
+        told = {"trainer": json.dumps(scalars), "digest": digest(contiguous)}
+        data = save(contiguous, metadata=told)
         # The checkpoint comes last: once the last one is there, so is the whole log.
         lines = "".join(json.dumps(as_json(e), allow_nan=False) + "\n" for e in scalars["log"])
         write_text(self.folder / "log.jsonl", lines)
@@ -390,12 +402,14 @@ class MetaTrainer:
     def _load(self, path: Path) -> None:
         try:
             with safe_open(path, framework="pt") as file:
-                stored = json.loads(file.metadata()["trainer"])
+                stored, written = json.loads(file.metadata()["trainer"]), file.metadata().get("digest")
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             scalars = {name: stored[name] for name in _SCALARS}
             _check_scalars(scalars)
             if _shapes(tensors) != _shapes(self._tensors()):
                 raise ValueError("its tensors are not those of this network")
+            if written not in (None, digest(tensors)):
+                raise ValueError("its tensors are not what was written")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}); remove it to start this run again"
@@ -438,10 +452,22 @@ def _check_scalars(scalars: Mapping[str, Any]) -> None:
         raise ValueError(f"log must be a list of entries, got {log!r}")
 
 
+def _levels_alone(bits: str) -> RunInfo:
+    """A run of one layer, for what its level sets tell."""
+    weight, activation = BITS[bits]
+    levels = 0 if activation is None else len(activation.values)
+    return RunInfo((LayerInfo("layer", 1, len(weight.values), levels),), horizon=1)
+
+
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _sizes(data: DataSet) -> dict[str, Any]:
     """What tells data sets of a name apart; not their values, which may be rounded elsewhere."""
-    return {"train": len(data.train), "shape": list(data.shape), "classes": data.classes}
+    return {
+        "train": len(data.train),
+        "validation": len(data.validation),
+        "shape": list(data.shape),
+        "classes": data.classes,
+    }
