@@ -29,7 +29,7 @@ class Mix:
         total_steps: fewest and most optimizer steps of a run, drawn log-uniformly; but an epoch has two
             at least.
         batches: examples a step, to draw from.
-        bits: from keys of :data:`learnsched.meta.tasks.BITS` to their weight.
+        bits: pairs of a key of :data:`learnsched.meta.tasks.BITS` and its weight.
         learning_rates: smallest and largest, drawn log-uniformly for each member.
         fine_tuning: probability to start from a float network.
         members: members of a task.

@@ -151,9 +151,9 @@ class Task:
 
         Raises:
             ValueError: the family, noise, partition or mode is unknown, there are no learning rates,
-                the scale rule of weights does not keep their dimensions, or the data are not what the family takes: float32 of shape ``(features,)`` for
-                ``cnn1d``, ``(1, side, side)`` for ``cnn2d``, ``residual`` and ``vgg``, any shape for
-                ``mlp``.
+                the scale rule of weights does not keep their dimensions, or the data are not what the
+                family takes: float32 of shape ``(features,)`` for ``cnn1d``, ``(1, side, side)`` for
+                ``cnn2d``, ``residual`` and ``vgg``, any shape for ``mlp``.
         """
         shape = noise_shape(noise)
         check_choice("partition", partition, PARTITIONS)
@@ -288,8 +288,8 @@ def _check_ranks(model: nn.Module) -> None:
             if scale.dim() != weight.dim():
                 raise ValueError(
                     f"a population needs scales with as many dimensions as their weight, got "
-                    f"{tuple(scale.shape)} for {tuple(weight.shape)} from {quantizer.rule}; let the rule "
-                    "keep them, as keepdim=True does"
+                    f"{tuple(scale.shape)} for {tuple(weight.shape)} from {quantizer.rule}; let the "
+                    "rule keep them, as keepdim=True does"
                 )
 
 

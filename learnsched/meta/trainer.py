@@ -107,8 +107,8 @@ class MetaTrainer:
         device: where inner runs train.
 
     Raises:
-        FileExistsError: the folder holds a run of another configuration, or on other data; the message
-            names what differs.
+        FileExistsError: the folder holds a run of another configuration, or on data of other sizes; the
+            message names what differs.
         FileNotFoundError: the folder holds a checkpoint without its configuration.
         KeyError: a data set of the mix or of validation is missing.
         ValueError: the policy's network is frozen, its domain lacks level sets of the mix, or the
@@ -402,7 +402,10 @@ class MetaTrainer:
     def _load(self, path: Path) -> None:
         try:
             with safe_open(path, framework="pt") as file:
-                stored, written = json.loads(file.metadata()["trainer"]), file.metadata().get("digest")
+                stored, written = (
+                    json.loads(file.metadata()["trainer"]),
+                    file.metadata().get("digest"),
+                )
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             scalars = {name: stored[name] for name in _SCALARS}
             _check_scalars(scalars)
