@@ -336,7 +336,9 @@ def _own_weight(model: nn.Module, name: str, module: nn.Module, chosen: Chosen) 
     aliases = [
         other
         for other, parameter in model.named_parameters()
-        if parameter is not weight and parameter.data_ptr() == weight.data_ptr()
+        if parameter is not weight
+        and parameter.device == weight.device
+        and parameter.data_ptr() == weight.data_ptr()
     ]
     if aliases:
         raise ValueError(

@@ -14,6 +14,7 @@ import learnsched as ls
 from learnsched.choose import LayerConfig
 from learnsched.data import DataSet, Split, load, reduced
 from learnsched.meta import distribution
+from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.rollout import PolicyRollout, run_forward, table_rollout, terminal_settings
 from learnsched.meta.trainer import MetaTrainer, read_log
@@ -436,6 +437,14 @@ def test_an_epoch_with_its_graph_computes_what_it_does_without():
     tracked, same = inner.epoch(inner.initial(), settings.clone().requires_grad_(), 0, track=True)
     assert torch.equal(losses, same)
     assert all(map(torch.equal, plain.tensors, tracked.tensors))
+
+
+def test_runs_that_sample_are_not_differentiated():
+    inner = SMALL.build(DIGITS, mode="random")
+    rollout = PolicyRollout(LearnedPolicy(MetaNetwork()), inner.run, inner.population.members)
+    with pytest.raises(ValueError, match='mode "random" are not differentiated'):
+        Unrolled()(inner, rollout)
+    assert EvolutionStrategies(pairs=1)(inner, rollout).loss.isfinite().all()
 
 
 def test_a_scale_rule_that_drops_dimensions_is_refused():

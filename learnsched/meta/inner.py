@@ -159,7 +159,18 @@ class InnerLoop:
 
         Returns:
             the new state and the mean training loss of each member, shape ``(members,)``, detached.
+
+        Raises:
+            ValueError: forward values are sampled, and a graph is asked for: computed again, as for a
+                gradient, the epoch would draw others.
         """
+        if track and any(
+            quantizer.mode == "random" for _, _, quantizer, _ in self.population.weights
+        ):
+            raise ValueError(
+                'runs with mode "random" are not differentiated, since an epoch that is computed again '
+                'draws other values; use mode "expectation", or evolution strategies'
+            )
         count = self._count
         parameters = list(state.tensors[:count])
         carried = self._freeze(parameters, state.tensors[self._carried_from :], settings, epoch)
