@@ -57,9 +57,9 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
     follows ``self.training`` becomes modules too. Calls at one place of the network, as of a helper that
     both inputs of a siamese network go through, share a module. What else the method decides in Python,
     or reads from attributes that are no tensors, stays as it was at the trace; numbers of tensors it
-    may not read. Arguments that the
-    example leaves at their defaults can have no other values afterwards, which is checked. Other
-    methods, as ``encode`` where ``model.encode(x)`` is called from outside, keep their functions.
+    may not read. Arguments that the example leaves at their defaults can have no other values
+    afterwards, which is checked. Other methods, as ``encode`` where ``model.encode(x)`` is called from
+    outside, keep their functions.
 
     Args:
         model: any module, before it is quantized.
@@ -209,6 +209,24 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
+class _Looking(TorchFunctionMode):
+    """Calls ``look`` with every function of torch ahead of its call."""
+
+    def __init__(self, look: Callable[[Callable[..., Any]], None]) -> None:
+        super().__init__()
+        self._look = look
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        self._look(func)
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def _watched(model: nn.Module, found: dict[nn.Module, set[str]]) -> Iterator[None]:
     """Find the modules whose own code calls activation functions within the block, by their first calls.
@@ -218,22 +236,14 @@ def _watched(model: nn.Module, found: dict[nn.Module, set[str]]) -> Iterator[Non
     running: list[nn.Module] = []
     given: dict[nn.Module, set[str]] = {}
 
-    class Watch(TorchFunctionMode):
-        def __torch_function__(
-            self,
-            func: Callable[..., Any],
-            types: Any,
-            args: tuple[Any, ...] = (),
-            kwargs: Mapping[str, Any] | None = None,
-        ) -> Any:
-            # A module of torch's that is an activation calls its own function.
-            if (
-                func in ACTIVATION_FUNCTIONS
-                and running
-                and not isinstance(running[-1], ACTIVATIONS)
-            ):
-                found[running[-1]] = given[running[-1]]
-            return func(*args, **(kwargs or {}))
+    def look(function: Callable[..., Any]) -> None:
+        # A module of torch's that is an activation calls its own function.
+        if (
+            function in ACTIVATION_FUNCTIONS
+            and running
+            and not isinstance(running[-1], ACTIVATIONS)
+        ):
+            found[running[-1]] = given[running[-1]]
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         running.append(module)
@@ -244,7 +254,7 @@ def _watched(model: nn.Module, found: dict[nn.Module, set[str]]) -> Iterator[Non
     def leave(module: nn.Module, _: Any, output: Any) -> None:
         running.pop()
 
-    with hooked(model.modules(), enter, leave), Watch():
+    with hooked(model.modules(), enter, leave), _Looking(look):
         yield
 
 
@@ -255,19 +265,10 @@ class _Flat(fx.Tracer):
         return True
 
 
-class _NoNumbers(TorchFunctionMode):
-    """Refuses that a trace reads the number of a tensor, which would stay what it is at the trace."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if getattr(func, "__name__", "") in _READS:
-            raise ValueError("it reads a number from a tensor, which may change later")
-        return func(*args, **(kwargs or {}))
+def _refuse_reads(function: Callable[..., Any]) -> None:
+    """Refuse that a trace reads the number of a tensor, which would stay what it is at the trace."""
+    if getattr(function, "__name__", "") in _READS:
+        raise ValueError("it reads a number from a tensor, which may change later")
 
 
 def _traced(module: nn.Module, name: str, given: set[str]) -> tuple[fx.Graph, dict[str, nn.Module]]:
@@ -338,7 +339,7 @@ def _trace(module: nn.Module, name: str, given: set[str], *, training: bool) -> 
             torch.random.fork_rng(devices=[]),
             torch.autograd.graph.disable_saved_tensors_hooks(forgotten),
         ):
-            with _NoNumbers():
+            with _Looking(_refuse_reads):
                 graph = _Flat().trace(module, concrete_args=defaults or None)
             states = _random_states()
         module.training = usual

@@ -19,7 +19,7 @@ from learnsched.batches import (
     put_back_on_failure,
     run_with_batch_statistics,
 )
-from learnsched.layers import quantized_layers
+from learnsched.layers import quantized_activations
 from learnsched.quantizers import ActivationQuantizer
 
 # What a rule is fitted to: least squares goes over it a hundred times.
@@ -58,12 +58,7 @@ def calibrate_(
         >>> net = quantize_(net, ternary(), unsigned(2))
         >>> net = calibrate_(net, [torch.randn(64, 8)])
     """
-    activations = [a for layer in quantized_layers(model) for a in layer.activations]
-    if not activations:
-        raise ValueError(
-            "the model has no quantized activations whose scale could be fitted; give quantize_ an "
-            "activation level set such as unsigned(2)"
-        )
+    activations = quantized_activations(model, "fitted")
     run = forward or on_first
     batches = checked(batches, model, run)
     statistics = keep(b for module in batch_norms(model) for b in module.buffers())

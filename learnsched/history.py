@@ -14,7 +14,6 @@ from learnsched.json_numbers import as_json, from_json
 from learnsched.schedule import FIELDS, Schedule, Setting
 
 _VERSION = 1
-# how what JSON has no number for is written
 
 
 class History:

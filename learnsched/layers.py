@@ -47,6 +47,25 @@ def noise_fields(quantizer: WeightQuantizer | ActivationQuantizer) -> dict[str, 
     return {buffer: f"{kind}_{field}" for buffer, field in _FIELD_OF.items()}
 
 
+def quantized_activations(model: nn.Module, use: str) -> list[ActivationQuantizer]:
+    """The quantized activations of a model, in the order of its layers.
+
+    Args:
+        model: converted by ``quantize_``.
+        use: what is done with their scale, for the message.
+
+    Raises:
+        ValueError: it has none.
+    """
+    found = [activation for layer in quantized_layers(model) for activation in layer.activations]
+    if not found:
+        raise ValueError(
+            f"the model has no quantized activations whose scale could be {use}; give quantize_ an "
+            "activation level set such as unsigned(2)"
+        )
+    return found
+
+
 def is_quantized(model: nn.Module) -> bool:
     """Whether ``quantize_`` has converted something of a model.
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from learnsched.layers import quantized_layers
+from learnsched.layers import quantized_activations, quantized_layers
 
 
 def learn_scales_(model: nn.Module) -> list[nn.Parameter]:
@@ -43,13 +43,7 @@ def learn_scales_(model: nn.Module) -> list[nn.Parameter]:
         >>> bool(scale.grad != 0)
         True
     """
-    activations = [a for layer in quantized_layers(model) for a in layer.activations]
-    if not activations:
-        raise ValueError(
-            "the model has no quantized activations whose scale could be learned; give quantize_ an "
-            "activation level set such as unsigned(2)"
-        )
-    return [activation.learn_scale_() for activation in activations]
+    return [activation.learn_scale_() for activation in quantized_activations(model, "learned")]
 
 
 def learn_weight_scales_(model: nn.Module) -> list[nn.Parameter]:

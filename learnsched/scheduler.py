@@ -28,15 +28,7 @@ from learnsched.layers import quantized_layers
 from learnsched.learning_rate import learning_rate_factor
 from learnsched.noise import NoiseShape, noise_shape
 from learnsched.ranks import over_ranks, several_ranks
-from learnsched.schedule import (
-    FIELDS,
-    Policy,
-    RunInfo,
-    Setting,
-    ask,
-    check_policy,
-    terminal,
-)
+from learnsched.schedule import FIELDS, Policy, RunInfo, Setting, ask, check_policy, terminal
 from learnsched.scheduler_state import as_own, check_whole, description, snapshot, spelled
 from learnsched.step_counter import StepCounter
 from learnsched.telemetry import relative

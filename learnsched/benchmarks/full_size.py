@@ -27,8 +27,9 @@ from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.benchmarks.environment import describe
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.rate_choice import EXTENSIONS, measure
-from learnsched.benchmarks.records import HAND_CODED, read
+from learnsched.benchmarks.records import HAND_CODED, RELAXED, read
 from learnsched.benchmarks.search import Budget, Train
+from learnsched.benchmarks.statistics import best, gap_closed
 from learnsched.benchmarks.training import trained
 from learnsched.intervals import interval
 from learnsched.meta import distribution
@@ -119,11 +120,11 @@ def compared(
     }
     there = carried.in_cell(records, full.tuned_on).values()
     found = [r for r in there if r["role"] == HAND_CODED and r["method"] in methods]
-    best = [
+    foremost = [
         max(found, key=score, default={"method": STRONGEST[0]})["method"]
         for score in (lambda r: r["validation"], lambda r: np.mean(r["test"]))
     ]
-    names = list(dict.fromkeys([*best, *STRONGEST, field.upper_bound().name]))
+    names = list(dict.fromkeys([*foremost, *STRONGEST, field.upper_bound().name]))
     known = carried.in_cell(records, full.tuned_on, names)
     own = field.learned(learned)
     rows = [_row(own, None, task), _row(field.start_of(learned), None, task)]
@@ -170,14 +171,13 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
                 *(f"{100 * validation[r]:.1f}" if r in validation else "" for r in rates),
             ]
         )
-    means = {record["method"]: float(np.mean(record["test"])) for record in records}
-    rivals = [method.name for method in field.hand_coded() if method.name in means]
-    relaxed = means.get(field.upper_bound().name)
-    if not rivals or relaxed is None:
+    roles = {method.name: HAND_CODED for method in field.hand_coded()}
+    roles[field.upper_bound().name] = RELAXED
+    found = {r["method"]: {**r, "role": roles.get(r["method"])} for r in records}
+    rival, closed = best(found), gap_closed(found, records[0]["method"])
+    if rival is None or closed is None:
         return markdown(rows)
-    best = max(rivals, key=means.__getitem__)
-    closed = (own.mean() / 100 - means[best]) / (relaxed - means[best])
-    return f"{markdown(rows)}\n\ngap closed, from {best}: {100 * closed:.0f} %"
+    return f"{markdown(rows)}\n\ngap closed, from {rival['method']}: {100 * closed:.0f} %"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,6 +21,7 @@ from learnsched.benchmarks.statistics import (
     best,
     compare,
     difference,
+    doublings,
     gap_closed,
     importances,
     mean,
@@ -205,9 +206,8 @@ def claims_table(cells: Cells) -> str:
 def search_table(cells: Cells, name: str, trials: int) -> str:
     """What the best of 1, 2, 4, ... searched methods reaches, against a learned one."""
     curve = search_curve(cells, name)
-    chosen = [m for m in curve if m & (m - 1) == 0 or m == len(curve)]
     rows = [["methods searched", "runs", f"margin to {name} / points"]]
-    rows += [[str(m), str(trials * m), curve[m].text("+")] for m in chosen]
+    rows += [[str(m), str(trials * m), curve[m].text("+")] for m in doublings(curve)]
     return markdown(rows)
 
 

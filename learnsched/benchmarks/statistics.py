@@ -210,6 +210,16 @@ def search_curve(cells: Cells, method: str = LEARNED) -> dict[int, Interval]:
     return {m + 1: interval(np.asarray([row[m] for row in margins])) for m in range(shortest)}
 
 
+def doublings(curve: Mapping[int, Interval]) -> list[int]:
+    """Of the numbers of methods of :func:`search_curve`, 1, 2, 4, ... and the last.
+
+    Example:
+        >>> doublings(dict.fromkeys(range(1, 7), Interval(0.0, 0.0, 0.0)))
+        [1, 2, 4, 6]
+    """
+    return [m for m in curve if m & (m - 1) == 0 or m == len(curve)]
+
+
 def _union(one: Any, other: Any) -> Any:
     """The range that holds two, if they are intervals; the first one else."""
     from optuna.distributions import FloatDistribution

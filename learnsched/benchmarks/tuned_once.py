@@ -27,7 +27,7 @@ from learnsched.benchmarks.environment import describe
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.records import HAND_CODED, LEARNED, read
 from learnsched.benchmarks.search import Budget, search
-from learnsched.benchmarks.statistics import Record, compare, mean, search_curve
+from learnsched.benchmarks.statistics import Record, compare, doublings, mean, search_curve
 from learnsched.benchmarks.training import train
 from learnsched.data import load
 from learnsched.intervals import Interval
@@ -190,9 +190,8 @@ def without_search(records: Sequence[Record], known: Sequence[Record]) -> str:
         elif record["cell"] in cells and record["method"] == LEARNED:
             own[record["cell"]] = record
     curve = search_curve(cells)
-    chosen = [m for m in curve if m & (m - 1) == 0 or m == len(curve)]
     lines = [["against, searched in each cell", f"margin of {LEARNED}, not searched / points"]]
-    for m in chosen:
+    for m in doublings(curve):
         ahead = Interval(-curve[m].mean, -curve[m].high, -curve[m].low)
         lines.append([f"the best of {m} hand-coded methods", ahead.text("+")])
     if own:

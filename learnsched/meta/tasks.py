@@ -27,6 +27,7 @@ from learnsched.meta.inner_optimizers import OPTIMIZERS
 from learnsched.meta.networks import cnn1d, cnn2d, mlp, residual, vgg
 from learnsched.meta.population import Population
 from learnsched.noise import noise_shape
+from learnsched.schedule import LayerInfo
 
 # Of the float networks that fine-tuning starts from: members of one seed share theirs.
 _FLOAT_RATE = 0.02
@@ -45,6 +46,18 @@ BITS: dict[str, tuple[LevelSet, LevelSet | None]] = {
     "ternary/real": (ternary(), None),
     "binary/real": (binary(), None),
 }
+
+
+def layer_of(bits: str) -> LayerInfo:
+    """A layer with the level sets of a key of :data:`BITS`, for what these tell of a run.
+
+    Example:
+        >>> layer_of("ternary/real").activation_levels
+        0
+    """
+    weight, activation = BITS[bits]
+    levels = 0 if activation is None else len(activation.values)
+    return LayerInfo("layer", 1, len(weight.values), levels)
 
 
 _MINIMA = {"width": 1, "depth": 2, "horizon": 1, "steps": 1, "batch": 1, "runs": 0}

@@ -29,12 +29,12 @@ from learnsched.meta import distribution
 from learnsched.meta.estimators import Estimator
 from learnsched.meta.mix import Mix
 from learnsched.meta.rollout import begin
-from learnsched.meta.tasks import BITS, Task
+from learnsched.meta.tasks import Task, layer_of
 from learnsched.meta.unrolled import Unrolled
 from learnsched.meta.validation import hard_errors
 from learnsched.policies.domain import LATER_RANGES
 from learnsched.policies.learned import LATER_CHOICES, LearnedPolicy
-from learnsched.schedule import LayerInfo, RunInfo
+from learnsched.schedule import RunInfo
 
 # What a checkpoint says beside its tensors.
 _SCALARS = ("step", "seconds", "best_error", "best_step", "typical_norm", "log")
@@ -152,7 +152,7 @@ class MetaTrainer:
                 "are; copy the policy and call network.requires_grad_(True)"
             )
         for bits, _ in config.mix.bits:
-            if not policy.domain.has_seen_levels(_levels_alone(bits)):
+            if not policy.domain.has_seen_levels(RunInfo((layer_of(bits),), horizon=1)):
                 raise ValueError(
                     f"the network has no say with {bits}, which the mix draws: the policy's domain has "
                     f"activation_levels={policy.domain.activation_levels}; widen it, or change the mix"
@@ -402,10 +402,8 @@ class MetaTrainer:
     def _load(self, path: Path) -> None:
         try:
             with safe_open(path, framework="pt") as file:
-                stored, written = (
-                    json.loads(file.metadata()["trainer"]),
-                    file.metadata().get("digest"),
-                )
+                told = file.metadata()
+                stored, written = json.loads(told["trainer"]), told.get("digest")
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             scalars = {name: stored[name] for name in _SCALARS}
             _check_scalars(scalars)
@@ -453,13 +451,6 @@ def _check_scalars(scalars: Mapping[str, Any]) -> None:
     log = scalars["log"]
     if not (isinstance(log, list) and all(isinstance(entry, dict) for entry in log)):
         raise ValueError(f"log must be a list of entries, got {log!r}")
-
-
-def _levels_alone(bits: str) -> RunInfo:
-    """A run of one layer, for what its level sets tell."""
-    weight, activation = BITS[bits]
-    levels = 0 if activation is None else len(activation.values)
-    return RunInfo((LayerInfo("layer", 1, len(weight.values), levels),), horizon=1)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
