@@ -59,6 +59,7 @@ def run(name, *arguments):
         "without_batch_norm",
         "other_problems",
         "tuned_once",
+        "learning_rates",
     ],
 )
 def test_a_quick_run_writes_its_rows(name, tmp_path):

@@ -113,6 +113,7 @@ SLOW = {
     "without_batch_norm": benchmark("without_batch_norm"),
     "other_problems": benchmark("other_problems"),
     "tuned_once": benchmark("tuned_once"),
+    "learning_rates": benchmark("learning_rates"),
     "payback": module("learnsched.benchmarks.payback"),
     "embed_card": ["-c", EMBED],
 }

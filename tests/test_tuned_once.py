@@ -1,14 +1,18 @@
 """What is said of recipes that were tuned once."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from learnsched.benchmarks.cells import GRIDS
+from learnsched.benchmarks.learning_rates import RATES
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.search import Budget
 from learnsched.benchmarks.spaces import straight_through
 from learnsched.benchmarks.tuned_once import (
     Regime,
+    advice,
     measured,
     practice,
     table,
@@ -18,6 +22,7 @@ from learnsched.benchmarks.tuned_once import (
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.tasks import BITS
 
+ROOT = Path(__file__).parent.parent
 CELLS = GRIDS["medium"].chosen(["fashion-cnn", "fashion-mlp"])
 
 
@@ -78,6 +83,28 @@ def test_methods_that_were_searched_are_drawn_at_random():
     assert f"best of 1 hand-coded methods | +{100 * drawn:.1f} [" in one
     assert f"best of 2 hand-coded methods | +{100 * kept:.1f} [" in two
     assert "learning rate searched | -2.0 [" in own
+
+
+def test_the_advised_rate_has_a_column_of_its_own():
+    advised = [measured_in("fashion-cnn", "learned, advised rate", 0.9, 0.9)]
+    searched = [
+        {
+            "cell": "fashion-cnn",
+            "method": "a",
+            "role": "hand-coded",
+            "validation": 0.9,
+            "test": [0.8, 0.8],
+        }
+    ]
+    head, _, one = without_search([*RECORDS, *advised], searched).splitlines()
+    assert "| learned, not searched | learned, advised rate, not searched |" in head
+    assert [cell.split(" [")[0] for cell in one.strip("| ").split(" | ")[1:]] == ["+1.0", "+10.0"]
+
+
+def test_every_regime_of_the_grid_has_an_advised_rate():
+    recipes = advice(ROOT / "figures" / "learning_rates.json")
+    assert {str(Regime.of(cell.task)) for cell in GRIDS["medium"].cells} <= recipes.keys()
+    assert all(RATES[0] < recipe["learning_rate"] < RATES[-1] for recipe in recipes.values())
 
 
 def test_nothing_is_said_of_cells_without_searches():

@@ -1,25 +1,28 @@
 """One recipe for every network: what is a schedule worth where nobody searches?
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.tuned_once [--artefact default]
-        [--grid medium] [--cells NAME …] [--methods NAME …] [--known PATH] [--quick] [--seed N]
-        [--json PATH]
+        [--grid medium] [--cells NAME …] [--methods NAME …] [--known PATH] [--advised PATH] [--quick]
+        [--seed N] [--json PATH]
 
 Each method is tuned once for each pair of level sets, from scratch and for fine-tuning, on tasks like
 meta-training's: its learning rate and all of its parameters, a learned schedule's learning rate, with
 the same number of trials. What was found trains every network of the accuracy benchmark as it is. Its
-seeds are those of that benchmark, whose records say what a search in each cell would have brought.
+seeds are those of that benchmark, whose records say what a search in each cell would have brought. The
+learned schedule has a second row, at the learning rate that :mod:`learnsched.benchmarks.learning_rates`
+advises, which more networks have chosen.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from learnsched.benchmarks import carried
+from learnsched.benchmarks import carried, learning_rates
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.benchmarks.cells import GRIDS, Cell
@@ -48,6 +51,8 @@ RIVALS = (
     "straight-through",
     "INQ, magnitude",
 )
+
+ADVISED = f"{LEARNED}, advised rate"
 
 # Of one trial on one task: enough, since a trial trains on all of them.
 _BUDGET = Budget(rounds=2, trials=8, trial_runs=1, runs=6)
@@ -131,6 +136,15 @@ def measured(method: Method, recipe: Record, cell: Cell, runs: int) -> dict[str,
     return {"cell": cell.name, "method": method.name, "test": accuracy.flatten().tolist()}
 
 
+def advice(path: Path) -> dict[str, Record]:
+    """Recipes of the advised learning rates, by regime, from the file of their benchmark."""
+    kinds = learning_rates.by_kind(json.loads(path.read_text())["records"])
+    return {
+        str(Regime(*kind)): {"learning_rate": learning_rates.advised(found), "parameters": {}}
+        for kind, found in kinds.items()
+    }
+
+
 def table(records: Sequence[Record], cells: Sequence[Cell], first: str = LEARNED) -> str:
     """Markdown: what each method reaches over the cells, and by how much the first is ahead of it.
 
@@ -177,26 +191,33 @@ def table(records: Sequence[Record], cells: Sequence[Cell], first: str = LEARNED
 
 
 def without_search(records: Sequence[Record], known: Sequence[Record]) -> str:
-    """Markdown: the learned schedule under its recipe against methods searched in each cell."""
-    cells: dict[str, dict[str, Record]] = {
-        r["cell"]: {LEARNED: {**r, "role": LEARNED}}
-        for r in records
-        if r["stage"] == "test" and r["method"] == LEARNED
-    }
-    own: dict[str, Record] = {}
-    for record in known:
-        if record["cell"] in cells and record["role"] == HAND_CODED:
-            cells[record["cell"]][record["method"]] = record
-        elif record["cell"] in cells and record["method"] == LEARNED:
-            own[record["cell"]] = record
-    curve = search_curve(cells)
-    lines = [["against, searched in each cell", f"margin of {LEARNED}, not searched / points"]]
-    for m in doublings(curve):
-        ahead = Interval(-curve[m].mean, -curve[m].high, -curve[m].low)
-        lines.append([f"the best of {m} hand-coded methods", ahead.text("+")])
-    if own:
-        found = compare({cell: (cells[cell][LEARNED], own[cell]) for cell in own})
-        lines.append([f"{LEARNED}, its learning rate searched", found.interval.text("+")])
+    """Markdown: the learned schedule, without a search, against methods searched in each cell."""
+    tests = {(r["method"], r["cell"]): r for r in records if r["stage"] == "test"}
+    columns: dict[str, dict[str, str]] = {}
+    for name in (LEARNED, ADVISED):
+        cells: dict[str, dict[str, Record]] = {
+            cell: {LEARNED: {**r, "role": LEARNED}}
+            for (method, cell), r in tests.items()
+            if method == name
+        }
+        own: dict[str, Record] = {}
+        for record in known:
+            if record["cell"] in cells and record["role"] == HAND_CODED:
+                cells[record["cell"]][record["method"]] = record
+            elif record["cell"] in cells and record["method"] == LEARNED:
+                own[record["cell"]] = record
+        curve = search_curve(cells)
+        column = columns[name] = {}
+        for m in doublings(curve):
+            ahead = Interval(-curve[m].mean, -curve[m].high, -curve[m].low)
+            column[f"the best of {m} hand-coded methods"] = ahead.text("+")
+        if own:
+            found = compare({cell: (cells[cell][LEARNED], own[cell]) for cell in own})
+            column[f"{LEARNED}, its learning rate searched"] = found.interval.text("+")
+    names = [name for name, column in columns.items() if column]
+    lines = [["against, searched in each cell", *(f"{name}, not searched" for name in names)]]
+    for row in columns[LEARNED]:
+        lines.append([row, *(columns[name].get(row, "") for name in names)])
     return markdown(lines)
 
 
@@ -211,11 +232,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--grid", choices=GRIDS, default="medium", help="of the accuracy benchmark")
     parser.add_argument("--cells", nargs="+", metavar="NAME", help="all of the grid if omitted")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="by name; all if omitted")
+    parser.add_argument(
+        "--advised",
+        type=Path,
+        default=Path("figures/learning_rates.json"),
+        help="records of the benchmark of learning rates",
+    )
     parser.add_argument("--quick", action="store_true", help="grid quick, few trials and methods")
     parser.add_argument("--seed", type=int, default=0, help="of the search")
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     options = parser.parse_args(arguments)
     learned = load_pretrained(options.artefact)
+    advised, own = advice(options.advised), replace(field.learned(learned), name=ADVISED)
     budget, grid, count = (_QUICK, "quick", 1) if options.quick else (_BUDGET, options.grid, None)
     cells = GRIDS[grid].chosen(options.cells)
     names = options.methods or [*(m.name for m in _own(learned)), *RIVALS[:count]]
@@ -253,6 +281,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for cell in cells
             for (regime, name), (_, method) in methods.items()
             if regime == str(Regime.of(cell.task))
+        }
+        tests |= {
+            ("test", cell.name, ADVISED): (cell, own, advised[str(Regime.of(cell.task))])
+            for cell in cells
+            if str(Regime.of(cell.task)) in advised
         }
         records = recorded(options.json, tests, test, key, **content)
         if distribution.rank() == 0:

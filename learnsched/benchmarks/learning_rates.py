@@ -1,0 +1,187 @@
+"""Which learning rate to take where nobody searches: one for each pair of level sets and start.
+
+    torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.learning_rates
+        [--artefact default] [--quick] [--seed N] [--json PATH]
+
+Networks are drawn at random, of the kinds that meta-training has and over a wider range of widths,
+depths, run lengths and batches; each trains under the schedule at eight learning rates of Adam. What is
+advised is the rate of best validation accuracy over all networks of a kind. No network is one of the
+accuracy benchmark's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from learnsched.benchmarks import methods as field
+from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
+from learnsched.benchmarks.environment import describe
+from learnsched.benchmarks.rate_choice import smoothed
+from learnsched.benchmarks.statistics import Record
+from learnsched.benchmarks.training import train
+from learnsched.data import load
+from learnsched.meta import distribution
+from learnsched.meta.mix import Mix
+from learnsched.meta.tasks import Task
+from learnsched.policies import LearnedPolicy
+from learnsched.tables import markdown
+
+RATES = tuple(0.004 * 1.7**k for k in range(8))
+
+MIX = Mix(
+    architectures=(
+        ("mnist1d", "cnn1d", (8, 12, 16, 32), (3, 4, 6, 8)),
+        ("mnist1d", "cnn1d", (8, 12, 16, 32), (3, 4, 6, 8)),
+        ("noisy_digits", "cnn2d", (6, 10, 16), (3, 4, 6)),
+        ("digits", "cnn2d", (6, 10, 16), (3, 4, 6)),
+        ("noisy_digits", "residual", (6, 10), (5, 7, 9)),
+        ("mnist1d", "mlp", (24, 32, 64, 128), (3, 4, 6)),
+        ("noisy_digits", "mlp", (24, 32, 64, 128), (3, 4, 6)),
+    ),
+    horizons=(6, 8, 12, 20, 30),
+    total_steps=(100, 2000),
+    batches=(16, 32, 64, 128),
+    bits=(("ternary/2-bit", 1.0),),
+    learning_rates=(RATES[0], RATES[-1]),
+    fine_tuning=0.0,
+    members=1,
+    tasks=1,
+)
+
+# Networks of each pair of level sets, from scratch or for fine-tuning.
+COUNTS = {
+    ("ternary/2-bit", False): 20,
+    ("ternary/2-bit", True): 12,
+    ("ternary/ternary", False): 8,
+    ("binary/binary", False): 8,
+    ("binary/2-bit", False): 6,
+    ("ternary/real", False): 8,
+    ("ternary/real", True): 8,
+}
+_RUNS = 4
+
+
+def drawn(bits: str, fine_tuning: bool, seed: int) -> list[Task]:
+    """The networks of one kind; a kind has networks of its own."""
+    mix = replace(MIX, bits=((bits, 1.0),), fine_tuning=float(fine_tuning))
+    kind = (bits, fine_tuning)
+    first = 1000 * list(COUNTS).index(kind)
+    return [mix.sample(770_000 + seed, first + i)[0] for i in range(COUNTS[kind])]
+
+
+def measured(
+    task: Task, learned: LearnedPolicy, rates: Sequence[float], runs: int
+) -> dict[str, Any]:
+    """Validation accuracy at each rate, and what is known of a run before it."""
+    data = load(task.data)
+    layers = replace(task, learning_rates=(rates[0],)).build(data).run.layers
+    accuracy = train(
+        field.learned(learned), task, data, rates, [None] * len(rates), runs, data.validation
+    )
+    return {
+        "task": task.name,
+        "seed": task.seed,
+        "bits": task.bits,
+        "fine_tuning": task.fine_tuning,
+        "steps": task.horizon * task.steps,
+        "batch": task.batch,
+        "depth": len(layers),
+        "fan_in": fmean(layer.fan_in for layer in layers),
+        "rates": list(rates),
+        "validation": accuracy.tolist(),
+    }
+
+
+def losses(records: Sequence[Record]) -> list[float]:
+    """Accuracy that each rate loses to the best of them, the mean over networks, smoothed.
+
+    Example:
+        >>> records = [{"rates": [0.1, 0.2], "validation": [[0.5, 0.7], [0.8, 0.8]]}]
+        >>> [round(loss, 2) for loss in losses(records)]
+        [0.1, 0.0]
+    """
+    means = torch.tensor([[fmean(runs) for runs in r["validation"]] for r in records])
+    over_networks = smoothed(means.double().mean(0))
+    return (over_networks.max() - over_networks).tolist()
+
+
+def advised(records: Sequence[Record]) -> float:
+    """The rate of best smoothed accuracy over these networks."""
+    loss = losses(records)
+    rates: list[float] = records[0]["rates"]
+    return rates[loss.index(min(loss))]
+
+
+def by_kind(records: Sequence[Record]) -> dict[tuple[str, bool], list[Record]]:
+    """Records of each pair of level sets, from scratch and for fine-tuning."""
+    kinds = dict.fromkeys((r["bits"], r["fine_tuning"]) for r in records)
+    return {kind: [r for r in records if (r["bits"], r["fine_tuning"]) == kind] for kind in kinds}
+
+
+def table(records: Sequence[Record]) -> str:
+    """Markdown: what each rate loses to the best, by kind, and in halves of all networks.
+
+    Where the best rate of two halves is the same, a rule that followed what halves them would not help.
+    """
+    rows = {f"{b}{', fine-tuned' * t}": found for (b, t), found in by_kind(records).items()}
+    halves: tuple[tuple[str, Callable[[Record], float]], ...] = (
+        ("steps", lambda r: r["steps"]),
+        ("batch", lambda r: r["batch"]),
+        ("layers", lambda r: r["depth"]),
+        ("inputs of a weight layer", lambda r: r["fan_in"]),
+    )
+    for name, number in halves:
+        middle = median(map(number, records))
+        rows[f"at most {middle:.4g} {name}"] = [r for r in records if number(r) <= middle]
+        rows[f"more than {middle:.4g} {name}"] = [r for r in records if number(r) > middle]
+    rows["all"] = list(records)
+    lines = [["networks", "count", *(f"{rate:.3g}" for rate in records[0]["rates"]), "advised"]]
+    for name, found in rows.items():
+        if found:
+            lost = (f"{-100 * loss:.1f}" for loss in losses(found))
+            lines.append([name, str(len(found)), *lost, f"{advised(found):.3g}"])
+    return markdown(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    from learnsched.pretrained import load_pretrained
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
+    parser.add_argument("--quick", action="store_true", help="one network, two rates and runs")
+    parser.add_argument("--seed", type=int, default=0, help="of the networks")
+    parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
+    options = parser.parse_args(arguments)
+    learned = load_pretrained(options.artefact)
+    networks = [drawn(bits, tuned, options.seed) for bits, tuned in COUNTS]
+    # One of each kind in turn, so that a run that ends early has some of all.
+    turns = [[of_kind[i] for of_kind in networks if i < len(of_kind)] for i in range(20)]
+    tasks, rates, runs = [task for turn in turns for task in turn], RATES, _RUNS
+    if options.quick:
+        tasks, rates, runs = tasks[:1], RATES[::4], 2
+    with one_of_the_ranks():
+        records = recorded(
+            options.json,
+            {(task.name, task.seed): task for task in tasks},
+            lambda task: [{**measured(task, learned, rates, runs), "commit": describe()["commit"]}],
+            lambda record: (record["task"], record["seed"]),
+            progress=lambda record: print(f"{record['task']}: {advised([record]):.3g}", flush=True),
+            seed=options.seed,
+            quick=options.quick,
+        )
+        if distribution.rank() == 0:
+            print(f"\n{table(records)}")
+
+
+if __name__ == "__main__":
+    main()
