@@ -2,9 +2,8 @@
 
 With a scale s the quantizer is ``s E(x / s)``; the scale is a constant here. float32 on a CPU goes to
 the compiled kernels of :mod:`learnsched.native`, float32 and half precision on a GPU to those of
-:mod:`learnsched.triton_kernels` where Triton is installed, everything else is composed of the
-functions of :mod:`learnsched.staircase`. Half precision is computed in float32. Nothing here knows of
-autograd.
+:mod:`learnsched.triton_kernels` where Triton is installed, everything else to
+:mod:`learnsched.composed`. Half precision is computed in float32. Nothing here knows of autograd.
 
 Inside ``torch.compile`` the compiled kernels appear as the operators ``torch.ops.learnsched.*``, which
 :mod:`learnsched.operators` defines by the functions of this module; what is composed is traced through,
@@ -17,12 +16,13 @@ import functools
 import importlib.util
 import os
 import platform
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from learnsched import native, native_call, staircase
+from learnsched import native, native_call
+from learnsched.composed import Composed
 from learnsched.levels import LevelSet
 from learnsched.noise import NoiseShape
 from learnsched.staircase import Level
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from learnsched import triton_kernels
 
 Scale = Tensor | None
+Adjoints = tuple[Tensor, Tensor, Tensor]
 
 # Below this many elements a second thread costs more than it saves.
 _PARALLEL = 32_768
@@ -55,16 +56,30 @@ def show_config() -> str:
     )
 
 
+class Kernel(Protocol):
+    """The operations for one level set, noise and scale, however they are computed."""
+
+    def value(self, x: Tensor) -> Tensor:
+        """See :func:`value`."""
+
+    def slope(self, x: Tensor, grad: Tensor) -> Tensor:
+        """See :func:`slope`."""
+
+    def std_slope(self, x: Tensor, grad: Tensor, std: Tensor) -> Tensor:
+        """See :func:`std_slope`."""
+
+    def slope_adjoint(self, x: Tensor, grad: Tensor, outer: Tensor, std: Level) -> Adjoints:
+        """See :func:`slope_adjoint`."""
+
+    def std_slope_adjoint(self, x: Tensor, grad: Tensor, outer: Tensor, std: Tensor) -> Adjoints:
+        """See :func:`std_slope_adjoint`."""
+
+
 def value(
     x: Tensor, levels: LevelSet, std: Level, mean: Level, noise: NoiseShape, scale: Scale
 ) -> Tensor:
     """``scale E(x / scale)``, in x's dtype."""
-    if (call := _call(x, levels, std, mean, noise, scale)) is not None:
-        return call.value(x)
-    if x.dtype in _HALF:
-        return value(x.float(), levels, std, mean, noise, scale).to(x.dtype)
-    result = staircase.expectation(_over(x, scale), levels, std, mean, noise)
-    return result.to(x.dtype) if scale is None else (result * scale).to(x.dtype)
+    return _kernel(x, levels, std, mean, noise, scale).value(x)
 
 
 def slope(
@@ -77,12 +92,7 @@ def slope(
     scale: Scale,
 ) -> Tensor:
     """``grad`` times the derivative of :func:`value` in x."""
-    if (call := _call(x, levels, std, mean, noise, scale, grad)) is not None:
-        return call.slope(x, grad)
-    if x.dtype in _HALF:
-        wide = slope(grad.float(), x.float(), levels, std, mean, noise, scale)
-        return wide.to(x.dtype)
-    return staircase.slope(_over(x, scale), levels, std, mean, noise) * grad
+    return _kernel(x, levels, std, mean, noise, scale, grad).slope(x, grad)
 
 
 def std_slope(
@@ -95,12 +105,7 @@ def std_slope(
     scale: Scale,
 ) -> Tensor:
     """``grad`` times the derivative of :func:`value` in the std, summed to the std's shape."""
-    if (call := _call(x, levels, std, mean, noise, scale, grad)) is not None:
-        return call.std_slope(x, grad, std)
-    if x.dtype in _HALF:
-        return std_slope(grad.float(), x.float(), levels, std, mean, noise, scale)
-    each = staircase.std_slope(_over(x, scale), levels, std, mean, noise) * grad
-    return (each if scale is None else each * scale).sum_to_size(std.shape)
+    return _kernel(x, levels, std, mean, noise, scale, grad).std_slope(x, grad, std)
 
 
 def slope_adjoint(
@@ -112,21 +117,13 @@ def slope_adjoint(
     mean: Level,
     noise: NoiseShape,
     scale: Scale,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Adjoints:
     """Adjoints of ``grad``, ``x`` and ``std`` from that of :func:`slope`'s result.
 
     That of the std has its shape; for a number it is a tensor without dimensions.
     """
-    if (call := _call(x, levels, std, mean, noise, scale, outer, grad)) is not None:
-        return call.slope_adjoint(x, grad, outer, std)
-    if x.dtype in _HALF:
-        numbers = (outer.float(), grad.float(), x.float())
-        of_grad, of_x, of_std = slope_adjoint(*numbers, levels, std, mean, noise, scale)
-        return of_grad.to(x.dtype), of_x.to(x.dtype), of_std
-    parts = staircase.slope_derivatives(_over(x, scale), levels, std, mean, noise)
-    both = outer * grad
-    of_std = _summed(parts[2] * both, std)
-    return parts[0] * outer, _over(parts[1] * both, scale), of_std
+    kernel = _kernel(x, levels, std, mean, noise, scale, outer, grad)
+    return kernel.slope_adjoint(x, grad, outer, std)
 
 
 def std_slope_adjoint(
@@ -138,26 +135,58 @@ def std_slope_adjoint(
     mean: Level,
     noise: NoiseShape,
     scale: Scale,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Adjoints:
     """Adjoints of ``grad``, ``x`` and ``std`` from that of :func:`std_slope`'s result."""
-    if (call := _call(x, levels, std, mean, noise, scale, outer, grad)) is not None:
-        return call.std_slope_adjoint(x, grad, outer, std)
-    if x.dtype in _HALF:
-        numbers = (outer, grad.float(), x.float())
-        of_grad, of_x, of_std = std_slope_adjoint(*numbers, levels, std, mean, noise, scale)
+    kernel = _kernel(x, levels, std, mean, noise, scale, outer, grad)
+    return kernel.std_slope_adjoint(x, grad, outer, std)
+
+
+def _kernel(
+    x: Tensor,
+    levels: LevelSet,
+    std: Level,
+    mean: Level,
+    noise: NoiseShape,
+    scale: Scale,
+    *gradients: Tensor,
+) -> Kernel:
+    """What computes on these tensors."""
+    compiled = _compiled(x, levels, std, mean, noise, scale, *gradients)
+    if compiled is not None:
+        return compiled
+    kind = _InSinglePrecision if x.dtype in _HALF else Composed
+    return kind(levels, std, mean, noise, scale)
+
+
+class _InSinglePrecision:
+    """What computes on float32, for half precision."""
+
+    def __init__(
+        self, levels: LevelSet, std: Level, mean: Level, noise: NoiseShape, scale: Scale
+    ) -> None:
+        self._levels = levels
+        self._rest = mean, noise, scale
+        self._std = std
+
+    def value(self, x: Tensor) -> Tensor:
+        return value(x.float(), self._levels, self._std, *self._rest).to(x.dtype)
+
+    def slope(self, x: Tensor, grad: Tensor) -> Tensor:
+        wide = slope(grad.float(), x.float(), self._levels, self._std, *self._rest)
+        return wide.to(x.dtype)
+
+    def std_slope(self, x: Tensor, grad: Tensor, std: Tensor) -> Tensor:
+        return std_slope(grad.float(), x.float(), self._levels, std, *self._rest)
+
+    def slope_adjoint(self, x: Tensor, grad: Tensor, outer: Tensor, std: Level) -> Adjoints:
+        wide = (outer.float(), grad.float(), x.float())
+        of_grad, of_x, of_std = slope_adjoint(*wide, self._levels, std, *self._rest)
         return of_grad.to(x.dtype), of_x.to(x.dtype), of_std
-    parts = staircase.std_slope_derivatives(_over(x, scale), levels, std, mean, noise)
-    outer_scaled = outer if scale is None else outer * scale
-    of_std = _summed(parts[2] * grad * outer_scaled, std)
-    return parts[0] * outer_scaled, parts[1] * grad * outer, of_std
 
-
-def _over(x: Tensor, scale: Scale) -> Tensor:
-    return x if scale is None else x / scale
-
-
-def _summed(x: Tensor, like: Level) -> Tensor:
-    return x.sum_to_size(like.shape) if isinstance(like, Tensor) else x.sum()
+    def std_slope_adjoint(self, x: Tensor, grad: Tensor, outer: Tensor, std: Tensor) -> Adjoints:
+        wide = (outer, grad.float(), x.float())
+        of_grad, of_x, of_std = std_slope_adjoint(*wide, self._levels, std, *self._rest)
+        return of_grad.to(x.dtype), of_x.to(x.dtype), of_std
 
 
 class _Operators:
@@ -187,18 +216,14 @@ class _Operators:
     def std_slope(self, x: Tensor, grad: Tensor, std: Tensor) -> Tensor:
         return torch.ops.learnsched.std_slope(grad, *self._arguments(x))
 
-    def slope_adjoint(
-        self, x: Tensor, grad: Tensor, outer: Tensor, std: Level
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def slope_adjoint(self, x: Tensor, grad: Tensor, outer: Tensor, std: Level) -> Adjoints:
         return torch.ops.learnsched.slope_adjoint(outer, grad, *self._arguments(x))
 
-    def std_slope_adjoint(
-        self, x: Tensor, grad: Tensor, outer: Tensor, std: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def std_slope_adjoint(self, x: Tensor, grad: Tensor, outer: Tensor, std: Tensor) -> Adjoints:
         return torch.ops.learnsched.std_slope_adjoint(outer, grad, *self._arguments(x))
 
 
-def _call(
+def _compiled(
     x: Tensor,
     levels: LevelSet,
     std: Level,
@@ -206,8 +231,8 @@ def _call(
     noise: NoiseShape,
     scale: Scale,
     *gradients: Tensor,
-) -> native_call.Call | _Operators | triton_kernels.Call | None:
-    """How the compiled kernels compute on these tensors; None if they cannot."""
+) -> Kernel | None:
+    """The compiled kernel for these tensors; None if there is none."""
     on_cpu = x.is_cpu
     if x.dtype is not torch.float32 and (on_cpu or x.dtype not in _HALF):
         return None

@@ -136,7 +136,7 @@ def measured(method: Method, recipe: Record, cell: Cell, runs: int) -> dict[str,
     return {"cell": cell.name, "method": method.name, "test": accuracy.flatten().tolist()}
 
 
-def advice(path: Path) -> dict[str, Record]:
+def advice(path: Path) -> dict[str, dict[str, Any]]:
     """Recipes of the advised learning rates, by regime, from the file of their benchmark."""
     kinds = learning_rates.by_kind(json.loads(path.read_text())["records"])
     return {
