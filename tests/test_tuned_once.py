@@ -11,6 +11,7 @@ from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.search import Budget
 from learnsched.benchmarks.spaces import straight_through
 from learnsched.benchmarks.tuned_once import (
+    ADVISED,
     Regime,
     advice,
     measured,
@@ -85,8 +86,11 @@ def test_methods_that_were_searched_are_drawn_at_random():
     assert "learning rate searched | -2.0 [" in own
 
 
-def test_the_advised_rate_has_a_column_of_its_own():
-    advised = [measured_in("fashion-cnn", "learned, advised rate", 0.9, 0.9)]
+def test_the_advised_rate_has_a_column_and_a_table_of_its_own():
+    advised = [
+        {**measured_in("fashion-cnn", "learned", 0.9, 0.9), "stage": ADVISED},
+        {**measured_in("fashion-cnn", "good in practice", 0.8, 0.9), "stage": ADVISED},
+    ]
     searched = [
         {
             "cell": "fashion-cnn",
@@ -96,15 +100,18 @@ def test_the_advised_rate_has_a_column_of_its_own():
             "test": [0.8, 0.8],
         }
     ]
-    head, _, one = without_search([*RECORDS, *advised], searched).splitlines()
-    assert "| learned, not searched | learned, advised rate, not searched |" in head
-    assert [cell.split(" [")[0] for cell in one.strip("| ").split(" | ")[1:]] == ["+1.0", "+10.0"]
+    one = without_search([*RECORDS, *advised], searched).splitlines()[2]
+    margins = [cell.split(" [")[0] for cell in one.strip("| ").split(" | ")[1:]]
+    assert margins == ["+1.0", "+10.0"]
+    rows = table([*RECORDS, *advised], CELLS, stage=ADVISED).splitlines()[2:]
+    assert rows[0].startswith("| learned | 1 | 90.0 |")
+    assert rows[1].startswith("| good in practice | 1 | 85.0 | +5.0 [")
 
 
 def test_every_regime_of_the_grid_has_an_advised_rate():
-    recipes = advice(ROOT / "figures" / "learning_rates.json")
-    assert {str(Regime.of(cell.task)) for cell in GRIDS["medium"].cells} <= recipes.keys()
-    assert all(RATES[0] < recipe["learning_rate"] < RATES[-1] for recipe in recipes.values())
+    rates = advice(ROOT / "figures" / "learning_rates.json")
+    assert {str(Regime.of(cell.task)) for cell in GRIDS["medium"].cells} <= rates.keys()
+    assert all(RATES[0] < rate < RATES[-1] for rate in rates.values())
 
 
 def test_nothing_is_said_of_cells_without_searches():

@@ -7,9 +7,9 @@
 Each method is tuned once for each pair of level sets, from scratch and for fine-tuning, on tasks like
 meta-training's: its learning rate and all of its parameters, a learned schedule's learning rate, with
 the same number of trials. What was found trains every network of the accuracy benchmark as it is. Its
-seeds are those of that benchmark, whose records say what a search in each cell would have brought. The
-learned schedule has a second row, at the learning rate that :mod:`learnsched.benchmarks.learning_rates`
-advises, which more networks have chosen.
+seeds are those of that benchmark, whose records say what a search in each cell would have brought.
+Then all do so again, at the learning rate that :mod:`learnsched.benchmarks.learning_rates` advises for
+the learned schedule: many networks have chosen it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ RIVALS = (
     "INQ, magnitude",
 )
 
-ADVISED = f"{LEARNED}, advised rate"
+# Stages of a record: what was found, what it reaches, and what at the advised learning rate.
+RECIPE, TEST, ADVISED = "recipe", "test", "advised"
 
 # Of one trial on one task: enough, since a trial trains on all of them.
 _BUDGET = Budget(rounds=2, trials=8, trial_runs=1, runs=6)
@@ -136,24 +137,23 @@ def measured(method: Method, recipe: Record, cell: Cell, runs: int) -> dict[str,
     return {"cell": cell.name, "method": method.name, "test": accuracy.flatten().tolist()}
 
 
-def advice(path: Path) -> dict[str, dict[str, Any]]:
-    """Recipes of the advised learning rates, by regime, from the file of their benchmark."""
+def advice(path: Path) -> dict[str, float]:
+    """Advised learning rates by regime, from the file of their benchmark."""
     kinds = learning_rates.by_kind(json.loads(path.read_text())["records"])
-    return {
-        str(Regime(*kind)): {"learning_rate": learning_rates.advised(found), "parameters": {}}
-        for kind, found in kinds.items()
-    }
+    return {str(Regime(*kind)): learning_rates.advised(found) for kind, found in kinds.items()}
 
 
-def table(records: Sequence[Record], cells: Sequence[Cell], first: str = LEARNED) -> str:
+def table(
+    records: Sequence[Record], cells: Sequence[Cell], first: str = LEARNED, stage: str = TEST
+) -> str:
     """Markdown: what each method reaches over the cells, and by how much the first is ahead of it.
 
     Two rows choose among the hand-coded ones: what was best where they were tuned, and the best of each
     cell on test data, which nobody can know.
     """
-    recipes = {(r["regime"], r["method"]): r for r in records if r["stage"] == "recipe"}
-    tests = {(r["cell"], r["method"]): r for r in records if r["stage"] == "test"}
-    names = list(dict.fromkeys(r["method"] for r in records))
+    recipes = {(r["regime"], r["method"]): r for r in records if r["stage"] == RECIPE}
+    tests = {(r["cell"], r["method"]): r for r in records if r["stage"] == stage}
+    names = list(dict.fromkeys(r["method"] for r in tests.values()))
     own = (first, *(name for name in names if name.startswith(first) and name != first))
     rows: dict[str, dict[str, Record]] = {
         name: {c.name: tests[c.name, name] for c in cells if (c.name, name) in tests}
@@ -192,13 +192,12 @@ def table(records: Sequence[Record], cells: Sequence[Cell], first: str = LEARNED
 
 def without_search(records: Sequence[Record], known: Sequence[Record]) -> str:
     """Markdown: the learned schedule, without a search, against methods searched in each cell."""
-    tests = {(r["method"], r["cell"]): r for r in records if r["stage"] == "test"}
-    columns: dict[str, dict[str, str]] = {}
-    for name in (LEARNED, ADVISED):
+    columns: dict[str, dict[str, str]] = {TEST: {}, ADVISED: {}}
+    for stage, column in columns.items():
         cells: dict[str, dict[str, Record]] = {
-            cell: {LEARNED: {**r, "role": LEARNED}}
-            for (method, cell), r in tests.items()
-            if method == name
+            r["cell"]: {LEARNED: {**r, "role": LEARNED}}
+            for r in records
+            if r["stage"] == stage and r["method"] == LEARNED
         }
         own: dict[str, Record] = {}
         for record in known:
@@ -207,18 +206,18 @@ def without_search(records: Sequence[Record], known: Sequence[Record]) -> str:
             elif record["cell"] in cells and record["method"] == LEARNED:
                 own[record["cell"]] = record
         curve = search_curve(cells)
-        column = columns[name] = {}
         for m in doublings(curve):
             ahead = Interval(-curve[m].mean, -curve[m].high, -curve[m].low)
             column[f"the best of {m} hand-coded methods"] = ahead.text("+")
         if own:
             found = compare({cell: (cells[cell][LEARNED], own[cell]) for cell in own})
             column[f"{LEARNED}, its learning rate searched"] = found.interval.text("+")
-    names = [name for name, column in columns.items() if column]
-    lines = [["against, searched in each cell", *(f"{name}, not searched" for name in names)]]
-    for row in columns[LEARNED]:
-        lines.append([row, *(columns[name].get(row, "") for name in names)])
-    return markdown(lines)
+    rows = [
+        ["against, searched in each cell", f"margin of {LEARNED}, as tuned", "at the advised rate"]
+    ]
+    for name in dict.fromkeys(name for column in columns.values() for name in column):
+        rows.append([name, *(column.get(name, "") for column in columns.values())])
+    return markdown(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -243,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     options = parser.parse_args(arguments)
     learned = load_pretrained(options.artefact)
-    advised, own = advice(options.advised), replace(field.learned(learned), name=ADVISED)
+    advised = advice(options.advised)
     budget, grid, count = (_QUICK, "quick", 1) if options.quick else (_BUDGET, options.grid, None)
     cells = GRIDS[grid].chosen(options.cells)
     names = options.methods or [*(m.name for m in _own(learned)), *RIVALS[:count]]
@@ -256,40 +255,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def recipe(job: tuple[Regime, Method]) -> list[dict[str, Any]]:
         regime, method = job
         found = tuned(method, practice(regime)[:count], budget, options.seed)
-        return [{"stage": "recipe", "regime": str(regime), **found, "commit": describe()["commit"]}]
+        return [{"stage": RECIPE, "regime": str(regime), **found, "commit": describe()["commit"]}]
 
-    def test(job: tuple[Cell, Method, Record]) -> list[dict[str, Any]]:
-        cell, method, found = job
+    def test(job: tuple[str, Cell, Method, Record]) -> list[dict[str, Any]]:
+        stage, cell, method, found = job
         made = measured(method, found, cell, budget.runs)
-        return [{"stage": "test", **made, "commit": describe()["commit"]}]
+        return [{"stage": stage, **made, "commit": describe()["commit"]}]
 
     def key(record: Record) -> tuple[str, str, str]:
         return (record["stage"], record.get("regime") or record["cell"], record["method"])
 
     def progress(record: dict[str, Any]) -> None:
         place, name = key(record)[1:]
-        score = record["validation"] if record["stage"] == "recipe" else mean(record)
+        score = record["validation"] if record["stage"] == RECIPE else mean(record)
         print(f"{record['stage']}, {place}, {name}: {100 * score:.1f}", flush=True)
 
     content = {"progress": progress, "seed": options.seed, "quick": options.quick}
     with one_of_the_ranks():
-        jobs = {("recipe", *names): job for names, job in methods.items()}
+        jobs = {(RECIPE, *names): job for names, job in methods.items()}
         records = recorded(options.json, jobs, recipe, key, **content)
         recipes = {key(record): record for record in records}
-        tests = {
-            ("test", cell.name, name): (cell, method, recipes["recipe", regime, name])
-            for cell in cells
-            for (regime, name), (_, method) in methods.items()
-            if regime == str(Regime.of(cell.task))
-        }
-        tests |= {
-            ("test", cell.name, ADVISED): (cell, own, advised[str(Regime.of(cell.task))])
-            for cell in cells
-            if str(Regime.of(cell.task)) in advised
-        }
+        tests = {}
+        for stage in (TEST, ADVISED):
+            for cell in cells:
+                there = str(Regime.of(cell.task))
+                for (regime, name), (_, method) in methods.items():
+                    if regime == there:
+                        found = recipes[RECIPE, regime, name]
+                        if stage == ADVISED:
+                            found = {**found, "learning_rate": advised[regime]}
+                        tests[stage, cell.name, name] = (stage, cell, method, found)
         records = recorded(options.json, tests, test, key, **content)
         if distribution.rank() == 0:
-            print(f"\n{table(records, cells)}\n\n{without_search(records, read(options.known))}")
+            for stage in (TEST, ADVISED):
+                print(f"\n{stage}:\n\n{table(records, cells, stage=stage)}")
+            print(f"\n{without_search(records, read(options.known))}")
 
 
 if __name__ == "__main__":
