@@ -51,9 +51,9 @@ def test_every_kind_has_its_row_and_every_half():
         line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip("| ")
         for line in table(records).splitlines()
     }
-    assert rows["ternary/2-bit"] == rows["at most 300 steps"] == "0.01"
-    assert rows["binary/binary, fine-tuned"] == rows["more than 300 steps"] == "0.04"
-    assert "more than 32 batch" not in rows
+    assert rows["ternary/2-bit"] == rows["runs of at most 300 steps"] == "0.01"
+    assert rows["binary/binary, fine-tuned"] == rows["runs of more than 300 steps"] == "0.04"
+    assert "batches of more than 32" not in rows
 
 
 def test_networks_are_drawn_anew_for_each_kind_and_are_not_those_of_the_grid():

@@ -132,20 +132,20 @@ def table(records: Sequence[Record]) -> str:
     """
     rows = {f"{b}{', fine-tuned' * t}": found for (b, t), found in by_kind(records).items()}
     halves: tuple[tuple[str, Callable[[Record], float]], ...] = (
-        ("steps", lambda r: r["steps"]),
-        ("batch", lambda r: r["batch"]),
-        ("layers", lambda r: r["depth"]),
-        ("inputs of a weight layer", lambda r: r["fan_in"]),
+        ("runs of {} {:.0f} steps", lambda r: r["steps"]),
+        ("batches of {} {:.0f}", lambda r: r["batch"]),
+        ("{} {:.0f} layers", lambda r: r["depth"]),
+        ("{} {:.0f} inputs a layer, in the mean", lambda r: r["fan_in"]),
     )
     for name, number in halves:
         middle = median(map(number, records))
-        rows[f"at most {middle:.4g} {name}"] = [r for r in records if number(r) <= middle]
-        rows[f"more than {middle:.4g} {name}"] = [r for r in records if number(r) > middle]
+        rows[name.format("at most", middle)] = [r for r in records if number(r) <= middle]
+        rows[name.format("more than", middle)] = [r for r in records if number(r) > middle]
     rows["all"] = list(records)
     lines = [["networks", "count", *(f"{rate:.3g}" for rate in records[0]["rates"]), "advised"]]
     for name, found in rows.items():
         if found:
-            lost = (f"{-100 * loss:.1f}" for loss in losses(found))
+            lost = (f"{100 * loss:.1f}" for loss in losses(found))
             lines.append([name, str(len(found)), *lost, f"{advised(found):.3g}"])
     return markdown(lines)
 
