@@ -27,7 +27,7 @@ from learnsched.benchmarks.campaign import one_of_the_ranks
 from learnsched.benchmarks.environment import describe
 from learnsched.differences import differences
 from learnsched.files import write_text
-from learnsched.meta import distribution
+from learnsched.meta import processes
 from learnsched.meta.presets import PRESETS, Preset
 from learnsched.meta.trainer import MetaTrainer
 from learnsched.plotting import plot_comparison, plot_learning_curve, plot_schedule
@@ -79,7 +79,7 @@ def _options() -> argparse.Namespace:
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         reason = str(error).splitlines()[0]
         parser.error(f"--device must be cpu or cuda, got {options.device!r}: {reason}")
-    options.device = distribution.own_device(options.device)
+    options.device = processes.own_device(options.device)
     return options
 
 
@@ -88,7 +88,7 @@ def _train_and_report(options: argparse.Namespace) -> None:
     steps = options.steps or preset.steps
     parts = ("config.json", "checkpoint.safetensors")
     started = any((options.out / part).exists() for part in parts)
-    distribution.barrier()  # every rank has looked before the first one writes
+    processes.barrier()  # every rank has looked before the first one writes
     if started and not options.resume:
         raise FileExistsError(
             f"{options.out} holds a run already; add --resume to go on with it, or choose another --out"
@@ -103,7 +103,7 @@ def _train_and_report(options: argparse.Namespace) -> None:
             f"and is {steps}{given}; give {trainer.step} or more"
         )
     first = preset.trainer.validate_every
-    if steps < first and distribution.rank() == 0:
+    if steps < first and processes.rank() == 0:
         print(
             f"meta_train.py: nothing is selected before the first validation, at outer step {first}; "
             f"after {steps} the network is saved as it was at the start",
@@ -124,7 +124,7 @@ def _train_and_report(options: argparse.Namespace) -> None:
             "estimator": repr(trainer.estimator),
             "seed": options.seed,
             "outer_steps": trainer.step,
-            "processes": distribution.world_size(),
+            "processes": processes.world_size(),
             "seconds": round(trainer.seconds),
             "selected_step": trainer.best_step,
             "validation_error": trainer.best_error if math.isfinite(trainer.best_error) else None,
@@ -133,7 +133,7 @@ def _train_and_report(options: argparse.Namespace) -> None:
             **describe(),
         },
     }
-    if distribution.rank() == 0:
+    if processes.rank() == 0:
         save_artefact(policy, options.out / "schedule.safetensors", card)
         plot_learning_curve(
             trainer.log,
@@ -169,7 +169,7 @@ def _trainer(preset: Preset, options: argparse.Namespace) -> MetaTrainer:
         shared_noise=True,
         moved_start=True,
     )
-    if options.source and distribution.rank() == 0:
+    if options.source and processes.rank() == 0:
         _say_what_changes(options.source, source, policy)
     config = replace(preset.trainer, seed=options.seed)
     return MetaTrainer(
@@ -205,7 +205,7 @@ def _report(policy: LearnedPolicy, card: dict[str, Any], options: argparse.Names
         field.upper_bound(),
     ]
     records = held_out.compare(methods, tasks, held_out.QUICK if quick else held_out.Budget())
-    if distribution.rank() != 0:
+    if processes.rank() != 0:
         return
     save_artefact(
         policy,
@@ -231,7 +231,7 @@ class _Progress:
     def __init__(self, folder: Path, done: int, steps: int) -> None:
         from tqdm import tqdm
 
-        first = distribution.rank() == 0
+        first = processes.rank() == 0
         self._bar = tqdm(total=steps, initial=done, unit="step", disable=None if first else True)
         self._writer = _tensorboard(folder) if first else None
 

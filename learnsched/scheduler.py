@@ -219,6 +219,7 @@ class QuantizationScheduler:
             "epochs": self.epochs,
             "layers": list(self.history.layers),
             "levels": self._levels(),
+            "scales": self._scales(),
             "fine_tuning": self._run.fine_tuning,
             "steps_per_epoch": self._run.steps_per_epoch,
             "counted": self._counter.total,
@@ -248,6 +249,8 @@ class QuantizationScheduler:
             "fine_tuning": self._run.fine_tuning,
             "policy": description(self.policy),
         }
+        if "scales" in state_dict:  # older states do not know
+            expected["scales"] = self._scales()
         for name, value in expected.items():
             if state_dict.get(name) != value:
                 raise ValueError(
@@ -353,6 +356,11 @@ class QuantizationScheduler:
     def _levels(self) -> list[list[str]]:
         """The level sets of each layer, in words, for those who load this state without the model's."""
         return [[spelled(q.levels) for q in layer.quantizers] for layer in self._layers]
+
+    def _scales(self) -> list[str]:
+        """The rule of each layer's weight, in words; empty where it has none."""
+        weights = [layer.weight for layer in self._layers]
+        return ["" if w is None else description(w.weight_quantizer.rule) for w in weights]
 
     def _restore(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """After an optimizer's step."""

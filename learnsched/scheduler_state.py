@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from learnsched.levels import LevelSet
+from learnsched.scales import ScaleRule
 from learnsched.schedule import Policy
 
 
@@ -19,10 +20,12 @@ def spelled(levels: LevelSet) -> str:
     return f"{levels.name} {len(levels.values)} from {low:g} to {high:g}"
 
 
-def description(policy: Policy) -> str:
-    """Of a policy and its parameters, if it has a ``repr`` of its own."""
-    described = type(policy).__repr__ is not object.__repr__
-    return repr(policy) if described else type(policy).__name__
+def description(thing: Policy | ScaleRule) -> str:
+    """Of a policy or a scale rule and its parameters, if it has a ``repr`` of its own; else its name."""
+    if name := getattr(thing, "__qualname__", None):  # a function's ``repr`` holds an address
+        return str(name)
+    described = type(thing).__repr__ is not object.__repr__
+    return repr(thing) if described else type(thing).__name__
 
 
 def check_whole(

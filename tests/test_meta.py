@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import learnsched as ls
 from learnsched.choose import LayerConfig
 from learnsched.data import DataSet, Split, load, reduced
-from learnsched.meta import distribution
+from learnsched.meta import processes
 from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.rollout import PolicyRollout, run_forward, table_rollout, terminal_settings
@@ -677,7 +677,7 @@ def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch, name, loc
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local is not None:
         monkeypatch.setenv("LOCAL_RANK", local)
-    assert distribution.own_device(name) == own
+    assert processes.own_device(name) == own
 
 
 def test_a_run_that_began_with_another_network_is_refused(tmp_path):

@@ -824,6 +824,24 @@ def test_the_state_of_other_level_sets_is_refused(levels):
         scheduler(*levels).load_state_dict(state)
 
 
+def test_the_state_under_another_scale_rule_is_refused_unless_it_is_too_old_to_tell():
+    def root_mean_square(weight, levels):
+        return weight.square().mean().sqrt().reshape([1] * weight.dim())
+
+    def scheduler(rule):
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+        ls.quantize_(model, ls.ternary(), ls.unsigned(2), weight_scale=rule)
+        return ls.QuantizationScheduler(model, policies.StraightThrough(), 3)
+
+    for rule, other in ((ls.LeastSquares(), ls.Maximum()), (root_mean_square, ls.AbsoluteMean())):
+        state = scheduler(rule).state_dict()
+        scheduler(rule).load_state_dict(state)
+        with pytest.raises(ValueError, match=r"this state has scales .*make the scheduler with"):
+            scheduler(other).load_state_dict(state)
+        del state["scales"]
+        scheduler(other).load_state_dict(state)
+
+
 def test_the_learning_rate_follows_the_policy_in_an_ordinary_lambda_scheduler():
     curve = policies.BaseCurve(warm_until=0.25)
     model = network()

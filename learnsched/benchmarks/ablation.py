@@ -27,7 +27,7 @@ from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.search import Budget
 from learnsched.benchmarks.transfer import transfer
 from learnsched.intervals import interval
-from learnsched.meta import distribution
+from learnsched.meta import processes
 from learnsched.meta.estimators import Rollout
 from learnsched.meta.inner import InnerLoop
 from learnsched.meta.rollout import table_rollout
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         content = {"quick": options.quick, "artefact": options.artefact}
 
         def keep(records: list[dict[str, Any]]) -> None:
-            if distribution.rank() == 0:
+            if processes.rank() == 0:
                 write_results(options.json, {**content, "records": records})
 
         records = transfer(
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             done=stored_records(options.json, **content),
             progress=keep,
         )
-        if distribution.rank() == 0:
+        if processes.rank() == 0:
             print(table(records, tasks))
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from learnsched.benchmarks.environment import write_results
-from learnsched.meta import distribution
+from learnsched.meta import processes
 
 Job = TypeVar("Job")
 
@@ -19,12 +19,12 @@ Job = TypeVar("Job")
 @contextmanager
 def one_of_the_ranks() -> Iterator[None]:
     """Take part in what torchrun started, if it did, on one thread."""
-    distribution.start()
+    processes.start()
     torch.set_num_threads(1)  # the tensors are small: threads cost more than they bring
     try:
         yield
     finally:
-        distribution.stop()
+        processes.stop()
 
 
 def recorded(
@@ -55,7 +55,7 @@ def recorded(
     """
 
     def keep(made: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:
-        if distribution.rank() == 0:
+        if processes.rank() == 0:
             if progress is not None:
                 for record in made:
                     progress(record)
@@ -109,7 +109,7 @@ def completed(
     records = [dict(record) for record in done]
     finished = {key(record) for record in records}
     todo = [job for name, job in jobs.items() if name not in finished]
-    for parts in distribution.shared(todo, work):
+    for parts in processes.shared(todo, work):
         made = [record for part in parts for record in part]
         records += made
         if progress is not None:

@@ -30,7 +30,7 @@ from learnsched.benchmarks.environment import describe, write_results
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.training import train
 from learnsched.data import DataSet, load
-from learnsched.meta import distribution
+from learnsched.meta import processes
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.rollout import learning_rates, run_forward, table_rollout
 from learnsched.meta.tasks import Task, task_of
@@ -248,7 +248,7 @@ def search(box: Box, count: int, rounds: int, seed: int, rows: Sequence[Task]) -
 
     for turn in range(rounds):
         jobs = [(turn, index, low, high) for index in range(len(rows))]
-        for index, (points, value) in enumerate(distribution.mapped(jobs, tried)):
+        for index, (points, value) in enumerate(processes.mapped(jobs, tried)):
             group = (turn * len(rows) + index) * _SEEDS + torch.arange(len(points)) % _SEEDS
             seen.append((points, value, group))
         points, values, groups = (torch.cat(parts) for parts in zip(*seen, strict=True))
@@ -287,7 +287,7 @@ def verify(
             "accuracy": dict(zip(compared, found.mean(1).tolist(), strict=True)),
         }
 
-    return distribution.mapped(rows, work)
+    return processes.mapped(rows, work)
 
 
 def at_best_rate(
@@ -367,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "plain": BaseCurve(), "shipped": shipped, "found": last,
         }  # fmt: skip
         content["verified"] = verify(rows, compared, rates, seeds, options.seed)
-        if distribution.rank() == 0:
+        if processes.rank() == 0:
             write_results(options.json, {**stored, name: content})
             print("accuracy in %: " + ", ".join(compared))
             for row in content["verified"]:

@@ -19,7 +19,7 @@ from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.benchmarks.curve_search import at_best_rate
 from learnsched.data import load
 from learnsched.intervals import interval
-from learnsched.meta import distribution
+from learnsched.meta import processes
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.tasks import Task, task_of
 from learnsched.policies import BaseCurve
@@ -103,7 +103,7 @@ class Study:
                 seed=options.seed,
                 quick=options.quick,
             )
-            if distribution.rank() == 0:
+            if processes.rank() == 0:
                 print(self.table(records))
 
 

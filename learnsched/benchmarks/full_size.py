@@ -32,7 +32,7 @@ from learnsched.benchmarks.search import Budget, Train
 from learnsched.benchmarks.statistics import best, gap_closed
 from learnsched.benchmarks.training import trained
 from learnsched.intervals import interval
-from learnsched.meta import distribution
+from learnsched.meta import processes
 from learnsched.meta.tasks import Task, task_of
 from learnsched.policies import LearnedPolicy
 from learnsched.tables import markdown
@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seed=options.seed,
             quick=options.quick,
         )
-        if distribution.rank() == 0:
+        if processes.rank() == 0:
             for name in chosen:
                 print(f"\n{name}\n\n{table([r for r in records if r['task'] == name])}")
 

@@ -26,7 +26,7 @@ from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.search import Budget
 from learnsched.benchmarks.training import train, tune
 from learnsched.data import DataSet, load
-from learnsched.meta import distribution
+from learnsched.meta import processes
 from learnsched.meta.tasks import Task, task_of
 
 QUICK = Budget(rounds=1, trials=6, trial_runs=2, runs=8)
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         def keep(record: dict[str, Any]) -> None:
             mean = sum(record["test"]) / len(record["test"])
-            if distribution.rank() == 0:
+            if processes.rank() == 0:
                 print(f"{record['task']:20} {record['method']:32} {100 * mean:5.1f} %", flush=True)
                 done.append(record)
                 write_results(options.json, {**content, "records": done})
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             progress=keep,
             done=list(done),
         )
-        if distribution.rank() == 0:
+        if processes.rank() == 0:
             print(table(records))
 
 

@@ -27,7 +27,7 @@ from learnsched.benchmarks.rate_choice import smoothed
 from learnsched.benchmarks.statistics import Record
 from learnsched.benchmarks.training import train
 from learnsched.data import load
-from learnsched.meta import distribution
+from learnsched.meta import processes
 from learnsched.meta.mix import Mix
 from learnsched.meta.tasks import Task
 from learnsched.policies import LearnedPolicy
@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seed=options.seed,
             quick=options.quick,
         )
-        if distribution.rank() == 0:
+        if processes.rank() == 0:
             print(f"\n{table(records)}")
 
 

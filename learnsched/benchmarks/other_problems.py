@@ -35,7 +35,7 @@ from learnsched.benchmarks.rate_choice import EXTENSIONS, choose
 from learnsched.benchmarks.records import read
 from learnsched.intervals import interval
 from learnsched.learning_rate import warm_cosine
-from learnsched.meta import distribution
+from learnsched.meta import processes
 from learnsched.meta.presets import WARM_UNTIL
 from learnsched.schedule import Policy
 from learnsched.tables import markdown
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seed=options.seed,
             quick=options.quick,
         )
-        if distribution.rank() == 0:
+        if processes.rank() == 0:
             print(f"\n{table(records)}")
             others = [record for path in options.pooled_with for record in stored_records(path)]
             if problems := {record["problem"] for record in others}:

@@ -29,7 +29,7 @@ import torch
 
 from learnsched.benchmarks.environment import write_results
 from learnsched.files import write_text
-from learnsched.meta import distribution
+from learnsched.meta import processes
 from learnsched.meta.mix import Mix
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.tasks import Task
@@ -58,13 +58,13 @@ def work(preset: str, seed: int, step: int, threads: int, *, profile: bool) -> d
     chosen = PRESETS[preset]
     mix = _Later(**vars(chosen.trainer.mix), first=step)
     config = replace(chosen.trainer, mix=mix, seed=seed, validation=())
-    distribution.start()
+    processes.start()
     torch.manual_seed(seed)
     policy = LearnedPolicy(MetaNetwork(), chosen.base, chosen.domain)
     with tempfile.TemporaryDirectory() as folder:
         data = config.load_data()
         trainer = MetaTrainer(policy, config, folder, data, chosen.estimator)
-        distribution.barrier()
+        processes.barrier()
         start, spent = time.perf_counter(), time.process_time()
         if profile:
             result = _profiled(trainer)
@@ -73,7 +73,7 @@ def work(preset: str, seed: int, step: int, threads: int, *, profile: bool) -> d
             result = {}
         result["seconds"] = time.perf_counter() - start
         result["cpu_seconds"] = time.process_time() - spent
-    distribution.stop()
+    processes.stop()
     return result
 
 

@@ -32,7 +32,7 @@ from learnsched.benchmarks.training import trained
 from learnsched.data import load
 from learnsched.intervals import interval
 from learnsched.learning_rate import learning_rate_factor
-from learnsched.meta import distribution
+from learnsched.meta import processes
 from learnsched.meta.evolution import LEARNED_FIELDS, hats, regression, valid
 from learnsched.meta.rollout import learning_rates, run_forward, table_rollout
 from learnsched.meta.tasks import BITS, Task
@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             steps=steps,
             pairs=pairs,
         )
-        if distribution.rank() == 0:
+        if processes.rank() == 0:
             print(table(records))
 
 

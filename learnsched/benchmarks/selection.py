@@ -24,7 +24,7 @@ import torch
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.data import load
 from learnsched.intervals import interval
-from learnsched.meta import distribution
+from learnsched.meta import processes
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.tasks import Task
 from learnsched.meta.validation import hard_errors
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             preset=options.preset,
             quick=options.quick,
         )
-        if distribution.rank() == 0:
+        if processes.rank() == 0:
             print(table(records))
 
 

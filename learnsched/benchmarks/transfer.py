@@ -29,7 +29,7 @@ from learnsched.benchmarks.training import trained, tune
 from learnsched.data import load
 from learnsched.figure_style import DASHES, MARKERS, paper_style, save_figure
 from learnsched.intervals import confidence_interval
-from learnsched.meta import distribution
+from learnsched.meta import processes
 from learnsched.meta.tasks import Task, task_of
 from learnsched.policies import LearnedPolicy
 from learnsched.schedule import Policy
@@ -329,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         done = stored_records(options.json, **content)
 
         def keep(records: list[dict[str, Any]]) -> None:
-            if distribution.rank() == 0:
+            if processes.rank() == 0:
                 last = records[-1]
                 print(
                     f"{last['cell']}: {last['method']} {100 * np.mean(last['test']):.1f}",
@@ -346,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
         rows = compared(load_pretrained(options.artefact), budget, options.seed, finished)
         records = transfer(rows, tasks, budget, done=done, progress=keep)
-        if distribution.rank() == 0:
+        if processes.rank() == 0:
             print(table(records, axes))
             learned, start = rows[0][0].name, rows[1][0].name
             print(f"\n{gains(records, learned, start)}\n\n{margins(records, learned, start)}")

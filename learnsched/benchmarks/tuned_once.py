@@ -34,7 +34,7 @@ from learnsched.benchmarks.statistics import Record, compare, doublings, mean, s
 from learnsched.benchmarks.training import train
 from learnsched.data import load
 from learnsched.intervals import Interval
-from learnsched.meta import distribution
+from learnsched.meta import processes
 from learnsched.meta.tasks import Task, task_of
 from learnsched.policies import LearnedPolicy
 from learnsched.schedule import Policy
@@ -286,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                             found = {**found, "learning_rate": advised[regime]}
                         tests[stage, cell.name, name] = (stage, cell, method, found)
         records = recorded(options.json, tests, test, key, **content)
-        if distribution.rank() == 0:
+        if processes.rank() == 0:
             for stage in (TEST, ADVISED):
                 print(f"\n{stage}:\n\n{table(records, cells, stage=stage)}")
             print(f"\n{without_search(records, read(options.known))}")

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import learnsched as ls
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.data import DataSet, load
-from learnsched.meta import distribution
+from learnsched.meta import processes
 from learnsched.tables import markdown
 
 WAYS = ("as made", "calibrated", "learned", "calibrated and learned")
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seed=options.seed,
             quick=options.quick,
         )
-        if distribution.rank() == 0:
+        if processes.rank() == 0:
             print(table(records))
 
 

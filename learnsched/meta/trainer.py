@@ -25,7 +25,7 @@ from learnsched.differences import differences
 from learnsched.digest import digest
 from learnsched.files import write, write_text
 from learnsched.json_numbers import as_json, from_json
-from learnsched.meta import distribution
+from learnsched.meta import processes
 from learnsched.meta.estimators import Estimator
 from learnsched.meta.mix import Mix
 from learnsched.meta.rollout import begin
@@ -229,7 +229,7 @@ class MetaTrainer:
     def _outer_step(self) -> dict[str, Any]:
         start = time.perf_counter()
         tasks = self.config.mix.sample(self.config.seed, self.step)
-        results = distribution.mapped(tasks, self._task_gradient)
+        results = processes.mapped(tasks, self._task_gradient)
         gradient = torch.stack([r["gradient"] for r in results]).mean(0)
         norms = torch.cat([r["norms"] for r in results])
         losses = torch.cat([r["losses"] for r in results])
@@ -285,7 +285,7 @@ class MetaTrainer:
         """
         current = {n: p.detach().clone() for n, p in self._parameters.items()}
         self._assign(self._average)
-        errors = distribution.mapped(self.config.validation, self._task_error)
+        errors = processes.mapped(self.config.validation, self._task_error)
         self._assign(current)
         error = float(torch.stack(errors).mean())
         if error < self.best_error:
@@ -313,10 +313,10 @@ class MetaTrainer:
                 f"{checkpoint} is there and its configuration {path} is not, without which nobody knows "
                 "which run it belongs to; put it back, or choose another folder"
             )
-        elif distribution.rank() == 0:
+        elif processes.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(self._config(), indent=1))
-        distribution.barrier()
+        processes.barrier()
         if checkpoint.exists():
             self._load(checkpoint)
 
@@ -389,7 +389,7 @@ class MetaTrainer:
         self._typical_norm, self._log = scalars["typical_norm"], list(scalars["log"])
 
     def _save(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        if distribution.rank() != 0:
+        if processes.rank() != 0:
             return
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         told = {"trainer": json.dumps(scalars), "digest": digest(contiguous)}
