@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 
 import pytest
 import small_task
@@ -15,6 +16,7 @@ from learnsched.choose import LayerConfig
 from learnsched.data import DataSet, Split, load, reduced
 from learnsched.meta import processes
 from learnsched.meta.evolution import EvolutionStrategies
+from learnsched.meta.networks import FAMILIES, Family, mlp
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.rollout import PolicyRollout, run_forward, table_rollout, terminal_settings
 from learnsched.meta.trainer import MetaTrainer, read_log
@@ -185,11 +187,11 @@ def test_meta_training_runs_under_the_learning_rate_of_the_base_curve(tmp_path):
     assert seen
 
 
-def small_trainer(folder, data=None, network=None, **changes):
+def small_trainer(folder, data=None, network=None, families=FAMILIES, family="mlp", **changes):
     preset = PRESETS["quick"]
     mix = dataclasses.replace(
         preset.trainer.mix,
-        architectures=(("digits", "mlp", (6,), (3,)),),
+        architectures=(("digits", family, (6,), (3,)),),
         horizons=(3,),
         total_steps=(6, 9),
         members=2,
@@ -198,7 +200,7 @@ def small_trainer(folder, data=None, network=None, **changes):
     config = dataclasses.replace(preset.trainer, mix=mix, **changes)
     torch.manual_seed(0)
     policy = LearnedPolicy(network or MetaNetwork(), preset.base, preset.domain)
-    return MetaTrainer(policy, config, folder, data or {"digits": DIGITS})
+    return MetaTrainer(policy, config, folder, data or {"digits": DIGITS}, families=families)
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path):
@@ -522,7 +524,6 @@ def with_architecture(**changes):
         ),
         (with_architecture(widths=6), TypeError, "widths must be a tuple of whole numbers"),
         (with_architecture(depths=(3.0,)), ValueError, "depths must be a whole number .* got 3.0"),
-        (with_architecture(family="resnet"), ValueError, "unknown family 'resnet'"),
         ({"horizons": (0,)}, ValueError, "horizons must be a whole number of at least 1"),
         ({"batches": (32, -1)}, ValueError, "batches must be a whole number of at least 1"),
         ({"members": 2.5}, ValueError, "members must be a whole number"),
@@ -535,7 +536,73 @@ def test_a_mix_refuses_at_once_what_no_task_can_be_made_of(change, error, match)
         dataclasses.replace(PRESETS["quick"].trainer.mix, **change)
 
 
-@pytest.mark.parametrize("family", ["mlp", "cnn1d", "cnn2d", "residual", "vgg"])
+class Towers(torch.nn.Module):
+    """No sequence of layers: two branches that are added."""
+
+    def __init__(self, shape, width, depth, classes):
+        super().__init__()
+        self.first, self.second = (mlp(math.prod(shape), width, depth - 1, width) for _ in "ab")
+        self.last = torch.nn.Sequential(
+            torch.nn.BatchNorm1d(width), torch.nn.ReLU(), torch.nn.Linear(width, classes)
+        )
+
+    def forward(self, x):
+        return self.last(self.first(x) + self.second(x))
+
+
+OWN = {**FAMILIES, "towers": Family(Towers, ("channels", 8, 8), least=3, more=2)}
+
+
+def test_an_own_family_is_trained_and_validated(tmp_path):
+    validation = (dataclasses.replace(SMALL, family="towers"),)
+    options = {"family": "towers", "families": OWN, "validation": validation, "validate_every": 1}
+    trainer = small_trainer(tmp_path, **options)
+    trainer.run(1)
+    assert math.isfinite(trainer.log[1]["outer_loss"]) and not trainer.log[1]["dropped"]
+    assert 0 < trainer.log[1]["validation_error"] < 1
+    inner = validation[0].build(DIGITS, families=OWN)
+    assert len(inner.run.layers) == 5  # two of each tower, and the last
+    with pytest.raises(ValueError, match="unknown family 'towers'"):
+        validation[0].build(DIGITS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"family": "towers"}, "unknown family 'towers'"),
+        ({"validation": (dataclasses.replace(SMALL, family="towers"),)}, "unknown family 'towers'"),
+        (
+            {
+                "families": OWN,
+                "validation": (dataclasses.replace(SMALL, family="towers", depth=4),),
+            },
+            r"family towers has 3, 5, 7, \.\.\. weight layers, got depth 4",
+        ),
+    ],
+)
+def test_families_that_the_trainer_lacks_are_refused_before_there_is_a_folder(
+    tmp_path, options, message
+):
+    with pytest.raises(ValueError, match=message):
+        small_trainer(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8), (2, 8, 4), (64,), (1, 1, 8, 8)])
+def test_an_own_family_says_what_inputs_it_takes(shape):
+    split = Split(torch.zeros(20, *shape), torch.arange(20) % 2)
+    data = DataSet("mine", split, split, split, classes=2)
+    task = dataclasses.replace(SMALL, family="towers", data="mine")
+    if shape == (2, 8, 8):
+        assert task.build(data, families=OWN).population.members == len(SMALL.learning_rates)
+        return
+    with pytest.raises(
+        ValueError, match=r"towers takes .* shape \('channels', 8, 8\), those of mine"
+    ):
+        task.build(data, families=OWN)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_mix_takes_the_depths_of_which_networks_can_be_built(family):
     data = load("mnist1d") if family == "cnn1d" else DIGITS
     for depth in range(1, 9):

@@ -1,9 +1,10 @@
-"""Guide 3: add a policy, a level set and a task that the package does not have.
+"""Guide 3: add a policy, a level set, data and a kind of network that the package does not have.
 
     python -m learnsched.guides.add_your_own [--quick]
 
 None of them needs a change of the package: a policy is any object with the attributes and methods of
-:class:`learnsched.schedule.Policy`, a level set a tuple of numbers, a task a data set by its name.
+:class:`learnsched.schedule.Policy`, a level set a tuple of numbers; meta-training is
+given data sets and kinds of networks by their names.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 import learnsched as ls
 from learnsched.data import DataSet, Split
 from learnsched.guides import options as guide
+from learnsched.meta.networks import FAMILIES, Family
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.rollout import PolicyRollout, run_forward
 from learnsched.policies import LearnedPolicy, MetaNetwork
@@ -72,6 +74,17 @@ def two_moons(seed: int) -> DataSet:
     return DataSet("two_moons", moons(600, 0), moons(300, 1), moons(300, 2), classes=2)
 
 
+def bottleneck(shape: tuple[int, ...], width: int, depth: int, classes: int) -> nn.Module:
+    """A kind of network: ``depth`` linear layers, every second one half as wide."""
+    layers: list[nn.Module] = []
+    inputs = shape[0]
+    for index in range(depth - 1):
+        outputs = width if index % 2 == 0 else max(1, width // 2)
+        layers += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
+        inputs = outputs
+    return nn.Sequential(*layers, nn.Linear(inputs, classes))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the guide."""
     options = guide.parse(__doc__, arguments)
@@ -100,11 +113,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     used = {int(v) for layer in ls.integer_weights(model).values() for v in layer.integers.unique()}
     print(f"weights on the levels {sorted(used)}")
 
-    # The data set as a task of meta-training: MetaTrainer takes it under its name, here one inner run.
+    # Data and networks as a task of meta-training, here one inner run. A MetaTrainer is given them as
+    # data={"two_moons": data}, families=families.
+    families = {**FAMILIES, "bottleneck": Family(bottleneck, inputs=("features",))}
     task = replace(
-        PRESETS["quick"].trainer.validation[0], data="two_moons", family="mlp", width=16, depth=3
-    )
-    inner = task.build(data)
+        PRESETS["quick"].trainer.validation[0],
+        data="two_moons", family="bottleneck", width=16, depth=4,
+    )  # fmt: skip
+    inner = task.build(data, families=families)
     with torch.no_grad():
         rollout = PolicyRollout(LearnedPolicy(MetaNetwork()), inner.run, len(task.learning_rates))
         losses = run_forward(inner, rollout)[2]

@@ -24,7 +24,8 @@ class Mix:
     """A distribution of tasks.
 
     Attributes:
-        architectures: (data, family, widths, depths) to draw from.
+        architectures: (data, family, widths, depths) to draw from; families by name, those of
+            :data:`learnsched.meta.networks.FAMILIES` or the trainer's own.
         horizons: epochs to draw from.
         total_steps: fewest and most optimizer steps of a run, drawn log-uniformly; but an epoch has two
             at least.
@@ -39,8 +40,8 @@ class Mix:
 
     Raises:
         TypeError: widths, depths, horizons or batches are no tuple to draw from.
-        ValueError: there is nothing to draw from, bits or a family are unknown, a family has no network
-            of a depth, or a number is out of its range.
+        ValueError: there is nothing to draw from, bits are unknown, a family has no network of a depth,
+            or a number is out of its range.
 
     Example:
         >>> mix = Mix(architectures=(("digits", "mlp", (8,), (2, 3)),), horizons=(4, 6),
@@ -65,10 +66,9 @@ class Mix:
         for name in ("architectures", "bits"):
             _check_not_empty(name, getattr(self, name))
         for _, family, widths, depths in self.architectures:
-            check_choice("family", family, FAMILIES)
             _check_whole("widths", widths)
             _check_whole("depths", depths)
-            for depth in depths:
+            for depth in depths if family in FAMILIES else ():
                 check_depth(family, depth)
         _check_whole("horizons", self.horizons)
         _check_whole("batches", self.batches)

@@ -2,26 +2,67 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
-# Fewest weight layers of each family, and how many more every larger one has.
-FAMILIES = {"mlp": (2, 1), "cnn1d": (2, 1), "cnn2d": (2, 1), "residual": (5, 2), "vgg": (6, 2)}
+Shape = tuple[int, ...]
 
 
-def check_depth(family: str, depth: int) -> None:
+@dataclass(frozen=True)
+class Family:
+    """A kind of network, of any width and of several depths.
+
+    Attributes:
+        make: from the shape of an input, width, depth and number of classes to a float network. It
+            draws its weights from torch's global generator. Members train stacked, so all are of one
+            class, whose forward ``torch.func.vmap`` can map: no branch in it may depend on numbers.
+        inputs: the shape of inputs that it takes: a size, or a name where any will do, and the same one
+            wherever that name stands; None takes all shapes.
+        least: fewest weight layers.
+        more: how many more weight layers every larger network has.
+
+    Example:
+        >>> images = Family(lambda shape, width, depth, classes: nn.Flatten(), (1, "side", "side"))
+        >>> [images.takes(shape) for shape in ((1, 8, 8), (1, 8, 6), (3, 8, 8), (8,))]
+        [True, False, False, False]
+    """
+
+    make: Callable[[Shape, int, int, int], nn.Module]
+    inputs: tuple[int | str, ...] | None = None
+    least: int = 2
+    more: int = 1
+
+    def takes(self, shape: Shape) -> bool:
+        """Whether inputs of a shape suit it."""
+        if self.inputs is None:
+            return True
+        if len(shape) != len(self.inputs):
+            return False
+        sizes: dict[int | str, int] = {}
+        return all(
+            size == (wanted if isinstance(wanted, int) else sizes.setdefault(wanted, size))
+            for size, wanted in zip(shape, self.inputs, strict=True)
+        )
+
+
+def check_depth(name: str, depth: int, families: Mapping[str, Family] | None = None) -> None:
     """Refuse a number of weight layers that no network of a family has.
 
     Args:
-        family: a key of :data:`FAMILIES`.
+        name: of the family.
         depth: weight layers.
+        families: by name; those of this module if None.
 
     Raises:
         ValueError: there is no such network.
     """
-    least, more = FAMILIES[family]
-    if depth < least or (depth - least) % more:
-        some = ", ".join(str(least + n * more) for n in range(3))
-        raise ValueError(f"family {family} has {some}, ... weight layers, got depth {depth}")
+    family = (families or FAMILIES)[name]
+    if depth < family.least or (depth - family.least) % family.more:
+        some = ", ".join(str(family.least + n * family.more) for n in range(3))
+        raise ValueError(f"family {name} has {some}, ... weight layers, got depth {depth}")
 
 
 def mlp(inputs: int, width: int, depth: int, classes: int) -> nn.Module:
@@ -144,3 +185,14 @@ def vgg(side: int, width: int, depth: int, classes: int) -> nn.Module:
     hidden = 2 * channels
     layers += [nn.Flatten(), nn.Linear(channels * side**2, hidden, bias=False)]
     return nn.Sequential(*layers, nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, classes))
+
+
+_IMAGE = (1, "side", "side")
+
+FAMILIES: Mapping[str, Family] = {
+    "mlp": Family(lambda shape, *sizes: mlp(math.prod(shape), *sizes)),
+    "cnn1d": Family(lambda shape, *sizes: cnn1d(shape[0], *sizes), ("features",)),
+    "cnn2d": Family(lambda shape, *sizes: cnn2d(shape[-1], *sizes), _IMAGE),
+    "residual": Family(lambda shape, *sizes: residual(shape[-1], *sizes), _IMAGE, least=5, more=2),
+    "vgg": Family(lambda shape, *sizes: vgg(shape[-1], *sizes), _IMAGE, least=6, more=2),
+}

@@ -6,7 +6,7 @@ Tasks of one architecture form a :class:`Task` of several members, trained as on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from learnsched.layers import quantized_layers
 from learnsched.levels import LevelSet, binary, ternary, unsigned
 from learnsched.meta.inner import Batches, InnerLoop
 from learnsched.meta.inner_optimizers import OPTIMIZERS
-from learnsched.meta.networks import cnn1d, cnn2d, mlp, residual, vgg
+from learnsched.meta.networks import FAMILIES, Family, check_depth
 from learnsched.meta.population import Population
 from learnsched.noise import noise_shape
 from learnsched.schedule import LayerInfo
@@ -69,7 +69,7 @@ class Task:
 
     Attributes:
         family: ``mlp``, ``cnn1d``, ``cnn2d``, ``residual`` or ``vgg``, see
-            :mod:`learnsched.meta.networks`.
+            :mod:`learnsched.meta.networks`, or the name of one of your own.
         data: ``mnist1d``, ``digits`` or ``noisy_digits`` in meta-training.
         width: units or channels of the hidden layers.
         depth: layers with weights, at least 2.
@@ -146,6 +146,7 @@ class Task:
         config: LayerConfig | None = None,
         mode: str = "expectation",
         prepare: Callable[[nn.Module], object] | None = None,
+        families: Mapping[str, Family] = FAMILIES,
     ) -> InnerLoop:
         """The inner loop of this task, at its initial state.
 
@@ -161,12 +162,12 @@ class Task:
                 their customary rules. A scale rule of activations is given standard normal ones.
             mode: the forward value, ``expectation``, ``mode`` or ``random``.
             prepare: called with each quantized network; what it makes a parameter is trained too.
+            families: kinds of networks by name, ``self.family`` among them.
 
         Raises:
             ValueError: the family, noise, partition or mode is unknown, there are no learning rates,
-                the scale rule of weights does not keep their dimensions, or the data are not what the
-                family takes: float32 of shape ``(features,)`` for ``cnn1d``, ``(1, side, side)`` for
-                ``cnn2d``, ``residual`` and ``vgg``, any shape for ``mlp``.
+                the scale rule of weights does not keep their dimensions, the family has no network of
+                this depth, or the data are not float32 of a shape that it takes.
         """
         shape = noise_shape(noise)
         check_choice("partition", partition, PARTITIONS)
@@ -174,7 +175,7 @@ class Task:
         if not self.learning_rates:
             raise ValueError(f"{self.name} has no members: learning_rates is empty")
         x, y = data.train.x, data.train.y
-        models, order, picked = self._drawn(data, held_out)
+        models, order, picked = self._drawn(data, held_out, families)
         member_run = torch.arange(len(models)) % len(order)
         order, picked = order[member_run], picked[member_run]
         batches = Batches(
@@ -224,10 +225,12 @@ class Task:
             networks, trained already if the task is one of fine-tuning; indices of training examples,
             shape ``(runs, horizon, steps, batch)``, where member i has those of run ``i % runs``.
         """
-        models, order, _ = self._drawn(data, _HELD_OUT)
+        models, order, _ = self._drawn(data, _HELD_OUT, FAMILIES)
         return models, order
 
-    def _drawn(self, data: DataSet, held_out: int) -> tuple[list[nn.Module], Tensor, Tensor]:
+    def _drawn(
+        self, data: DataSet, held_out: int, families: Mapping[str, Family]
+    ) -> tuple[list[nn.Module], Tensor, Tensor]:
         """Float networks of the members; of the runs, batches and indices of held-out examples."""
         runs = min(self.runs, len(self.learning_rates)) or len(self.learning_rates)
         generators = [
@@ -237,7 +240,7 @@ class Task:
         picked = torch.stack(
             [torch.randint(len(data.validation), (held_out,), generator=g) for g in generators]
         )
-        models = self._models(data, runs)
+        models = self._models(data, runs, families)
         if self.fine_tuning:
             self._pretrain_members(models, data, generators)
         return models, order, picked
@@ -259,33 +262,23 @@ class Task:
         order = [torch.randperm(examples, generator=generator) for _ in range(rounds)]
         return torch.cat(order)[:needed].view(self.horizon, self.steps, self.batch)
 
-    def _models(self, data: DataSet, runs: int) -> list[nn.Module]:
+    def _models(self, data: DataSet, runs: int, families: Mapping[str, Family]) -> list[nn.Module]:
         """Float networks of the members, initialised from their seeds."""
-        inputs, side = math.prod(data.shape), data.shape[-1]
-        makers: dict[str, Callable[[], nn.Module]] = {
-            "mlp": lambda: mlp(inputs, self.width, self.depth, data.classes),
-            "cnn1d": lambda: cnn1d(inputs, self.width, self.depth, data.classes),
-            "cnn2d": lambda: cnn2d(side, self.width, self.depth, data.classes),
-            "residual": lambda: residual(side, self.width, self.depth, data.classes),
-            "vgg": lambda: vgg(side, self.width, self.depth, data.classes),
-        }
-        check_choice("family", self.family, makers)
-        self._check_inputs(data)
+        check_choice("family", self.family, families)
+        family, dtype = families[self.family], data.train.x.dtype
+        if not family.takes(data.shape) or dtype != torch.float32:
+            wanted = f" and shape {family.inputs}" if family.inputs else ""
+            raise ValueError(
+                f"{self.family} takes inputs of torch.float32{wanted}, those of {data.name} are of "
+                f"{dtype} and shape {data.shape}; convert them, or choose another family"
+            )
+        check_depth(self.family, self.depth, families)
         models = []
         with torch.random.fork_rng(devices=[]):  # initialisation draws from the global generator
             for member in range(len(self.learning_rates)):
                 torch.manual_seed(mixed_seed(self.seed, member % runs))
-                models.append(makers[self.family]())
+                models.append(family.make(data.shape, self.width, self.depth, data.classes))
         return models
-
-    def _check_inputs(self, data: DataSet) -> None:
-        shape, dtype = data.shape, data.train.x.dtype
-        wanted = {"mlp": shape, "cnn1d": (shape[-1],)}.get(self.family, (1, shape[-1], shape[-1]))
-        if shape != wanted or dtype != torch.float32:
-            raise ValueError(
-                f"{self.family} takes inputs of torch.float32 and shape {wanted}, those of {data.name} "
-                f"are of {dtype} and shape {shape}; convert them, or choose another family"
-            )
 
 
 def _check_ranks(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from learnsched.choices import whole_number
+from learnsched.choices import check_choice, whole_number
 from learnsched.data import DataSet, load
 from learnsched.differences import differences
 from learnsched.digest import digest
@@ -28,6 +28,7 @@ from learnsched.json_numbers import as_json, from_json
 from learnsched.meta import processes
 from learnsched.meta.estimators import Estimator
 from learnsched.meta.mix import Mix
+from learnsched.meta.networks import FAMILIES, Family, check_depth
 from learnsched.meta.rollout import begin
 from learnsched.meta.tasks import Task, layer_of
 from learnsched.meta.unrolled import Unrolled
@@ -90,6 +91,12 @@ class TrainerConfig:
         return {name: load(name) for name in sorted(self.data_names)}
 
     @property
+    def networks(self) -> set[tuple[str, int]]:
+        """Families and depths of the networks of the mix and of validation."""
+        drawn = {(a[1], depth) for a in self.mix.architectures for depth in a[3]}
+        return drawn | {(task.family, task.depth) for task in self.validation}
+
+    @property
     def data_names(self) -> set[str]:
         """Of the data sets of the mix and of validation."""
         return {a[0] for a in self.mix.architectures} | {t.data for t in self.validation}
@@ -104,6 +111,7 @@ class MetaTrainer:
         folder: where ``checkpoint.safetensors``, ``log.jsonl`` and ``config.json`` are kept.
         data: the data sets of the mix and of validation, by name.
         estimator: what gives gradients; the full unroll if None.
+        families: kinds of networks by name, those of the mix and of validation among them.
         device: where inner runs train.
 
     Raises:
@@ -111,8 +119,9 @@ class MetaTrainer:
             message names what differs.
         FileNotFoundError: the folder holds a checkpoint without its configuration.
         KeyError: a data set of the mix or of validation is missing.
-        ValueError: the policy's network is frozen, its domain lacks level sets of the mix, or the
-            folder's checkpoint or configuration is damaged.
+        ValueError: a family of the mix or of validation is unknown, or has no network of a depth; the
+            policy's network is frozen, its domain lacks level sets of the mix, or the folder's
+            checkpoint or configuration is damaged.
 
     Example:
         >>> import tempfile
@@ -138,8 +147,12 @@ class MetaTrainer:
         data: Mapping[str, DataSet],
         estimator: Estimator | None = None,
         *,
+        families: Mapping[str, Family] = FAMILIES,
         device: str | torch.device = "cpu",
     ) -> None:
+        for family, depth in sorted(config.networks):
+            check_choice("family", family, families)
+            check_depth(family, depth, families)
         missing = config.data_names - data.keys()
         if missing:
             raise KeyError(
@@ -161,6 +174,7 @@ class MetaTrainer:
         self.config = config
         self.folder = Path(folder)
         self.data = data
+        self.families = families
         self.estimator = estimator or Unrolled()
         self.device = torch.device(device)
         self.step = 0
@@ -253,7 +267,8 @@ class MetaTrainer:
 
     def _task_gradient(self, task: Task) -> dict[str, Tensor]:
         """The clipped gradient of a task, a mean over members, flat over parameters."""
-        inner, rollout = begin(self.policy, task, self.data[task.data], self.device)
+        data = self.data[task.data]
+        inner, rollout = begin(self.policy, task, data, self.device, families=self.families)
         estimate = self.estimator(inner, rollout)
         norms = estimate.norms
         finite = norms.isfinite() & estimate.loss.isfinite()
@@ -299,7 +314,9 @@ class MetaTrainer:
             parameter.copy_(values[name])
 
     def _task_error(self, task: Task) -> Tensor:
-        return hard_errors(self.policy, task, self.data[task.data], self.device).mean()
+        data = self.data[task.data]
+        errors = hard_errors(self.policy, task, data, self.device, families=self.families)
+        return errors.mean()
 
     def _open(self) -> None:
         """Start a run in the folder, or take up the one that is there."""

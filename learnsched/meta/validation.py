@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,20 @@ from learnsched.policies.learned import LearnedPolicy
 
 
 def hard_errors(
-    policy: LearnedPolicy, task: Task, data: DataSet, device: str | torch.device = "cpu"
+    policy: LearnedPolicy,
+    task: Task,
+    data: DataSet,
+    device: str | torch.device = "cpu",
+    **options: Any,
 ) -> Tensor:
     """Share of the validation data that each member's hard network gets wrong.
+
+    Args:
+        policy: sets the schedule.
+        task: what is trained.
+        data: its data set.
+        device: where.
+        options: of :meth:`Task.build`.
 
     Returns:
         shape ``(members,)``, in [0, 1], on the CPU.
@@ -28,7 +41,7 @@ def hard_errors(
         >>> errors.shape, bool(((errors > 0) & (errors < 1)).all())
         (torch.Size([2]), True)
     """
-    inner, rollout = begin(policy, task, data, device, membership_width=0.0)
+    inner, rollout = begin(policy, task, data, device, membership_width=0.0, **options)
     x, y = (part.to(device) for part in (data.validation.x, data.validation.y))
     with torch.no_grad():
         states, table, _ = run_forward(inner, rollout)
