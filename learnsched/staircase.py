@@ -20,6 +20,8 @@ Level = float | Tensor
 
 # Narrower noise counts as none: its inverse squared, in the gradients, would overflow to NaN.
 NARROWEST = 1e-12
+# Infinite numbers are taken for these, far beyond where any density is 0: times that they would be NaN.
+_FARTHEST, _FARTHEST_STDS = 1e30, 1e4
 
 
 def expectation(x: Tensor, levels: LevelSet, std: Level, mean: Level, noise: NoiseShape) -> Tensor:
@@ -145,10 +147,10 @@ def _sums(
     terms: Callable[[Tensor], tuple[Tensor, ...]],
 ) -> tuple[Tensor, ...]:
     """``Σ Δ_k term((x + mean - t_k) / std)`` of each term; the terms may be overwritten."""
-    shifted = x if _is_zero(mean) else x + mean
+    shifted = (x if _is_zero(mean) else x + mean).clamp(-_FARTHEST, _FARTHEST)
     totals: tuple[Tensor, ...] = ()
     for threshold, gap in zip(levels.thresholds, levels.gaps, strict=True):
-        parts = terms((shifted - threshold) * inverse)
+        parts = terms(((shifted - threshold) * inverse).clamp_(-_FARTHEST_STDS, _FARTHEST_STDS))
         if totals:
             for total, part in zip(totals, parts, strict=True):
                 total.add_(part, alpha=gap)

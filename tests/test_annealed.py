@@ -685,3 +685,20 @@ def test_levels_must_be_a_level_set(levels):
         quantize(torch.zeros(3), levels)
     with pytest.raises(TypeError, match="levels must be a LevelSet"):
         level_probabilities(torch.zeros(3), levels, 0.5)
+
+
+@every_noise
+@every_exact_set
+@pytest.mark.parametrize("std", [0.0, 0.4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_lies_infinitely_far_out_has_the_end_levels_and_no_gradient(noise, levels, std, dtype):
+    x = torch.tensor([-math.inf, 0.3, math.inf], dtype=dtype, requires_grad=True)
+    f_std, b_std = (torch.full((), s, dtype=dtype, requires_grad=True) for s in (std, 0.5))
+    y = annealed_quantize(x, levels, forward_std=f_std, backward_std=b_std, noise=noise)
+    ends = torch.tensor([levels.values[0], levels.values[-1]], dtype=dtype)
+    assert torch.equal(y.detach()[::2], ends)
+    of_x, of_std = grad(y.sum(), (x, f_std), create_graph=True)
+    assert not of_x[::2].any() and of_x.isfinite().all() and of_std.isfinite()
+    seconds = grad(of_x.sum() + of_std, (x, f_std, b_std), materialize_grads=True)
+    assert all(second.isfinite().all() for second in seconds)
+    assert not seconds[0][::2].any()
