@@ -698,7 +698,7 @@ def test_what_lies_infinitely_far_out_has_the_end_levels_and_no_gradient(noise, 
     ends = torch.tensor([levels.values[0], levels.values[-1]], dtype=dtype)
     assert torch.equal(y.detach()[::2], ends)
     of_x, of_std = grad(y.sum(), (x, f_std), create_graph=True)
-    assert not of_x[::2].any() and of_x.isfinite().all() and of_std.isfinite()
+    assert of_x[::2].abs().max() < 1e-20 and of_x.isfinite().all() and of_std.isfinite()
     seconds = grad(of_x.sum() + of_std, (x, f_std, b_std), materialize_grads=True)
     assert all(second.isfinite().all() for second in seconds)
-    assert not seconds[0][::2].any()
+    assert seconds[0][::2].abs().max() < 1e-20
