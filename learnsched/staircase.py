@@ -150,7 +150,7 @@ def _sums(
     shifted = (x if _is_zero(mean) else x + mean).clamp(-_FARTHEST, _FARTHEST)
     totals: tuple[Tensor, ...] = ()
     for threshold, gap in zip(levels.thresholds, levels.gaps, strict=True):
-        parts = terms(((shifted - threshold) * inverse).clamp_(-_FARTHEST_STDS, _FARTHEST_STDS))
+        parts = terms(((shifted - threshold) * inverse).clamp(-_FARTHEST_STDS, _FARTHEST_STDS))
         if totals:
             for total, part in zip(totals, parts, strict=True):
                 total.add_(part, alpha=gap)
