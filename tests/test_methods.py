@@ -160,8 +160,11 @@ PUBLISHED = {
     "ANA 2019": {"std": IDENTITY_STD, "end": 1.0},
     "RQ": {"std": math.pi / (3 * math.sqrt(3)), "end": 1.0},
     "PARQ": {"start_factor": 0.0, "end": 1.0, "steepness": 10.0},
-    "ANA 2022, mode": {"std_factor": 1.0, "end": 0.7, "annealed": "neither"},
-    **{f"ANA 2022, {noise}": {"std_factor": 1.0, "end": 0.7} for noise in PUBLISHED_STD},
+    "ANA 2022, mode": {"std_factor": 0.5, "end": 0.7, "annealed": "neither"},
+    **{
+        f"ANA 2022, {noise}": {"std_factor": std / spaces.ONE_STEP[noise], "end": 0.7}
+        for noise, std in PUBLISHED_STD.items()
+    },
 }
 
 
@@ -317,7 +320,7 @@ def test_the_float_network_is_the_network_without_quantization(data):
     assert not plan(policy, inner.run, hardened=False)["fraction"].any()
     x = data.validation.x[:64]
     found = inner.logits(inner.initial(), settings, x.expand(2, *x.shape))
-    for member, model in enumerate(float_task._models(data, 2)):
+    for member, model in enumerate(float_task.floats(data)[0]):
         torch.testing.assert_close(found[member], model.train()(x), rtol=1e-3, atol=1e-4)
 
 
@@ -328,7 +331,7 @@ def test_the_float_network_trains_as_the_network_without_quantization(data):
     table = plan(chosen.suggest(Draw()), inner.run, hardened=False).table.float().unsqueeze(1)
     with torch.no_grad():
         _, _, losses = run_forward(inner, table_rollout(table), hardened=False)
-    [model] = task._models(data, 1)
+    [model] = task.floats(data)[0]
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
     expected = []

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from torch import nn
 
 import learnsched as ls
@@ -538,3 +539,18 @@ def test_inq_restarts_the_learning_rate_where_asked():
     assert starts == rises == [0, 8, 16, 24]
     assert factors[32] == 0
     assert learning_rate_factor(plain, run, 0.25) == warm_cosine(0.25)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_the_published_noise_lies_within_half_a_step_or_most_of_it(noise):
+    policy = policies.annealing_grid(noise)["random, static mean, static std"]
+    law = {
+        "uniform": stats.uniform(-0.5, 1),
+        "triangular": stats.triang(0.5, -0.5, 1),
+        "normal": stats.norm(scale=0.5 / stats.norm.ppf(0.975)),
+        "logistic": stats.logistic(scale=0.5 / stats.logistic.ppf(0.975)),
+    }[noise]
+    assert law.cdf(0.5) - law.cdf(-0.5) == pytest.approx(
+        1 if math.isfinite(NOISES[noise].half_width) else 0.95
+    )
+    assert policy.std == pytest.approx(law.std())

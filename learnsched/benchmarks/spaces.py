@@ -7,6 +7,7 @@ levels around 0 want a narrower one: :func:`within`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -22,13 +23,22 @@ from learnsched.policies import (
     StraightThrough,
 )
 from learnsched.policies.annealing import INTERVALS
-from learnsched.policies.annealing_grid import PUBLISHED_MEAN, PUBLISHED_STD
+from learnsched.policies.annealing_grid import PUBLISHED_MEAN
 from learnsched.policies.incremental import IDENTITY_STD
 from learnsched.schedule import Policy
 
 # The sign of BinaryNet passes a gradient where its argument lies within the levels: uniform noise
 # half a step to both sides, as wide as INQ's identity. The sampling of BinaryConnect is the same.
 CLIPPED_IDENTITY_STD = IDENTITY_STD
+
+# Noise whose half-width is a level step, or of shapes without bounds, whose parameter is one; as
+# standard deviations. What is published for ANA 2022 is 0.14 (logistic) to 0.5 of that.
+ONE_STEP = {
+    "uniform": 1 / math.sqrt(3),
+    "triangular": 1 / math.sqrt(6),
+    "normal": 1.0,
+    "logistic": math.pi / math.sqrt(3),
+}
 
 # Cumulative fractions to search: INQ's by their bits, and late ones by halves for RPR.
 FRACTIONS: dict[str, int | tuple[float, ...]] = {
@@ -165,10 +175,11 @@ def annealing_2022(noise: str, mode: str) -> Suggest:
     """The members of the published grid with one shape and forward value; their std, and the end."""
 
     def suggest(trial: Trial) -> Policy:
-        factor = trial.suggest_float("std_factor", 0.2, 1.5, log=True)
+        lowest = 0.1 if noise == "logistic" else 0.2
+        factor = trial.suggest_float("std_factor", lowest, 1.5, log=True)
         moving = ["both"] if mode == "expectation" else ["both", "neither"]
         return AdditiveNoiseAnnealing(
-            std=PUBLISHED_STD[noise] * factor,
+            std=ONE_STEP[noise] * factor,
             end=trial.suggest_float("end", 0.3, 1.0),
             interval=trial.suggest_categorical("interval", list(INTERVALS)),
             power=2.0,

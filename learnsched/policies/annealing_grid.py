@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 
 from learnsched.noise import noise_shape
 from learnsched.policies.annealing import INTERVALS, AdditiveNoiseAnnealing, Annealed, Interval
 
-# The published parameter of each shape is 1 step: half of the support, or the parameter s of the
-# logistic. Here as standard deviations.
+# The published noise lies within half a step to both sides, or 95 % of it where it has no bounds. Here
+# as standard deviations.
+_HALF, _MASS = 0.5, 0.95
 PUBLISHED_STD = {
-    "uniform": 1 / math.sqrt(3),
-    "triangular": 1 / math.sqrt(6),
-    "normal": 1.0,
-    "logistic": math.pi / math.sqrt(3),
+    "uniform": _HALF / math.sqrt(3),
+    "triangular": _HALF / math.sqrt(6),
+    "normal": _HALF / statistics.NormalDist().inv_cdf((1 + _MASS) / 2),
+    "logistic": _HALF / math.log((1 + _MASS) / (1 - _MASS)) * math.pi / math.sqrt(3),
 }
 
 # The noise is subtracted there, with mean -1/2; here it is added.
@@ -49,8 +51,8 @@ def annealing_grid(
 
     Source:
         Spallanzani et al. 2022 (arXiv:2203.11323), section 4; the design of the experiment is in
-        pulp-platform/quantlab, systems/CIFAR10/VGG/doe. The paper shifts the initial weights by the
-        mean too, which is left out here.
+        pulp-platform/quantlab, systems/CIFAR10/VGG/doe (``get_noise_hyperparameters``). The paper
+        shifts the initial weights by the mean too, which is left out here.
 
     Example:
         >>> grid = annealing_grid("logistic")
