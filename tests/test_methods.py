@@ -213,9 +213,12 @@ def test_the_network_may_be_hard_from_early_or_late(end):
 def test_the_search_of_2022_reaches_every_member_of_the_grid(noise, mode):
     for name, policy in annealing_grid(noise).items():
         if policy.mode == mode:
-            draw = Draw(std_factor=1.0, end=0.7, interval=policy.interval, mean=policy.mean,
+            draw = Draw(std_factor=policy.std / spaces.ONE_STEP[noise], end=0.7,
+                        interval=policy.interval, mean=policy.mean,
                         progressive=policy.progressive, annealed=policy.annealed)  # fmt: skip
-            assert spaces.annealing_2022(noise, mode)(draw) == policy, name
+            found = spaces.annealing_2022(noise, mode)(draw)
+            assert found.std == pytest.approx(policy.std)
+            assert replace(found, std=policy.std) == policy, name
 
 
 def test_the_codes_of_twn_are_those_of_its_equation():
