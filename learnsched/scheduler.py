@@ -337,10 +337,12 @@ class QuantizationScheduler:
         self, run: RunInfo, epoch: int, metrics: Sequence[Mapping[str, float]]
     ) -> tuple[tuple[Setting, ...], Any]:
         """The policy's settings of an epoch, checked, and its new state; nothing changes."""
-        raw, state = ask(self.policy, run, epoch, relative(metrics, self._layers), self._state)
+        # A policy may change the state that it is given, and what follows may fail.
+        before = snapshot(self._state)
+        raw, state = ask(self.policy, run, epoch, relative(metrics, self._layers), before)
         settings = tuple(terminal(setting, run, epoch) for setting in raw)
-        before = self.history.settings[-1] if self.history.settings else settings
-        check_fractions(self._layers, before, settings)
+        last = self.history.settings[-1] if self.history.settings else settings
+        check_fractions(self._layers, last, settings)
         return settings, state
 
     def _freeze(self) -> None:

@@ -44,9 +44,11 @@ def check_whole(
 
 
 def snapshot(state: Any) -> Any:
-    """A policy's state with tensors of its own."""
+    """A policy's state with tensors, dictionaries and lists of its own."""
     if isinstance(state, Mapping):
         return {name: snapshot(value) for name, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(snapshot(value) for value in state)
     return state.detach().clone() if isinstance(state, Tensor) else state
 
 
@@ -64,7 +66,7 @@ def as_own(state: Any, own: Any) -> Any:
             raise ValueError(f"the policy's state needs {', '.join(own)}")
         return {**state, **{name: as_own(state[name], value) for name, value in own.items()}}
     if not isinstance(own, Tensor):
-        return state
+        return snapshot(state)
     if not isinstance(state, Tensor) or state.shape != own.shape:
         raise ValueError(f"a tensor of the policy's state must have the shape {tuple(own.shape)}")
     return state.detach().to(own, copy=True)

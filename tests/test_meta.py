@@ -301,18 +301,19 @@ def test_a_folder_of_another_configuration_is_refused_and_what_differs_is_named(
         small_trainer(tmp_path, learning_rate=0.5, seed=7)
 
 
-def test_an_estimator_whose_repr_does_not_last_is_named(tmp_path):
-    def begin(estimator):
-        made = small_trainer(tmp_path / "made")
-        return MetaTrainer(
-            made.policy, made.config, tmp_path / "run", {"digits": DIGITS}, estimator
-        )
+class Own:
+    """An estimator whose repr is an address."""
 
-    # Both are kept, so that they lie at different addresses.
-    first, second = (lambda inner, rollout: None for _ in range(2))
-    begin(first)
-    with pytest.raises(FileExistsError, match=r"config\.json differs in estimator;"):
-        begin(second)
+    def __call__(self, inner, rollout):
+        return Unrolled()(inner, rollout)
+
+
+@pytest.mark.parametrize("estimator", [Own(), lambda inner, rollout: None])
+def test_an_estimator_that_a_resumed_run_would_not_know_is_refused(estimator, tmp_path):
+    made = small_trainer(tmp_path / "made")
+    with pytest.raises(TypeError, match=r"repr is .* a resumed run would not know it"):
+        MetaTrainer(made.policy, made.config, tmp_path / "own", {"digits": DIGITS}, estimator)
+    assert not (tmp_path / "own").exists()
 
 
 def test_a_checkpoint_without_its_configuration_is_refused_and_left_alone(tmp_path):

@@ -1228,3 +1228,45 @@ def test_an_optimizer_that_takes_no_step_of_its_own_is_noticed():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scheduler.step()
+
+
+class Collecting:
+    """Changes the state that it is given, in place, as a policy should not, and then may fail."""
+
+    noise, partition, metrics = "normal", "settled", ()
+
+    def __init__(self, fails_in=None):
+        self.fails_in = fails_in
+
+    def __repr__(self):
+        return "Collecting()"
+
+    def begin(self, run):
+        return {"mean": torch.ones(()), "seen": [torch.zeros(())]}
+
+    def settings(self, run, epoch, telemetry, state):
+        state["mean"].mul_(0.5)
+        state["seen"].append(torch.full((), float(epoch)))
+        return [Setting()] * (len(run.layers) - (epoch == self.fails_in)), state
+
+
+def test_a_step_that_fails_leaves_the_policys_state():
+    scheduler = ls.QuantizationScheduler(network(), Collecting(fails_in=2), 4)
+    scheduler.step()
+    before = scheduler.state_dict()
+    with pytest.raises(ValueError, match="settings"):
+        scheduler.step()
+    after = scheduler.state_dict()["policy_state"]
+    assert torch.equal(after["mean"], before["policy_state"]["mean"])
+    assert len(after["seen"]) == len(before["policy_state"]["seen"]) == 3
+
+
+def test_a_state_shares_nothing_with_its_scheduler():
+    scheduler = ls.QuantizationScheduler(network(), Collecting(), 4)
+    state = scheduler.state_dict()
+    scheduler.step()
+    assert len(state["policy_state"]["seen"]) == 2
+    scheduler.load_state_dict(state)
+    scheduler.step()
+    assert len(state["policy_state"]["seen"]) == 2
+    assert state["policy_state"]["mean"] == 0.5

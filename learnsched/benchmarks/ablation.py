@@ -159,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_of_the_ranks():
         tasks = TASKS[:1] if options.quick else TASKS
         content = {"quick": options.quick, "artefact": options.artefact}
+        content["schedule"] = repr(load_pretrained(options.artefact))
 
         def keep(records: list[dict[str, Any]]) -> None:
             if processes.rank() == 0:

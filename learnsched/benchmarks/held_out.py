@@ -14,7 +14,7 @@ import argparse
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from learnsched.benchmarks.training import train, tune
 from learnsched.data import DataSet, load
 from learnsched.meta import processes
 from learnsched.meta.tasks import Task, task_of
+from learnsched.schedule import Policy
 
 QUICK = Budget(rounds=1, trials=6, trial_runs=2, runs=8)
 
@@ -110,12 +111,19 @@ def _record(
         "cell": task.name,
         "method": method.name,
         "learning_rate": rate,
-        "policy": None if policy is None else asdict(policy),  # type: ignore[call-overload]
+        "policy": _told(policy),
         "validation": found.validation,
         "test": test.flatten().tolist(),
         "seconds": time.perf_counter() - start,
         "commit": describe()["commit"],
     }
+
+
+def _told(policy: Policy | None) -> dict[str, Any] | str | None:
+    """A policy as JSON data: its fields, if it is a dataclass."""
+    if is_dataclass(policy) and not isinstance(policy, type):
+        return asdict(policy)
+    return None if policy is None else repr(policy)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -135,10 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_of_the_ranks():
         names = options.tasks or list(QUICK_TASKS if options.quick else HELD_OUT)
         methods = [*field.rivals(), field.upper_bound()]
+        content = {"seed": options.seed, "quick": options.quick, "artefact": options.artefact}
         if not options.hand_coded:
             policy = load_pretrained(options.artefact)
             methods = [field.learned(policy), field.start_of(policy), *methods]
-        content = {"seed": options.seed, "quick": options.quick, "artefact": options.artefact}
+            content["schedule"] = repr(policy)  # a file of that name may have changed
         done = stored_records(options.json, **content)
 
         def keep(record: dict[str, Any]) -> None:

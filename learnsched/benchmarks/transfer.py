@@ -326,6 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         axes = options.axes or (["depth"] if options.quick else list(AXES))
         budget = _QUICK if options.quick else _SHOWN
         content = {"seed": options.seed, "quick": options.quick, "artefact": options.artefact}
+        content["schedule"] = repr(load_pretrained(options.artefact))
         done = stored_records(options.json, **content)
 
         def keep(records: list[dict[str, Any]]) -> None:

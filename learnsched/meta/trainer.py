@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -119,6 +120,7 @@ class MetaTrainer:
             message names what differs.
         FileNotFoundError: the folder holds a checkpoint without its configuration.
         KeyError: a data set of the mix or of validation is missing.
+        TypeError: the estimator's ``repr`` is an address.
         ValueError: a family of the mix or of validation is unknown, or has no network of a depth; the
             policy's network is frozen, its domain lacks level sets of the mix, or the folder's
             checkpoint or configuration is damaged.
@@ -170,6 +172,11 @@ class MetaTrainer:
                     f"the network has no say with {bits}, which the mix draws: the policy's domain has "
                     f"activation_levels={policy.domain.activation_levels}; widen it, or change the mix"
                 )
+        if re.search(r" at 0x[0-9a-f]+>", repr(estimator)):
+            raise TypeError(
+                f"the estimator's repr is {estimator!r}, by which a resumed run would not know it; let "
+                "it tell its parameters, as that of a frozen dataclass does"
+            )
         self.policy = policy
         self.config = config
         self.folder = Path(folder)

@@ -35,7 +35,8 @@ class IncrementalQuantization:
 
     Args:
         fractions: non-decreasing, ending at 1; or the number of bits (2 to 5) for the paper's.
-        partition: ``magnitude`` or ``random`` (the paper), ``redraw`` (RPR) or ``settled``.
+        partition: ``magnitude`` or ``random`` (the paper), ``redraw`` (RPR) or ``settled``. Magnitudes
+            are in units of the scale, which each channel may have for itself; the paper has one a layer.
         start: share of the run before the first fraction is frozen, in [0, 1).
         activation_backward_std: std of the activations' backward noise, in level steps.
         activation_forward_std: constant std of the activations' forward noise, in level steps.
