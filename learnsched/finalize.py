@@ -81,8 +81,8 @@ def reestimate_batch_norm_(
 
     Raises:
         TypeError: without ``forward``, a batch is neither a tensor nor a tuple that starts with one.
-        ValueError: there are no batches, or one is empty or too small for batch norm. The statistics
-            are as they were.
+        ValueError: there are no batches, one is empty or too small for batch norm, or statistics are
+            not finite. They are as they were then.
 
     Example:
         >>> net = reestimate_batch_norm_(nn.BatchNorm1d(1), [torch.tensor([[1.0], [3.0]])])
@@ -103,6 +103,7 @@ def _reestimate(model: nn.Module, batches: Iterator[Any], run: Forward) -> nn.Mo
                 module.reset_running_stats()
                 module.momentum = None  # a cumulative mean
             run_with_batch_statistics(model, batches, run)
+            _check_statistics(model, norms)
     finally:
         for module, momentum in zip(norms, momenta, strict=True):
             module.momentum = momentum
@@ -118,6 +119,20 @@ def _reestimate(model: nn.Module, batches: Iterator[Any], run: Forward) -> nn.Mo
     return model
 
 
+def _check_statistics(model: nn.Module, norms: Iterable[nn.Module]) -> None:
+    """Refuse statistics that make constants of all inputs.
+
+    Raises:
+        ValueError: those of a batch norm are not finite.
+    """
+    wrong = {n for n in norms if not all(bool(b.isfinite().all()) for b in n.buffers())}
+    if wrong:
+        raise ValueError(
+            f"the batches give {[name for name, m in model.named_modules() if m in wrong]} statistics "
+            "that are not finite; look for NaN and infinite numbers in the data"
+        )
+
+
 @torch.no_grad()
 def finalize_(
     model: nn.Module, loader: Iterable[Any] | None = None, *, forward: Forward | None = None
@@ -129,7 +144,8 @@ def finalize_(
             of weights (``torch.optim.swa_utils.AveragedModel``, of buffers too or not, or what it
             wraps) lie between levels: they are projected anew, with a warning; so are other values
             written over frozen weights after the end of training.
-        loader: training batches to re-estimate batch norm statistics from; None keeps them. Of
+        loader: training batches to re-estimate batch norm statistics from; None keeps them. Each
+            batch counts alike: leave a last one out that is much smaller (``drop_last=True``). Of
             data-parallel processes each takes its own batches: give all of them the same ones, or
             finalize in one and save that.
         forward: runs the model on a batch of any other kind, see :func:`calibrate_`.
@@ -138,11 +154,11 @@ def finalize_(
         ``model`` itself. Its parameters hold the quantized weights.
 
     Raises:
-        RuntimeError: a weight is not on its level set, to the bit (it is not finite, for one), a
+        RuntimeError: a weight is not on its level set, to the bit, a parameter is not finite, a
             learned scale is not positive and finite, or learned noise is not finite.
         TypeError: without ``forward``, a batch is neither a tensor nor a tuple that starts with one.
-        ValueError: the model has no quantized layers, or the loader or a batch is empty, or too small
-            for batch norm.
+        ValueError: the model has no quantized layers, the loader or a batch is empty, or too small for
+            batch norm, or gives it statistics that are not finite.
 
         Whatever fails, a batch in the middle of the loader included, the model is as it was.
 
@@ -180,6 +196,12 @@ def finalize_(
                     f"the scale of the activation after {layer.info.name} has become {scale:g}, which "
                     "must be positive and finite; learn scales at a lower rate"
                 )
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise RuntimeError(
+                f"{name} is not finite, though no loss may have shown it, for quantizers make numbers "
+                "of NaN; look for it in the data, or lower the learning rate"
+            )
     with put_back_on_failure(t for layer in layers for t in _tensors(layer)):
         _harden(model, layers)
         return model if batches is None else _reestimate(model, batches, run)

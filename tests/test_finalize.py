@@ -643,3 +643,25 @@ def test_a_model_whose_quantizers_are_removed_is_neither_trained_nor_exported(tm
         with pytest.raises(ValueError, match="remove_quantizers_ has finished this model"):
             use()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["0.bias", "1.weight", "1.bias"])
+def test_parameters_that_are_not_finite_are_named_though_no_weight_is_quantized_there(name):
+    model = network()
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[0] = math.nan
+    state = state_of(model)
+    with pytest.raises(RuntimeError, match=f"^{name} is not finite"):
+        ls.finalize_(model, batches())
+    torch.testing.assert_close(state_of(model), state, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_data_that_would_spoil_batch_norms_are_refused_and_nothing_changes(value):
+    model, data = network(), batches()
+    data[2][1, 1, 0] = value
+    for spoil in (ls.finalize_, ls.reestimate_batch_norm_):
+        state = state_of(model)
+        with pytest.raises(ValueError, match="statistics that are not finite"):
+            spoil(model, data)
+        assert_same_state(model, state)

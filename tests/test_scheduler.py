@@ -226,6 +226,22 @@ def test_an_optimizer_of_another_model_is_warned_of():
         ls.QuantizationScheduler(model, ls.policies.StraightThrough(), 3, optimizer=own)
 
 
+def test_an_optimizer_of_modules_that_were_replaced_is_warned_of():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    stale = torch.optim.SGD(model.parameters(), lr=0.1)
+    model[1] = nn.Linear(4, 3)
+    ls.quantize_(model, ls.ternary())
+    policy = ls.policies.StraightThrough()
+    with pytest.warns(UserWarning, match=r"lacks \['1.weight', '1.bias'\]") as caught:
+        ls.QuantizationScheduler(model, policy, 3, optimizer=stale)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # One of two models, and one of a part that is frozen in none.
+        both = torch.optim.SGD([*model.parameters(), *nn.Linear(4, 1).parameters()], lr=0.1)
+        ls.QuantizationScheduler(model, policy, 3, optimizer=both)
+
+
 @pytest.mark.parametrize("given_optimizer", [True, False])
 @pytest.mark.parametrize("partition", PARTITIONS)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
