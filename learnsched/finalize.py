@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.hooks import RemovableHandle
 
 from learnsched.batches import (
     Forward,
@@ -67,9 +68,10 @@ class IntegerWeights:
 def reestimate_batch_norm_(
     model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None
 ) -> nn.Module:
-    """Replace the running statistics of batch norms by their plain mean over the batches.
+    """Replace the running statistics of batch norms by their mean over the batches.
 
-    Batch norms that the batches do not reach keep theirs, with a warning.
+    Each batch counts by its size, so that a small last one does no harm. Batch norms that
+    the batches do not reach keep theirs, with a warning.
 
     Args:
         model: any module; its training flags are kept.
@@ -97,14 +99,17 @@ def _reestimate(model: nn.Module, batches: Iterator[Any], run: Forward) -> nn.Mo
     norms = batch_norms(model)
     momenta = [module.momentum for module in norms]
     before = {module: keep(module.buffers()) for module in norms}
+    hooks: list[RemovableHandle] = []
     try:
         with put_back_on_failure(b for module in norms for b in module.buffers()):
             for module in norms:
                 module.reset_running_stats()
-                module.momentum = None  # a cumulative mean
+                hooks.append(module.register_forward_pre_hook(_Share(), with_kwargs=True))
             run_with_batch_statistics(model, batches, run)
             _check_statistics(model, norms)
     finally:
+        for hook in hooks:
+            hook.remove()
         for module, momentum in zip(norms, momenta, strict=True):
             module.momentum = momentum
     idle = {module for module in norms if not bool(module.num_batches_tracked)}
@@ -117,6 +122,19 @@ def _reestimate(model: nn.Module, batches: Iterator[Any], run: Forward) -> nn.Mo
             stacklevel=4,
         )
     return model
+
+
+class _Share:
+    """A hook ahead of a batch norm: its momentum is the share of the values seen so far."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+
+    def __call__(self, norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        values = x.numel() // norm.num_features
+        self._seen += values
+        norm.momentum = values / max(1, self._seen)
 
 
 def _check_statistics(model: nn.Module, norms: Iterable[nn.Module]) -> None:
@@ -144,10 +162,9 @@ def finalize_(
             of weights (``torch.optim.swa_utils.AveragedModel``, of buffers too or not, or what it
             wraps) lie between levels: they are projected anew, with a warning; so are other values
             written over frozen weights after the end of training.
-        loader: training batches to re-estimate batch norm statistics from; None keeps them. Each
-            batch counts alike: leave a last one out that is much smaller (``drop_last=True``). Of
-            data-parallel processes each takes its own batches: give all of them the same ones, or
-            finalize in one and save that.
+        loader: training batches to re-estimate batch norm statistics from, each by its size; None
+            keeps them. Of data-parallel processes each takes its own batches: give all of them the
+            same ones, or finalize in one and save that.
         forward: runs the model on a batch of any other kind, see :func:`calibrate_`.
 
     Returns:

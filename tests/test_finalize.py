@@ -665,3 +665,32 @@ def test_data_that_would_spoil_batch_norms_are_refused_and_nothing_changes(value
         with pytest.raises(ValueError, match="statistics that are not finite"):
             spoil(model, data)
         assert_same_state(model, state)
+
+
+def test_batches_count_by_their_size():
+    x = torch.randn(37, 3, 5, generator=torch.Generator().manual_seed(0)) * 2 + 1
+    whole, parts = (nn.BatchNorm1d(3) for _ in range(2))
+    ls.reestimate_batch_norm_(whole, [x])
+    ls.reestimate_batch_norm_(parts, x.split(16))  # 16, 16 and 5
+    torch.testing.assert_close(parts.running_mean, whole.running_mean)
+    means = [part.transpose(0, 1).flatten(1).var(1, correction=1) for part in x.split(16)]
+    sizes = torch.tensor([16.0, 16.0, 5.0])
+    expected = (torch.stack(means) * sizes.view(-1, 1)).sum(0) / 37
+    torch.testing.assert_close(parts.running_var, expected)
+    assert parts.momentum == 0.1 and not parts._forward_pre_hooks
+
+
+def test_batches_of_one_size_give_torchs_cumulative_mean_to_the_bit():
+    data = batches(count=7)
+    model, reference = network(), network()
+    ls.reestimate_batch_norm_(model, data)
+    for norm in (reference[1], reference[5]):
+        norm.reset_running_stats()
+        norm.momentum = None
+    reference.eval()
+    for norm in (reference[1], reference[5]):
+        norm.train()
+    with torch.no_grad():
+        for x in data:
+            reference(x)
+    assert_same_state(model, state_of(reference))
