@@ -35,6 +35,8 @@ from learnsched.telemetry import relative
 from learnsched.weight_warnings import warn_of_weights
 
 _STATE_VERSION = 2
+# Of an epoch, from which on a learning rate that took one of them at most has been forgotten.
+_FEW_STEPS = 2
 
 
 class UnwrappedModelWarning(UserWarning):
@@ -119,6 +121,7 @@ class QuantizationScheduler:
         self.history = History([info.name for info in infos])
         self._seed = operator.index(seed)
         self._counter = StepCounter()
+        self._rate_step: int | None = None  # the latest that a learning rate was asked for
         self._state = policy.begin(self._run)
         settings, state = self._ask(self._run, 0, [])
         # All that can fail comes before this line: from here on the model changes.
@@ -179,6 +182,7 @@ class QuantizationScheduler:
             )
         if step < 0:
             raise ValueError(f"optimizer steps are counted from 0, got {step}")
+        self._rate_step = step
         progress = min(1.0, step / self._run.steps)
         return learning_rate_factor(self.policy, self._run, progress)
 
@@ -320,6 +324,13 @@ class QuantizationScheduler:
             warnings.warn(
                 "the optimizer took no step of its own in the first epoch; of one that wraps another, "
                 "give scheduler.watch() the inner one",
+                stacklevel=3,
+            )
+        if self.epoch == 0 and self._rate_step in (0, 1) and counted > _FEW_STEPS:
+            warnings.warn(
+                f"the learning rate took {self._rate_step} steps in the first epoch, the optimizer "
+                f"{counted}: call step() of the LambdaLR after each step of the optimizer, not once an "
+                "epoch",
                 stacklevel=3,
             )
         if told is None and counted:

@@ -1286,3 +1286,37 @@ def test_a_state_shares_nothing_with_its_scheduler():
     scheduler.step()
     assert len(state["policy_state"]["seen"]) == 2
     assert state["policy_state"]["mean"] == 0.5
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_learning_rate_that_steps_once_an_epoch_is_warned_of(before):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = ls.QuantizationScheduler(
+        model, policies.BaseCurve(), 3, steps_per_epoch=4, optimizer=optimizer
+    )
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, scheduler.learning_rate_factor)
+    for _ in range(4):
+        optimizer.step()
+    if before:
+        decay.step()
+    with pytest.warns(UserWarning, match=f"took {int(before)} steps in the first epoch") as caught:
+        scheduler.step({"train_loss": 1.0})
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_learning_rate_of_ones_own_or_one_that_steps_with_the_optimizer_is_not(used):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = ls.QuantizationScheduler(
+        model, policies.BaseCurve(), 3, steps_per_epoch=4, optimizer=optimizer
+    )
+    factor = scheduler.learning_rate_factor if used else lambda step: 1.0
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            optimizer.step()
+            decay.step()
+        scheduler.step({"train_loss": 1.0})
