@@ -27,8 +27,7 @@ class Composed:
         return staircase.slope(self._over(x), *self._staircase) * grad
 
     def std_slope(self, x: Tensor, grad: Tensor, std: Tensor) -> Tensor:
-        levels, _, mean, noise = self._staircase
-        each = staircase.std_slope(self._over(x), levels, std, mean, noise) * grad
+        each = staircase.std_slope(self._over(x), *self._staircase) * grad
         return self._times(each).sum_to_size(std.shape)
 
     def slope_adjoint(
@@ -41,8 +40,7 @@ class Composed:
     def std_slope_adjoint(
         self, x: Tensor, grad: Tensor, outer: Tensor, std: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        levels, _, mean, noise = self._staircase
-        parts = staircase.std_slope_derivatives(self._over(x), levels, std, mean, noise)
+        parts = staircase.std_slope_derivatives(self._over(x), *self._staircase)
         scaled = self._times(outer)
         of_std = _summed(parts[2] * grad * scaled, std)
         return parts[0] * scaled, parts[1] * grad * outer, of_std

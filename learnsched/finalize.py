@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.hooks import RemovableHandle
 
 from learnsched.batches import (
     Forward,
@@ -23,6 +22,7 @@ from learnsched.batches import (
     put_back_on_failure,
     run_with_batch_statistics,
 )
+from learnsched.execution import hooked
 from learnsched.layers import Layer, quantized_layers
 from learnsched.modules import QUANTIZED_TYPES, QuantizedLayer
 from learnsched.quantizers import NOISE_BUFFERS, ActivationQuantizer
@@ -99,17 +99,23 @@ def _reestimate(model: nn.Module, batches: Iterator[Any], run: Forward) -> nn.Mo
     norms = batch_norms(model)
     momenta = [module.momentum for module in norms]
     before = {module: keep(module.buffers()) for module in norms}
-    hooks: list[RemovableHandle] = []
+    seen = dict.fromkeys(norms, 0)
+
+    def share(norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The momentum of the mean over all values: the share of these in what has been seen."""
+        x = args[0] if args else kwargs["input"]
+        values = x.numel() // norm.num_features
+        seen[norm] += values
+        norm.momentum = values / max(1, seen[norm])
+
     try:
         with put_back_on_failure(b for module in norms for b in module.buffers()):
             for module in norms:
                 module.reset_running_stats()
-                hooks.append(module.register_forward_pre_hook(_Share(), with_kwargs=True))
-            run_with_batch_statistics(model, batches, run)
+            with hooked(norms, share):
+                run_with_batch_statistics(model, batches, run)
             _check_statistics(model, norms)
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, momentum in zip(norms, momenta, strict=True):
             module.momentum = momentum
     idle = {module for module in norms if not bool(module.num_batches_tracked)}
@@ -122,19 +128,6 @@ def _reestimate(model: nn.Module, batches: Iterator[Any], run: Forward) -> nn.Mo
             stacklevel=4,
         )
     return model
-
-
-class _Share:
-    """A hook ahead of a batch norm: its momentum is the share of the values seen so far."""
-
-    def __init__(self) -> None:
-        self._seen = 0
-
-    def __call__(self, norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["input"]
-        values = x.numel() // norm.num_features
-        self._seen += values
-        norm.momentum = values / max(1, self._seen)
 
 
 def _check_statistics(model: nn.Module, norms: Iterable[nn.Module]) -> None:

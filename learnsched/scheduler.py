@@ -406,21 +406,22 @@ def _checked(policy: Policy) -> tuple[NoiseShape, str]:
 
 def _warn_of_strangers(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     own = {id(parameter) for parameter in model.parameters()}
-    given = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    if not own.issuperset(given) and not own.isdisjoint(given) and not trained.issubset(given):
-        missing = [n for n, p in model.named_parameters() if id(p) in trained.difference(given)]
-        warnings.warn(
-            f"the optimizer holds parameters that this model has not, and lacks {missing}: modules seem "
-            "to have been replaced after it was made. Make it after attention_to_linears_ and quantize_",
-            stacklevel=3,
-        )
+    given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if given and own.isdisjoint(given):
         warnings.warn(
             "the optimizer holds no parameter of this model: it would count the steps of another, as of "
             "a copy. Give the scheduler the model that the optimizer trains",
             stacklevel=3,
         )
+    elif not given <= own:
+        named = model.named_parameters()
+        if missing := [name for name, p in named if p.requires_grad and id(p) not in given]:
+            warnings.warn(
+                f"the optimizer holds parameters that this model has not, and lacks {missing}: modules "
+                "seem to have been replaced after it was made. Make it after attention_to_linears_ and "
+                "quantize_",
+                stacklevel=3,
+            )
 
 
 def _own_optimizer(optimizer: Any) -> torch.optim.Optimizer:

@@ -1288,13 +1288,19 @@ def test_a_state_shares_nothing_with_its_scheduler():
     assert state["policy_state"]["mean"] == 0.5
 
 
-@pytest.mark.parametrize("before", [True, False])
-def test_a_learning_rate_that_steps_once_an_epoch_is_warned_of(before):
+def run_of_four_steps():
+    """An optimizer, and the scheduler of three epochs of four of its steps."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = ls.QuantizationScheduler(
         model, policies.BaseCurve(), 3, steps_per_epoch=4, optimizer=optimizer
     )
+    return optimizer, scheduler
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_learning_rate_that_steps_once_an_epoch_is_warned_of(before):
+    optimizer, scheduler = run_of_four_steps()
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, scheduler.learning_rate_factor)
     for _ in range(4):
         optimizer.step()
@@ -1307,11 +1313,7 @@ def test_a_learning_rate_that_steps_once_an_epoch_is_warned_of(before):
 
 @pytest.mark.parametrize("used", [True, False])
 def test_a_learning_rate_of_ones_own_or_one_that_steps_with_the_optimizer_is_not(used):
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scheduler = ls.QuantizationScheduler(
-        model, policies.BaseCurve(), 3, steps_per_epoch=4, optimizer=optimizer
-    )
+    optimizer, scheduler = run_of_four_steps()
     factor = scheduler.learning_rate_factor if used else lambda step: 1.0
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     with warnings.catch_warnings():

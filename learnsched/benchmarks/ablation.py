@@ -158,15 +158,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with one_of_the_ranks():
         tasks = TASKS[:1] if options.quick else TASKS
-        content = {"quick": options.quick, "artefact": options.artefact}
-        content["schedule"] = repr(load_pretrained(options.artefact))
+        policy = load_pretrained(options.artefact)
+        content = {
+            "quick": options.quick, "artefact": options.artefact, "schedule": repr(policy),
+        }  # fmt: skip
 
         def keep(records: list[dict[str, Any]]) -> None:
             if processes.rank() == 0:
                 write_results(options.json, {**content, "records": records})
 
         records = transfer(
-            [(method, None) for method in variants(load_pretrained(options.artefact))],
+            [(method, None) for method in variants(policy)],
             {"task": {name: HELD_OUT[name] for name in tasks}},
             _QUICK if options.quick else _SHOWN,
             done=stored_records(options.json, **content),

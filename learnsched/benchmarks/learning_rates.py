@@ -12,6 +12,7 @@ accuracy benchmark's.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.benchmarks.environment import describe
 from learnsched.benchmarks.rate_choice import smoothed
+from learnsched.benchmarks.regimes import Regime
 from learnsched.benchmarks.statistics import Record
 from learnsched.benchmarks.training import train
 from learnsched.data import load
@@ -56,14 +58,14 @@ MIX = Mix(
 )
 
 # Networks of each pair of level sets, from scratch or for fine-tuning.
-COUNTS = {
-    ("ternary/2-bit", False): 20,
-    ("ternary/2-bit", True): 12,
-    ("ternary/ternary", False): 8,
-    ("binary/binary", False): 8,
-    ("binary/2-bit", False): 6,
-    ("ternary/real", False): 8,
-    ("ternary/real", True): 8,
+COUNTS: dict[Regime, int] = {
+    Regime("ternary/2-bit", False): 20,
+    Regime("ternary/2-bit", True): 12,
+    Regime("ternary/ternary", False): 8,
+    Regime("binary/binary", False): 8,
+    Regime("binary/2-bit", False): 6,
+    Regime("ternary/real", False): 8,
+    Regime("ternary/real", True): 8,
 }
 _RUNS = 4
 
@@ -71,9 +73,9 @@ _RUNS = 4
 def drawn(bits: str, fine_tuning: bool, seed: int) -> list[Task]:
     """The networks of one kind; a kind has networks of its own."""
     mix = replace(MIX, bits=((bits, 1.0),), fine_tuning=float(fine_tuning))
-    kind = (bits, fine_tuning)
-    first = 1000 * list(COUNTS).index(kind)
-    return [mix.sample(770_000 + seed, first + i)[0] for i in range(COUNTS[kind])]
+    regime = Regime(bits, fine_tuning)
+    first = 1000 * list(COUNTS).index(regime)
+    return [mix.sample(770_000 + seed, first + i)[0] for i in range(COUNTS[regime])]
 
 
 def measured(
@@ -81,7 +83,8 @@ def measured(
 ) -> dict[str, Any]:
     """Validation accuracy at each rate, and what is known of a run before it."""
     data = load(task.data)
-    layers = replace(task, learning_rates=(rates[0],)).build(data).run.layers
+    # Of a float network that nothing trains.
+    layers = replace(task, learning_rates=(rates[0],), fine_tuning=False).build(data).run.layers
     accuracy = train(
         field.learned(learned), task, data, rates, [None] * len(rates), runs, data.validation
     )
@@ -119,10 +122,12 @@ def advised(records: Sequence[Record]) -> float:
     return rates[loss.index(min(loss))]
 
 
-def by_kind(records: Sequence[Record]) -> dict[tuple[str, bool], list[Record]]:
+def by_kind(records: Sequence[Record]) -> dict[Regime, list[Record]]:
     """Records of each pair of level sets, from scratch and for fine-tuning."""
-    kinds = dict.fromkeys((r["bits"], r["fine_tuning"]) for r in records)
-    return {kind: [r for r in records if (r["bits"], r["fine_tuning"]) == kind] for kind in kinds}
+    kinds: dict[Regime, list[Record]] = {}
+    for record in records:
+        kinds.setdefault(Regime(record["bits"], record["fine_tuning"]), []).append(record)
+    return kinds
 
 
 def table(records: Sequence[Record]) -> str:
@@ -130,7 +135,7 @@ def table(records: Sequence[Record]) -> str:
 
     Where the best rate of two halves is the same, a rule that followed what halves them would not help.
     """
-    rows = {f"{b}{', fine-tuned' * t}": found for (b, t), found in by_kind(records).items()}
+    rows = {str(regime): found for regime, found in by_kind(records).items()}
     halves: tuple[tuple[str, Callable[[Record], float]], ...] = (
         ("runs of {} {:.0f} steps", lambda r: r["steps"]),
         ("batches of {} {:.0f}", lambda r: r["batch"]),
@@ -163,10 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     options = parser.parse_args(arguments)
     learned = load_pretrained(options.artefact)
-    networks = [drawn(bits, tuned, options.seed) for bits, tuned in COUNTS]
+    networks = [drawn(*regime, options.seed) for regime in COUNTS]
     # One of each kind in turn, so that a run that ends early has some of all.
-    turns = [[of_kind[i] for of_kind in networks if i < len(of_kind)] for i in range(20)]
-    tasks, rates, runs = [task for turn in turns for task in turn], RATES, _RUNS
+    turns = itertools.zip_longest(*networks)
+    tasks, rates, runs = [task for turn in turns for task in turn if task], RATES, _RUNS
     if options.quick:
         tasks, rates, runs = tasks[:1], RATES[::4], 2
     with one_of_the_ranks():

@@ -325,8 +325,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_of_the_ranks():
         axes = options.axes or (["depth"] if options.quick else list(AXES))
         budget = _QUICK if options.quick else _SHOWN
-        content = {"seed": options.seed, "quick": options.quick, "artefact": options.artefact}
-        content["schedule"] = repr(load_pretrained(options.artefact))
+        policy = load_pretrained(options.artefact)
+        content = {
+            "seed": options.seed, "quick": options.quick, "artefact": options.artefact,
+            "schedule": repr(policy),
+        }  # fmt: skip
         done = stored_records(options.json, **content)
 
         def keep(records: list[dict[str, Any]]) -> None:
@@ -345,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finished = [
             name for name in RIVALS if cells <= {r["cell"] for r in done if r["method"] == name}
         ]
-        rows = compared(load_pretrained(options.artefact), budget, options.seed, finished)
+        rows = compared(policy, budget, options.seed, finished)
         records = transfer(rows, tasks, budget, done=done, progress=keep)
         if processes.rank() == 0:
             print(table(records, axes))

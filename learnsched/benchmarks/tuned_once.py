@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,6 +29,7 @@ from learnsched.benchmarks.cells import GRIDS, Cell
 from learnsched.benchmarks.environment import describe
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.records import HAND_CODED, LEARNED, read
+from learnsched.benchmarks.regimes import Regime
 from learnsched.benchmarks.search import Budget, search
 from learnsched.benchmarks.statistics import Record, best, compare, doublings, mean, search_curve
 from learnsched.benchmarks.training import train
@@ -58,22 +59,6 @@ RECIPE, TEST, ADVISED = "recipe", "test", "advised"
 # Of one trial on one task: enough, since a trial trains on all of them.
 _BUDGET = Budget(rounds=2, trials=8, trial_runs=1, runs=6)
 _QUICK = Budget(rounds=1, trials=2, trial_runs=1, runs=2)
-
-
-@dataclass(frozen=True, order=True)
-class Regime:
-    """What a recipe is made for: level sets, by their name in a task, and where training starts."""
-
-    bits: str
-    fine_tuning: bool
-
-    @classmethod
-    def of(cls, task: Task) -> Regime:
-        """That of a task."""
-        return cls(task.bits, task.fine_tuning)
-
-    def __str__(self) -> str:
-        return f"{self.bits}{', fine-tuned' * self.fine_tuning}"
 
 
 def practice(regime: Regime) -> list[Task]:
@@ -140,7 +125,7 @@ def measured(method: Method, recipe: Record, cell: Cell, runs: int) -> dict[str,
 def advice(path: Path) -> dict[str, float]:
     """Advised learning rates by regime, from the file of their benchmark."""
     kinds = learning_rates.by_kind(json.loads(path.read_text())["records"])
-    return {str(Regime(*kind)): learning_rates.advised(found) for kind, found in kinds.items()}
+    return {str(regime): learning_rates.advised(found) for regime, found in kinds.items()}
 
 
 def table(
@@ -286,16 +271,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         jobs = {(RECIPE, *names): job for names, job in methods.items()}
         records = recorded(options.json, jobs, recipe, key, **content)
         recipes = {key(record): record for record in records}
-        tests = {}
-        for stage in (TEST, ADVISED):
-            for cell in cells:
-                there = str(Regime.of(cell.task))
-                for (regime, name), (_, method) in methods.items():
-                    if regime == there:
-                        found = recipes[RECIPE, regime, name]
-                        if stage == ADVISED:
-                            found = {**found, "learning_rate": advised[regime]}
-                        tests[stage, cell.name, name] = (stage, cell, method, found)
+        tests = {
+            (stage, cell.name, name): (
+                stage, cell, method, {**recipes[RECIPE, regime, name], **rates.get(regime, {})}
+            )
+            for stage, rates in (
+                (TEST, {}),
+                (ADVISED, {regime: {"learning_rate": rate} for regime, rate in advised.items()}),
+            )
+            for cell in cells
+            for (regime, name), (_, method) in methods.items()
+            if regime == str(Regime.of(cell.task))
+        }  # fmt: skip
         records = recorded(options.json, tests, test, key, **content)
         if processes.rank() == 0:
             for stage in (TEST, ADVISED):
