@@ -1,20 +1,22 @@
 """What is advised where nobody searches for a learning rate."""
 
 import math
+from collections import Counter
 
 import pytest
 
 from learnsched.benchmarks.cells import GRIDS
 from learnsched.benchmarks.learning_rates import (
     COUNTS,
+    MIX,
     RATES,
     advised,
     by_kind,
-    drawn,
     losses,
     measured,
     table,
 )
+from learnsched.benchmarks.regimes import Regime, drawn
 from learnsched.pretrained import load_pretrained
 
 
@@ -58,18 +60,23 @@ def test_every_kind_has_its_row_and_every_half():
 
 def test_networks_are_drawn_anew_for_each_kind_and_are_not_those_of_the_grid():
     shapes = {(t.data, t.family, t.width) for t in (cell.task for cell in GRIDS["full"].cells)}
-    tasks = [task for kind in COUNTS for task in drawn(*kind, seed=0)]
+    tasks = drawn(MIX, COUNTS, seed=0)
     assert len({task.seed for task in tasks}) == len(tasks) == sum(COUNTS.values())
     assert not shapes & {(task.data, task.family, task.width) for task in tasks}
-    assert drawn("ternary/real", True, seed=0) == drawn("ternary/real", True, seed=0)
-    assert drawn("ternary/real", True, seed=0) != drawn("ternary/real", True, seed=1)
-    for kind in COUNTS:
-        assert {(task.bits, task.fine_tuning) for task in drawn(*kind, seed=0)} == {kind}
+    assert Counter(map(Regime.of, tasks)) == COUNTS
+    assert [Regime.of(task) for task in tasks[: len(COUNTS)]] == list(COUNTS)
+
+
+def test_networks_hang_on_the_seed_and_not_on_how_many_there_are():
+    kind = Regime("ternary/real", True)
+    assert drawn(MIX, {kind: 3}, seed=0) == drawn(MIX, {kind: 5}, seed=0)[:3]
+    assert drawn(MIX, {kind: 3}, seed=0) != drawn(MIX, {kind: 3}, seed=1)
 
 
 @pytest.mark.slow
 def test_a_network_is_trained_at_every_rate():
-    task = min(drawn("ternary/2-bit", False, seed=0), key=lambda task: task.horizon * task.steps)
+    kind = Regime("ternary/2-bit", False)
+    task = min(drawn(MIX, {kind: 20}, seed=0), key=lambda task: task.horizon * task.steps)
     found = measured(task, load_pretrained("default"), RATES[::4], runs=2)
     assert [len(runs) for runs in found["validation"]] == [2, 2]
     assert found["depth"] == task.depth and found["steps"] == task.horizon * task.steps

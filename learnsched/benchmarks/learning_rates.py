@@ -12,7 +12,6 @@ accuracy benchmark's.
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.benchmarks.environment import describe
 from learnsched.benchmarks.rate_choice import smoothed
-from learnsched.benchmarks.regimes import Regime
+from learnsched.benchmarks.regimes import Regime, drawn
 from learnsched.benchmarks.statistics import Record
 from learnsched.benchmarks.training import train
 from learnsched.data import load
@@ -68,14 +67,7 @@ COUNTS: dict[Regime, int] = {
     Regime("ternary/real", True): 8,
 }
 _RUNS = 4
-
-
-def drawn(bits: str, fine_tuning: bool, seed: int) -> list[Task]:
-    """The networks of one kind; a kind has networks of its own."""
-    mix = replace(MIX, bits=((bits, 1.0),), fine_tuning=float(fine_tuning))
-    regime = Regime(bits, fine_tuning)
-    first = 1000 * list(COUNTS).index(regime)
-    return [mix.sample(770_000 + seed, first + i)[0] for i in range(COUNTS[regime])]
+_SEED = 770_000
 
 
 def measured(
@@ -168,10 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     options = parser.parse_args(arguments)
     learned = load_pretrained(options.artefact)
-    networks = [drawn(*regime, options.seed) for regime in COUNTS]
-    # One of each kind in turn, so that a run that ends early has some of all.
-    turns = itertools.zip_longest(*networks)
-    tasks, rates, runs = [task for turn in turns for task in turn if task], RATES, _RUNS
+    tasks, rates, runs = drawn(MIX, COUNTS, _SEED + options.seed), RATES, _RUNS
     if options.quick:
         tasks, rates, runs = tasks[:1], RATES[::4], 2
     with one_of_the_ranks():
