@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from learnsched.modules import BATCH_NORMS
 
@@ -78,7 +79,15 @@ def checked(batches: Iterable[Any], model: nn.Module, run: Forward) -> Iterator[
     """The batches; that there is a first one, and an input in it, is checked at once."""
     if isinstance(batches, Tensor):
         raise TypeError("pass a list of batches, [x], or a data loader; got one tensor")
-    iterator = iter(batches)
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        raise TypeError(
+            f"pass a data loader, DataLoader(dataset, batch_size), got the {type(batches).__name__} "
+            "itself, whose entries are single examples"
+        )
+    try:
+        iterator = iter(batches)
+    except TypeError:
+        raise TypeError(f"pass a list of batches or a data loader, got {batches!r}") from None
     try:
         first = next(iterator)
     except StopIteration:

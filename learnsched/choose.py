@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from learnsched.execution import RECURRENT, Example, Execution, execution
 from learnsched.layers import is_quantized
 from learnsched.levels import LevelSet, check_level_set
-from learnsched.modules import ACTIVATIONS, BATCH_NORMS, QUANTIZED_TYPES, stays_real
+from learnsched.modules import ACTIVATIONS, BATCH_NORMS, QUANTIZED_TYPES, check_module, stays_real
 from learnsched.scales import ScaleRule
 
 # Level set and scale rule of each module to quantize, by name.
@@ -70,8 +70,7 @@ def _check_request(
     skip: Sequence[str],
     overrides: Mapping[str, LayerConfig | None],
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {model!r}")
+    check_module(model)
     if not isinstance(overrides, Mapping):
         raise TypeError(
             "overrides map patterns of module names to LayerConfig or None, such as {'head.*': None}; "
@@ -177,13 +176,14 @@ def _configure(
     ends = weights[-1:] if ordered and "last" in skip else []
     configs: Chosen = {}
     following = base
+    behind: dict[str, LayerConfig] = {}  # what the activations get that follow a weight
     for index, (name, module) in enumerate(found.order):
         if index == found.executed:
             following = base
         if isinstance(module, BATCH_NORMS):
             continue
         if stays_real(module):
-            following = replace(base, activation=None) if name in ends else base
+            following = behind[name] = replace(base, activation=None) if name in ends else base
             continue
         is_weight = type(module) in QUANTIZED_TYPES
         config: LayerConfig | None = base if is_weight else following
@@ -195,6 +195,7 @@ def _configure(
                 break
         if is_weight:
             following = config or (replace(base, activation=None) if name in ends else base)
+            behind[name] = following
         if config is None:
             continue
         if isinstance(module, RECURRENT):
@@ -208,7 +209,42 @@ def _configure(
         if levels is not None:
             rule = config.weight_scale if is_weight else config.activation_scale
             configs[name] = levels, rule
+    _warn_of_shared(found, configs, behind, overrides)
     return configs
+
+
+def _warn_of_shared(
+    found: Execution,
+    chosen: Chosen,
+    behind: Mapping[str, LayerConfig],
+    overrides: Mapping[str, LayerConfig | None],
+) -> None:
+    """Warn of activations that are used behind several weights, and would be another one there."""
+    own = {
+        name
+        for name, module in found.order
+        if type(module) in ACTIVATIONS
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in overrides)
+    }
+    differing: dict[str, str] = {}
+    ahead = None
+    for name in found.calls:
+        if name in behind:
+            ahead = name
+        elif name in own and ahead is not None:
+            config = behind[ahead]
+            levels = config.activation
+            wanted = None if levels is None else (levels, config.activation_scale)
+            if chosen.get(name) != wanted:
+                differing[name] = ahead
+    for name, ahead in differing.items():
+        levels = None if name not in chosen else chosen[name][0]
+        warnings.warn(
+            f"{name} is used several times, and stays {'real' if levels is None else levels.name} "
+            f"behind {ahead}, too, for which other levels are asked for; use an activation module of "
+            f"its own there, or override {name!r} itself",
+            stacklevel=5,
+        )
 
 
 def _check_found(

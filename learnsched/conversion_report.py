@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from learnsched.modules import KNOWN, QUANTIZED_LAYERS, REAL, matrices
+from learnsched.modules import KNOWN, QUANTIZED_LAYERS, REAL, check_module, matrices
 from learnsched.quantizers import ActivationQuantizer
 from learnsched.tables import aligned
 
@@ -31,6 +31,9 @@ def report(model: nn.Module) -> Report:
     """What is quantized in a model, and what is not: every module with a matrix or kernel of its own,
     and every activation function that is a module.
 
+    Raises:
+        TypeError: it is no module.
+
     Example:
         >>> from learnsched import quantize_, ternary
         >>> net = quantize_(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), ternary())
@@ -39,6 +42,7 @@ def report(model: nn.Module) -> Report:
         0       Linear  ternary  AbsoluteMean
         1       ReLU    real
     """
+    check_module(model)
     rows = []
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():

@@ -36,6 +36,7 @@ class Execution:
     Attributes:
         order: names and modules, by first execution; those that are not reached come last.
         executed: how many are reached; all if there was no example input.
+        calls: names of those that are reached, by execution, each as often as it is called.
         functions: names of activation functions that the model calls itself, such as ``relu``.
         borrowed: names of layers that are reached and whose weights the model computes with itself,
             too.
@@ -45,6 +46,7 @@ class Execution:
 
     order: list[tuple[str, nn.Module]]
     executed: int
+    calls: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
     borrowed: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
@@ -80,13 +82,13 @@ def execution(model: nn.Module, example_input: Example | None) -> Execution:
         and isinstance(weight := getattr(module, "weight", None), nn.Parameter)
     }
     seen = _Calls(weights)
-    executed: dict[nn.Module, str] = {}
+    calls: list[nn.Module] = []
     in_place: dict[nn.Module, str] = {
         m: n for m, n in wanted.items() if getattr(m, "inplace", False)
     }
 
     def enter(module: nn.Module, *_: Any) -> None:
-        executed.setdefault(module, wanted[module])
+        calls.append(module)
         seen.inside += _is_torchs(module)
 
     def leave(module: nn.Module, _: Any, output: Any) -> Any:
@@ -103,14 +105,16 @@ def execution(model: nn.Module, example_input: Example | None) -> Execution:
 
     with hooked(wanted, enter, leave), seen:
         seen.use(run_example(model, example_input))
-    every = {**executed, **wanted}
+    names = tuple(wanted[module] for module in calls)
+    executed = dict.fromkeys(calls)
     return Execution(
-        [(name, module) for module, name in every.items()],
-        len(executed),
-        tuple(dict.fromkeys(seen.functions)),
-        tuple(name for name in seen.borrowed if name in executed.values()),
-        tuple(dict.fromkeys(name for name, _ in seen.returned.values())),
-        tuple(seen.overwritten),
+        order=[(wanted[module], module) for module in {**executed, **dict.fromkeys(wanted)}],
+        executed=len(executed),
+        calls=names,
+        functions=tuple(dict.fromkeys(seen.functions)),
+        borrowed=tuple(name for name in seen.borrowed if name in names),
+        unused=tuple(dict.fromkeys(name for name, _ in seen.returned.values())),
+        overwritten=tuple(seen.overwritten),
     )
 
 

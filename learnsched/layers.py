@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from learnsched.modules import QUANTIZED_LAYERS, QuantizedLayer, fan_in
+from learnsched.modules import QUANTIZED_LAYERS, QuantizedLayer, check_module, fan_in
 from learnsched.quantizers import ActivationQuantizer, WeightQuantizer
 from learnsched.schedule import LayerInfo
 
@@ -82,6 +82,7 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
     """The quantized layers of a model, from the input.
 
     Raises:
+        TypeError: it is no module.
         ValueError: the model has none, they were quantized in different calls, a weight has been
             parametrized or shared since, or ``remove_quantizers_`` has finished it.
 
@@ -91,6 +92,7 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
         >>> [layer.info.name for layer in quantized_layers(ls.quantize_(net, ls.ternary()))]
         ['0', '2']
     """
+    check_module(model)
     weights: dict[int, QuantizedLayer] = {}
     activations: dict[int, list[ActivationQuantizer]] = {}
     names: dict[int, str] = {}

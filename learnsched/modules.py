@@ -145,6 +145,22 @@ REAL = (nn.Bilinear,)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
+def check_module(model: object) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        TypeError: ``model`` is none.
+
+    Example:
+        >>> check_module(nn.Linear)
+        Traceback (most recent call last):
+        ...
+        TypeError: model must be an nn.Module, got <class 'torch.nn.modules.linear.Linear'>
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r}")
+
+
 def stays_real(module: nn.Module) -> bool:
     """Whether it is a layer with weights of no quantized kind: another layer, or a subclass of one.
 

@@ -109,6 +109,12 @@ class _Quantizer(nn.Module):
             state_dict = {**state_dict, bound: scale / _LARGEST_FALL}
         elif bound in state_dict and bound not in own:  # of a scale that is not learned here
             state_dict = {name: value for name, value in state_dict.items() if name != bound}
+        for name, makes in (("log_scale", "learn_weight_scales_"), ("log_std", "learn_noise_")):
+            if strict and prefix + name in state_dict and prefix + name not in own:
+                error_msgs.append(
+                    f"{prefix}{name} was learned; call learnsched.{makes}(model) before this state "
+                    "is loaded"
+                )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -27,6 +27,7 @@ from learnsched.incremental import PARTITIONS
 from learnsched.layers import quantized_layers
 from learnsched.learning_rate import learning_rate_factor
 from learnsched.noise import NoiseShape, noise_shape
+from learnsched.optimizer_checks import own_optimizer, warn_of_strangers, warn_of_untrained
 from learnsched.ranks import over_ranks, several_ranks
 from learnsched.schedule import FIELDS, Policy, RunInfo, Setting, ask, check_policy, terminal
 from learnsched.scheduler_state import as_own, check_whole, description, snapshot, spelled
@@ -67,8 +68,8 @@ class QuantizationScheduler:
         seed: of random INQ partitions.
 
     Raises:
-        TypeError: ``policy`` is no policy, what it returns is no settings, or ``optimizer`` is no
-            optimizer.
+        TypeError: ``model`` is no module, ``policy`` no policy, what it returns no settings, or
+            ``optimizer`` no optimizer.
         ValueError: the model has no quantized layers or more frozen weights than the policy starts
             with, ``epochs`` or ``steps_per_epoch`` is no whole number of at least 1, or the policy's
             settings do not fit. The model is as it was.
@@ -97,13 +98,13 @@ class QuantizationScheduler:
         seed: int = 0,
     ) -> None:
         noise, mode = _checked(policy)
+        self._layers = quantized_layers(model)
         if optimizer is not None:
-            optimizer = _own_optimizer(optimizer)
-            _warn_of_strangers(optimizer, model)
+            optimizer = own_optimizer(optimizer)
+            warn_of_strangers(optimizer, model, stacklevel=3)
         epochs = whole_number("epochs", epochs)
         if steps_per_epoch is not None:
             steps_per_epoch = whole_number("steps_per_epoch", steps_per_epoch)
-        self._layers = quantized_layers(model)
         parallel = isinstance(model, DistributedDataParallel)
         self._process_group: Any = model.process_group if parallel else None
         if policy.metrics and not parallel and several_ranks():
@@ -122,6 +123,9 @@ class QuantizationScheduler:
         self._seed = operator.index(seed)
         self._counter = StepCounter()
         self._rate_step: int | None = None  # the latest that a learning rate was asked for
+        self._trained: set[int] = (
+            set()
+        )  # parameters that the first epoch's optimizer steps were for
         self._state = policy.begin(self._run)
         settings, state = self._ask(self._run, 0, [])
         # All that can fail comes before this line: from here on the model changes.
@@ -143,7 +147,7 @@ class QuantizationScheduler:
         Raises:
             TypeError: it is no optimizer.
         """
-        optimizer = _own_optimizer(optimizer)
+        optimizer = own_optimizer(optimizer)
         self._counter.count_steps(optimizer)
         optimizer.register_step_post_hook(self._restore)
 
@@ -202,6 +206,8 @@ class QuantizationScheduler:
         numbers, counted = over_ranks(metrics, self._counter.total, self._process_group)
         self._check_metrics(numbers)
         warn_of_weights(self._layers, self.history.settings[-1], stacklevel=3)
+        if self.epoch == 0 and self._trained:
+            warn_of_untrained(self._layers, self._trained, stacklevel=3)
         run = self._run_after_counting(counted)
         epoch = self.epoch + 1
         if epoch < self.epochs:
@@ -378,6 +384,8 @@ class QuantizationScheduler:
     def _restore(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """After an optimizer's step."""
         restore_(self._layers)
+        if self.epoch == 0:
+            self._trained.update(id(p) for group in optimizer.param_groups for p in group["params"])
 
 
 def _differ(told: int, counted: int) -> bool:
@@ -402,32 +410,3 @@ def _checked(policy: Policy) -> tuple[NoiseShape, str]:
     check_choice("partition", policy.partition, PARTITIONS)
     check_choice("mode", mode, MODES)
     return noise, mode
-
-
-def _warn_of_strangers(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    own = {id(parameter) for parameter in model.parameters()}
-    given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if given and own.isdisjoint(given):
-        warnings.warn(
-            "the optimizer holds no parameter of this model: it would count the steps of another, as of "
-            "a copy. Give the scheduler the model that the optimizer trains",
-            stacklevel=3,
-        )
-    elif not given <= own:
-        named = model.named_parameters()
-        if missing := [name for name, p in named if p.requires_grad and id(p) not in given]:
-            warnings.warn(
-                f"the optimizer holds parameters that this model has not, and lacks {missing}: modules "
-                "seem to have been replaced after it was made. Make it after attention_to_linears_ and "
-                "quantize_",
-                stacklevel=3,
-            )
-
-
-def _own_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer that takes the steps: wrappers, as of Accelerate, call it and not its hooks."""
-    while not hasattr(optimizer, "_optimizer_step_post_hooks") and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
-    return optimizer

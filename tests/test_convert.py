@@ -1094,3 +1094,48 @@ def test_parts_quantized_in_different_calls_are_refused_where_only_one_has_weigh
     ls.quantize_(model[1], activation=ls.unsigned(2))
     with pytest.raises(ValueError, match="were quantized in different calls"):
         ls.finalize_(model)
+
+
+class SharedReLU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.norm, self.relu = nn.BatchNorm1d(4), nn.ReLU()
+
+    def forward(self, x):
+        for layer in (self.first, self.second):
+            x = self.relu(self.norm(layer(x)))
+        return self.last(x)
+
+
+def quantized_sharing(**overrides):
+    return ls.quantize_(
+        SharedReLU(),
+        ls.ternary(),
+        ls.unsigned(2),
+        overrides=overrides,
+        example_input=torch.randn(3, 4),
+    )
+
+
+def test_a_shared_activation_that_should_be_two_is_warned_of():
+    with pytest.warns(UserWarning, match="stays unsigned2 behind second"):
+        quantized_sharing(second=ls.LayerConfig(ls.binary(), ls.unsigned(4)))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"second": ls.LayerConfig(ls.binary(), ls.unsigned(2))},
+        {
+            "second": ls.LayerConfig(ls.binary(), ls.unsigned(4)),
+            "relu": ls.LayerConfig(None, ls.unsigned(3)),
+        },
+    ],
+    ids=["no overrides", "the same levels", "its own override"],
+)
+def test_a_shared_activation_that_is_one_is_not(overrides):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantized_sharing(**overrides)

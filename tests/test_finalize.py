@@ -210,7 +210,8 @@ CALLS = {
         ([{"x": torch.zeros(1)}], TypeError, "got dict"),
         ([("x", 1)], TypeError, "got str"),
         (torch.zeros(4, 2, 4, 4), TypeError, r"pass a list of batches, \[x\]"),
-        (3, TypeError, "not iterable"),
+        (TensorDataset(torch.zeros(4, 2, 4, 4)), TypeError, r"DataLoader\(dataset, batch_size\)"),
+        (3, TypeError, "a data loader, got 3"),
     ],
 )
 def test_wrong_batches_are_refused_before_anything_changes(call, data, kind, message):
@@ -694,3 +695,18 @@ def test_batches_of_one_size_give_torchs_cumulative_mean_to_the_bit():
         for x in data:
             reference(x)
     assert_same_state(model, state_of(reference))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        ls.finalize_,
+        ls.report,
+        ls.learn_scales_,
+        lambda model: ls.quantize_(model, ls.ternary()),
+        lambda model: ls.QuantizationScheduler(model, ls.policies.StraightThrough(), epochs=2),
+    ],
+)
+def test_what_is_no_module_is_refused(run):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got 3"):
+        run(3)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -344,3 +345,34 @@ def test_calibration_moves_the_bound_of_a_learned_scale():
     net, [scale] = bounded_net()
     ls.calibrate_(net, [100 * torch.randn(64, 8)])
     assert net[2].lowest_scale.item() == pytest.approx(scale.item() / 32)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["unknown", "known"])
+def test_learned_scales_that_no_optimizer_holds_are_warned_of(known):
+    net = quantized(example_input=torch.randn(4, 8))
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    learned = [*ls.learn_scales_(net), *ls.learn_weight_scales_(net), *ls.learn_noise_(net)]
+    if known:
+        optimizer.add_param_group({"params": learned, "weight_decay": 0})
+    scheduler = ls.QuantizationScheduler(
+        net, ls.policies.StraightThrough(), epochs=2, optimizer=optimizer
+    )
+    net(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scheduler.step()
+    told = [str(w.message) for w in caught]
+    assert len(told) == (not known)
+    for name in () if known else ("scale of 0", "log_scale of 0", "log_std of 5"):
+        assert repr(name) in told[0]
+
+
+@pytest.mark.parametrize("learn", [ls.learn_weight_scales_, ls.learn_noise_])
+def test_a_state_with_more_that_was_learned_says_what_is_missing(learn):
+    learned, plain = quantized(), quantized()
+    learn(learned)
+    with pytest.raises(RuntimeError, match=rf"call learnsched\.{learn.__name__}\(model\)"):
+        plain.load_state_dict(learned.state_dict())
+    learn(plain)
+    plain.load_state_dict(learned.state_dict())
