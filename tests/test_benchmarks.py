@@ -60,6 +60,7 @@ def run(name, *arguments):
         "other_problems",
         "tuned_once",
         "learning_rates",
+        "random_networks",
     ],
 )
 def test_a_quick_run_writes_its_rows(name, tmp_path):

@@ -114,6 +114,7 @@ SLOW = {
     "other_problems": benchmark("other_problems"),
     "tuned_once": benchmark("tuned_once"),
     "learning_rates": benchmark("learning_rates"),
+    "random_networks": benchmark("random_networks"),
     "payback": module("learnsched.benchmarks.payback"),
     "embed_card": ["-c", EMBED],
 }

@@ -1,12 +1,12 @@
 """Which learning rate to take where nobody searches: one for each pair of level sets and start.
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.learning_rates
-        [--artefact default] [--quick] [--seed N] [--json PATH]
+        [--artefact default] [--optimizer adam] [--networks N] [--quick] [--seed N] [--json PATH]
 
 Networks are drawn at random, of the kinds that meta-training has and over a wider range of widths,
-depths, run lengths and batches; each trains under the schedule at eight learning rates of Adam. What is
-advised is the rate of best validation accuracy over all networks of a kind. No network is one of the
-accuracy benchmark's.
+depths, run lengths and batches; each trains under the schedule at eight learning rates. What is advised
+is the rate of best validation accuracy over all networks of a kind. No network is one of the accuracy
+benchmark's. Optimizers other than Adam train the same networks, at rates of their own.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ from learnsched.policies import LearnedPolicy
 from learnsched.tables import markdown
 
 RATES = tuple(0.004 * 1.7**k for k in range(8))
+
+# By optimizer, how many times Adam's rates are tried.
+_FACTORS = {"adam": 1, "adamw": 1, "momentum": 8, "sgd": 50}
 
 MIX = Mix(
     architectures=(
@@ -155,14 +158,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
+    parser.add_argument("--optimizer", choices=_FACTORS, default="adam", help="of all networks")
+    parser.add_argument("--networks", type=int, help="at most so many; all if omitted")
     parser.add_argument("--quick", action="store_true", help="one network, two rates and runs")
     parser.add_argument("--seed", type=int, default=0, help="of the networks")
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     options = parser.parse_args(arguments)
     learned = load_pretrained(options.artefact)
-    tasks, rates, runs = drawn(MIX, COUNTS, _SEED + options.seed), RATES, _RUNS
+    networks = drawn(MIX, COUNTS, _SEED + options.seed)[: options.networks]
+    tasks = [replace(task, optimizer=options.optimizer) for task in networks]
+    rates, runs = [_FACTORS[options.optimizer] * rate for rate in RATES], _RUNS
     if options.quick:
-        tasks, rates, runs = tasks[:1], RATES[::4], 2
+        tasks, rates, runs = tasks[:1], rates[::4], 2
     with one_of_the_ranks():
         records = recorded(
             options.json,
@@ -171,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lambda record: (record["task"], record["seed"]),
             progress=lambda record: print(f"{record['task']}: {advised([record]):.3g}", flush=True),
             seed=options.seed,
+            optimizer=options.optimizer,
             quick=options.quick,
         )
         if processes.rank() == 0:

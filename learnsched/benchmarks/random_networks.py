@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from learnsched.benchmarks import carried, learning_rates
+from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.benchmarks.cells import Cell
 from learnsched.benchmarks.environment import describe
@@ -55,6 +58,12 @@ COUNTS: dict[Regime, int] = {
     Regime("ternary/real", False): 4,
     Regime("ternary/real", True): 4,
 }
+# Of the learned schedule alone: what it reaches in fewer epochs.
+SHORTER = {
+    f"{LEARNED}, three quarters of the epochs": 0.75,
+    f"{LEARNED}, half of the epochs": 0.5,
+}
+
 _RUNS = 3
 _SEED = 780_000
 
@@ -67,45 +76,48 @@ def cells(seed: int) -> list[Cell]:
     ]
 
 
-def measured(method: Method, cell: Cell, rates: Mapping[str, float], recipe: Record) -> list[Any]:
+def shortened(cell: Cell, share: float) -> Cell:
+    """The same network and data in a share of the epochs, rounded up."""
+    return replace(cell, task=replace(cell.task, horizon=math.ceil(share * cell.task.horizon)))
+
+
+def measured(
+    method: Method, cell: Cell, rates: Mapping[str, float], policy: Any
+) -> list[dict[str, Any]]:
     """Test accuracies of a network at each of the rates, by stage."""
     data = cell.data()
-    policies = [carried.tuned(method.suggest, recipe)] * len(rates)
+    policies = [policy] * len(rates)
     accuracy = train(method, cell.task, data, list(rates.values()), policies, _RUNS, data.test)
     return [
-        {
-            "stage": stage,
-            "cell": cell.name,
-            "method": method.name,
-            "learning_rate": rate,
-            "test": accuracies.tolist(),
-        }
+        {"stage": stage, "cell": cell.name, "learning_rate": rate, "test": accuracies.tolist()}
         for (stage, rate), accuracies in zip(rates.items(), accuracy, strict=True)
     ]
 
 
-def by_group(records: Sequence[Record], cells: Sequence[Cell], rival: str, stage: str) -> str:
+def by_group(records: Sequence[Record], cells: Sequence[Cell], rival: str) -> str:
     """Markdown: by how much the learned schedule is ahead of a rival, in groups of networks."""
-    tests = {(r["cell"], r["method"]): r for r in records if r["stage"] == stage}
-    groups: dict[str, Callable[[Cell], bool]] = {
-        "Fashion-MNIST": lambda cell: cell.task.data == "fashion_mnist",
-        "MNIST-1D and digits": lambda cell: cell.task.data != "fashion_mnist",
-        "runs within meta-training's 320 steps": lambda cell: _steps(cell) <= 320,
-        "longer runs": lambda cell: _steps(cell) > 320,
+    tests = {(record["cell"], record["method"]): record for record in records}
+    groups = {
+        "Fashion-MNIST": [cell for cell in cells if cell.task.data == "fashion_mnist"],
+        "MNIST-1D and digits": [cell for cell in cells if cell.task.data != "fashion_mnist"],
+        "convolutional": [cell for cell in cells if cell.task.family != "mlp"],
+        "MLPs": [cell for cell in cells if cell.task.family == "mlp"],
+        "runs of at most 320 steps": [cell for cell in cells if _steps(cell) <= 320],
+        "longer runs": [cell for cell in cells if _steps(cell) > 320],
     }
-    for regime in dict.fromkeys(Regime.of(cell.task) for cell in cells):
-        groups[str(regime)] = lambda cell, regime=regime: Regime.of(cell.task) == regime  # type: ignore[misc]
-    lines = [["networks", "count", "learned", f"ahead of {rival} by", "in", "clearly", "behind"]]
-    for name, belongs in groups.items():
-        names = [cell.name for cell in cells if belongs(cell)]
+    groups |= {
+        str(regime): [cell for cell in cells if Regime.of(cell.task) == regime] for regime in COUNTS
+    }
+    lines = [["networks", "count", "accuracy", f"ahead of {rival} by", "in", "clearly", "behind"]]
+    for name, members in groups.items():
         pairs = {
-            cell: (tests[cell, LEARNED], tests[cell, rival])
-            for cell in names
-            if {(cell, LEARNED), (cell, rival)} <= tests.keys()
+            cell.name: (tests[cell.name, LEARNED], tests[cell.name, rival])
+            for cell in members
+            if {(cell.name, LEARNED), (cell.name, rival)} <= tests.keys()
         }
         if pairs:
             result = compare(pairs)
-            accuracy = sum(mean(first) for first, _ in pairs.values()) / len(pairs)
+            accuracy = fmean(mean(first) for first, _ in pairs.values())
             line = [name, str(len(pairs)), f"{100 * accuracy:.1f}", result.interval.text("+")]
             counts = (result.wins, result.clear_wins, result.clear_losses)
             lines.append(line + [str(count) for count in counts])
@@ -114,6 +126,29 @@ def by_group(records: Sequence[Record], cells: Sequence[Cell], rival: str, stage
 
 def _steps(cell: Cell) -> int:
     return cell.task.horizon * cell.task.steps
+
+
+def tables(records: Sequence[Record], recipes: Sequence[Record], cells: Sequence[Cell]) -> str:
+    """Markdown: all methods at either rate, fewer epochs, and groups of networks."""
+    parts = []
+    for stage, heading in ((ADVISED, "At the advised rate"), (TEST, "Each at its own rate")):
+        found = [record for record in records if record["stage"] == stage]
+        if not found:
+            continue
+        own = [record for record in found if record["method"] not in SHORTER]
+        parts += [f"{heading}:", table([*recipes, *own], cells, stage=stage)]
+        names = dict.fromkeys(record["method"] for record in own)
+        start, *rivals = [name for name in names if name != LEARNED]
+        levels = {
+            name: fmean(mean(record) for record in own if record["method"] == name)
+            for name in rivals
+        }
+        for rival in (start, *sorted(levels, key=levels.__getitem__)[-1:]):
+            parts.append(by_group(own, cells, rival))
+        for name in dict.fromkeys(r["method"] for r in found if r["method"] in SHORTER):
+            rest = [r for r in found if r["method"] in (name, *rivals)]
+            parts += [f"{name}:", table([*recipes, *rest], cells, name, stage)]
+    return "\n\n".join(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -147,19 +182,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         networks, names = networks[:1], names[:3]
     rates = advice(options.advised)
-    jobs = {
-        (cell.name, method.name): (cell, method)
-        for cell in networks
-        for method in compared(learned, cell.task.bits, names)
-    }
+    jobs = {(cell.name, name): (cell, name) for cell in networks for name in (*names, *SHORTER)}
 
-    def work(job: tuple[Cell, Method]) -> list[dict[str, Any]]:
-        cell, method = job
+    def work(job: tuple[Cell, str]) -> list[dict[str, Any]]:
+        cell, name = job
         regime = str(Regime.of(cell.task))
-        recipe = recipes[regime, method.name]
-        stages = {TEST: recipe["learning_rate"], ADVISED: rates[regime]}
-        made = measured(method, cell, stages, recipe)
-        return [{**record, "commit": describe()["commit"]} for record in made]
+        stages = {ADVISED: rates[regime]}
+        if name in SHORTER:
+            made = measured(field.learned(learned), shortened(cell, SHORTER[name]), stages, None)
+        else:
+            [method] = compared(learned, cell.task.bits, [name])
+            recipe = recipes[regime, name]
+            stages = {TEST: recipe["learning_rate"], **stages}
+            made = measured(method, cell, stages, carried.tuned(method.suggest, recipe))
+        return [{**record, "method": name, "commit": describe()["commit"]} for record in made]
 
     with one_of_the_ranks():
         records = recorded(
@@ -174,14 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             quick=options.quick,
         )
         if processes.rank() == 0:
-            known = [*recipes.values(), *records]
-            for stage, heading in (
-                (ADVISED, "At the advised rate"),
-                (TEST, "Each at its own rate"),
-            ):
-                print(f"\n{heading}:\n\n{table(known, networks, stage=stage)}")
-                for rival in names[1:]:
-                    print(f"\n{by_group(records, networks, rival, stage)}")
+            print(f"\n{tables(records, list(recipes.values()), networks)}")
 
 
 if __name__ == "__main__":
