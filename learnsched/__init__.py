@@ -12,16 +12,12 @@ from learnsched import policies
 from learnsched.activation_calls import activations_to_modules_
 from learnsched.annealed import annealed_quantize, level_probabilities
 from learnsched.attention import attention_to_linears_
+from learnsched.batch_norm import reestimate_batch_norm_
 from learnsched.calibration import calibrate_
 from learnsched.choose import LayerConfig
 from learnsched.conversion_report import report
 from learnsched.convert import quantize_
-from learnsched.finalize import (
-    finalize_,
-    integer_weights,
-    reestimate_batch_norm_,
-    remove_quantizers_,
-)
+from learnsched.finalize import finalize_, integer_weights, remove_quantizers_
 from learnsched.kernels import show_config
 from learnsched.learned_quantizers import (
     learn_noise_,

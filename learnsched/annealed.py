@@ -20,7 +20,7 @@ from learnsched.choices import check_choice
 from learnsched.levels import LevelSet, check_level_set
 from learnsched.noise import NoiseShape, noise_shape
 from learnsched.staircase import NARROWEST, Level
-from learnsched.tracing import can_look, inside_transform, recorded_for_onnx
+from learnsched.torch_state import can_look, inside_transform, recorded_for_onnx
 
 MODES = ("expectation", "mode", "random")
 
@@ -146,8 +146,10 @@ def level_probabilities(
     """
     _check_types(x, levels)
     _check_std(std, "std")
-    parts = staircase.probabilities(x, levels, std, mean, noise_shape(noise))
-    return torch.stack(parts, dim=-1)
+    _check_mean(mean, "mean")
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    parts = staircase.probabilities(wide, levels, std, mean, noise_shape(noise))
+    return torch.stack(parts, dim=-1).to(x.dtype)
 
 
 class _Elementwise(torch.autograd.Function):
@@ -257,10 +259,19 @@ class _AnnealedQuantize(_Elementwise):
         return grad_x, grad_std, grad_mean, None, None, None, None, None, None, None
 
 
-class _TimesSlope(_Elementwise):
-    """``grad`` times the derivative of the expectation in x."""
+class _Derivative(_Elementwise):
+    """Of ``(grad, x, std, mean, scale, levels, noise)``."""
 
     full = 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *numbers, ctx.levels, ctx.noise = inputs
+        _save(ctx, *numbers)
+
+
+class _TimesSlope(_Derivative):
+    """``grad`` times the derivative of the expectation in x."""
 
     @staticmethod
     def forward(
@@ -275,17 +286,12 @@ class _TimesSlope(_Elementwise):
         return kernels.slope(grad, x, levels, std, mean, noise, scale)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *numbers, ctx.levels, ctx.noise = inputs
-        _save(ctx, *numbers)
-
-    @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return _adjoints(ctx, outer, kernels.slope_adjoint)
 
 
-class _StdSlope(torch.autograd.Function):
+class _StdSlope(_Derivative):
     """``grad`` times the derivative of the expectation in the std, summed to the std's shape."""
 
     @staticmethod
@@ -299,11 +305,6 @@ class _StdSlope(torch.autograd.Function):
         noise: NoiseShape,
     ) -> Tensor:
         return kernels.std_slope(grad, x, levels, std, mean, noise, scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *numbers, ctx.levels, ctx.noise = inputs
-        _save(ctx, *numbers)
 
     @staticmethod
     @once_differentiable

@@ -19,12 +19,6 @@ Forward = Callable[[nn.Module, Any], object]
 Kept = list[tuple[Tensor, Tensor]]
 
 
-def batch_norms(model: nn.Module) -> list[Any]:
-    """Those with running statistics."""
-    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
-    return [m for m in norms if m.track_running_stats]
-
-
 def keep(tensors: Iterable[Tensor]) -> Kept:
     """Tensors and copies of their values, for :func:`put_back`."""
     return [(tensor, tensor.detach().clone()) for tensor in tensors]
@@ -92,7 +86,7 @@ def checked(batches: Iterable[Any], model: nn.Module, run: Forward) -> Iterator[
         first = next(iterator)
     except StopIteration:
         raise ValueError(
-            "there are no batches; pass a data loader or a list of inputs that is not empty, nor an "
+            "there are no batches; pass a data loader or a list of inputs that is not empty, and not an "
             "iterator that was used up before"
         ) from None
     if run is on_first:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from learnsched.batch_norm import batch_norms
 from learnsched.batches import (
     Forward,
-    batch_norms,
     checked,
     keep,
     on_first,
@@ -19,6 +19,7 @@ from learnsched.batches import (
     put_back_on_failure,
     run_with_batch_statistics,
 )
+from learnsched.execution import hooked
 from learnsched.layers import quantized_activations
 from learnsched.quantizers import ActivationQuantizer
 
@@ -62,23 +63,23 @@ def calibrate_(
     run = forward or on_first
     batches = checked(batches, model, run)
     statistics = keep(b for module in batch_norms(model) for b in module.buffers())
-    hooks = {a: _Fit() for a in activations}
-    handles = [a.register_forward_pre_hook(hook, with_kwargs=True) for a, hook in hooks.items()]
+    fits = {a: _Fit() for a in activations}
     try:
-        with put_back_on_failure(a.scale for a in activations):
+        with (
+            put_back_on_failure(a.scale for a in activations),
+            hooked(activations, lambda a, *given: fits[a](a, *given)),
+        ):
             run_with_batch_statistics(model, batches, run)
     finally:
-        for handle in handles:
-            handle.remove()
         put_back(statistics)
     for activation in activations:
         activation.bound_scale_()
-    if missed := [a.layer_name for a, hook in hooks.items() if not hook.seen]:
+    if missed := [a.layer_name for a, fit in fits.items() if not fit.seen]:
         warnings.warn(
             f"the batches do not reach activations after {missed}, so they keep their scale",
             stacklevel=3,
         )
-    dead = [a.layer_name for a, hook in hooks.items() if hook.seen and not hook.fitted]
+    dead = [a.layer_name for a, fit in fits.items() if fit.seen and not fit.fitted]
     if dead:
         warnings.warn(
             f"activations after {dead} are 0 in all of these batches, so they keep their scale; look "

@@ -26,23 +26,23 @@ class Composed:
     def slope(self, x: Tensor, grad: Tensor) -> Tensor:
         return staircase.slope(self._over(x), *self._staircase) * grad
 
-    def std_slope(self, x: Tensor, grad: Tensor, std: Tensor) -> Tensor:
+    def std_slope(self, x: Tensor, grad: Tensor) -> Tensor:
         each = staircase.std_slope(self._over(x), *self._staircase) * grad
-        return self._times(each).sum_to_size(std.shape)
+        return self._summed(self._times(each))
 
     def slope_adjoint(
-        self, x: Tensor, grad: Tensor, outer: Tensor, std: Level
+        self, x: Tensor, grad: Tensor, outer: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         parts = staircase.slope_derivatives(self._over(x), *self._staircase)
         both = outer * grad
-        return parts[0] * outer, self._over(parts[1] * both), _summed(parts[2] * both, std)
+        return parts[0] * outer, self._over(parts[1] * both), self._summed(parts[2] * both)
 
     def std_slope_adjoint(
-        self, x: Tensor, grad: Tensor, outer: Tensor, std: Tensor
+        self, x: Tensor, grad: Tensor, outer: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         parts = staircase.std_slope_derivatives(self._over(x), *self._staircase)
         scaled = self._times(outer)
-        of_std = _summed(parts[2] * grad * scaled, std)
+        of_std = self._summed(parts[2] * grad * scaled)
         return parts[0] * scaled, parts[1] * grad * outer, of_std
 
     def _over(self, x: Tensor) -> Tensor:
@@ -51,6 +51,7 @@ class Composed:
     def _times(self, x: Tensor) -> Tensor:
         return x if self._scale is None else x * self._scale
 
-
-def _summed(x: Tensor, like: Level) -> Tensor:
-    return x.sum_to_size(like.shape) if isinstance(like, Tensor) else x.sum()
+    def _summed(self, x: Tensor) -> Tensor:
+        """To the shape of the std."""
+        std = self._staircase[1]
+        return x.sum_to_size(std.shape) if isinstance(std, Tensor) else x.sum()

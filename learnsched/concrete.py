@@ -11,7 +11,7 @@ from learnsched.levels import LevelSet
 from learnsched.noise import NoiseShape
 from learnsched.staircase import NARROWEST, Level
 
-# Of probabilities, whose logarithm is taken.
+# The smallest probability whose logarithm is taken.
 _LEAST = 1e-20
 
 

@@ -5,35 +5,26 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
 
 from learnsched.choose import Chosen, LayerConfig, choose
+from learnsched.conversion_notes import notes_ahead
 from learnsched.execution import Example, Execution, reached
 from learnsched.levels import LevelSet
 from learnsched.modules import (
-    ACTIVATIONS,
-    BATCH_NORMS,
     CLIPPING,
-    KNOWN,
-    QUANTIZED_LAYERS,
     QUANTIZED_TYPES,
-    REAL,
     CopiedDecoderLayer,
     channel_dim,
-    matrices,
 )
 from learnsched.quantizers import ActivationQuantizer, PReLUQuantizer, WeightQuantizer
 from learnsched.scales import LeastSquares, ScaleRule, default_weight_rule, unit_normal_scale
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-# Of what batch norms put out, as a root mean square: beyond, a scale made for 1 costs accuracy.
-_USUAL_SIZES = (0.5, 2.0)
 
 # A search of a tenth of a second, the same for all activations of a level set.
 _initial_scale = functools.cache(unit_normal_scale)
@@ -104,21 +95,17 @@ def quantize_(
     return model
 
 
-@dataclass
-class _Group:
-    name: str
-    members: list[str]
-
-
-def _group(order: list[tuple[str, nn.Module]], chosen: Chosen) -> list[_Group]:
-    """Each weight with the activations that follow it; real weights may lead a layer too."""
-    groups: list[_Group] = []
+def _groups(order: list[tuple[str, nn.Module]], chosen: Chosen) -> dict[str, list[str]]:
+    """What is chosen of each weight and the activations after it, by the weight's name, if real, too."""
+    groups: dict[str, list[str]] = {}
+    leader: str | None = None
     for name, module in order:
-        if type(module) in QUANTIZED_TYPES or (name in chosen and not groups):
-            groups.append(_Group(name, []))
+        if type(module) in QUANTIZED_TYPES:
+            leader = name
         if name in chosen:
-            groups[-1].members.append(name)
-    return [group for group in groups if group.members]
+            leader = name if leader is None else leader
+            groups.setdefault(leader, []).append(name)
+    return groups
 
 
 def _convert(model: nn.Module, found: Execution, chosen: Chosen) -> dict[str, nn.Module]:
@@ -135,15 +122,15 @@ def _convert(model: nn.Module, found: Execution, chosen: Chosen) -> dict[str, nn
             quantizers[name] = of_weight[weight]
         else:
             quantizers[name] = _activation_quantizer(model, module, *config)
-    for note in _notes(model, found, chosen):
+    for note in notes_ahead(model, found, chosen):
         warnings.warn(note, stacklevel=3)
     # All that can fail comes before this line: from here on the model changes.
     placed: set[nn.Module] = set()
-    for index, group in enumerate(_group(found.order, chosen)):
-        for name in group.members:
+    for index, (leader, members) in enumerate(_groups(found.order, chosen).items()):
+        for name in members:
             module, quantizer = modules[name], quantizers[name]
             if quantizer not in placed:  # a shared weight belongs to the layer that uses it first
-                quantizer.layer_name, quantizer.layer_index = group.name, index
+                quantizer.layer_name, quantizer.layer_index = leader, index
                 placed.add(quantizer)
             quantizer.train(module.training)
             if isinstance(quantizer, ActivationQuantizer):
@@ -176,133 +163,6 @@ def _warn_of_idle(
             "in its attributes, as in a plain list, and calls those. Use nn.ModuleList or nn.Sequential",
             stacklevel=3,
         )
-
-
-def _notes(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[str]:
-    """What a user should know of what is chosen, before it is converted."""
-    order = found.order
-    activations = [n for n, module in order if n in chosen and type(module) in ACTIVATIONS]
-    modules = dict(order)
-    normalized = {
-        name: before
-        for (_, before), (name, _) in zip(order, order[1:], strict=False)
-        if isinstance(before, BATCH_NORMS)
-    }
-    sizes = {n: _size(normalized[n]) for n in activations if n in normalized}
-    low, high = _USUAL_SIZES
-    if unusual := [f"{n} ({size:.2g})" for n, size in sizes.items() if not low < size < high]:
-        yield (
-            f"the batch norms ahead of {unusual} put out values of that root mean square, and scales "
-            "are made for 1: call learnsched.calibrate_(model, batches) before training goes on"
-        )
-    if uncalibrated := [name for name in activations if name not in normalized]:
-        yield (
-            f"no batch norm precedes {uncalibrated}: their scale is a guess until "
-            "learnsched.calibrate_(model, batches) has seen data; from random weights, learn it from "
-            "there with learnsched.learn_scales_(model)"
-        )
-    if idle := [name for name, _ in order[found.executed :] if name in chosen]:
-        functions = ", whose activation functions were not looked for" if activations else ""
-        yield (
-            f"the example input did not reach {idle}: a branch taken in training alone, as of auxiliary "
-            f"heads{functions}, is the likely reason. If the model computes with their weights itself "
-            "(F.linear), it trains in full precision there; call the modules instead"
-        )
-    if borrowed := [name for name in found.borrowed if name in chosen]:
-        yield (
-            f"the model computes with the weights of {borrowed} outside of their modules too, in full "
-            "precision; call the modules instead"
-        )
-    if found.functions and activations:
-        yield (
-            f"the model calls {', '.join(found.functions)} as functions, whose results stay real; call "
-            "learnsched.activations_to_modules_(model, example_input) first, or use modules (nn.ReLU)"
-        )
-    if unused := [name for name in found.unused if name in chosen]:
-        yield (
-            f"the model calls {unused} for what they do to their input, and a quantized activation "
-            "leaves its input as it is; use what it returns: x = self.relu(x)"
-        )
-    if overwritten := [
-        n for n in found.overwritten if n in chosen and type(modules[n]) in CLIPPING
-    ]:
-        yield (
-            f"the model uses the input of {overwritten} again, after they have changed it in place; a "
-            "quantized activation leaves its input as it is. Use what it returns where that is meant, "
-            "or make them inplace=False"
-        )
-    if hooked := [name for name in activations if _has_hooks(modules[name])]:
-        yield (
-            f"{hooked} have hooks, which stay with the modules that are replaced; register them after "
-            "quantize_"
-        )
-    weights = any(type(modules[name]) in QUANTIZED_TYPES for name in chosen)
-    yield from _notes_on_what_stays_real(model, weights=weights)
-
-
-def _size(norm: Any) -> float:
-    """Root mean square of what a batch norm puts out, by its weights."""
-    scale, shift = norm.weight, norm.bias
-    if scale is None:
-        return 1.0
-    squares = scale.detach().double().square()
-    if shift is not None:
-        squares = squares + shift.detach().double().square()
-    return float(squares.mean().sqrt())
-
-
-def _notes_on_what_stays_real(model: nn.Module, *, weights: bool) -> Iterator[str]:
-    """Modules that hold products or activations of no quantized kind.
-
-    Args:
-        model: before it is converted.
-        weights: whether any weight is quantized; else those that are not need no word.
-    """
-    attention = {n: m for n, m in model.named_modules() if type(m) is nn.MultiheadAttention}
-    if weights and attention:
-        yield (
-            f"{[*attention]} stay real: they are nn.MultiheadAttention, whose projections are bare "
-            "parameters; call learnsched.attention_to_linears_(model) first"
-        )
-    told = {module.out_proj for module in attention.values()}
-    named = [
-        (f"{name} ({type(module).__name__})", module)
-        for name, module in model.named_modules()
-        if module not in told
-    ]
-    if foreign := [
-        n for n, module in named if isinstance(module, KNOWN) and type(module) not in KNOWN
-    ]:
-        yield (
-            f"{foreign} stay real: what a subclass computes is not known (a parametrization makes one, "
-            "too)"
-        )
-    if weights and (real := [n for n, module in named if isinstance(module, REAL)]):
-        yield f"{real} stay real: of such layers no quantized kind is known"
-    bare = [
-        f"{f'{name}.{parameter}'.lstrip('.')} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if _is_a_layer_of_ones_own(module)
-        for parameter in matrices(module)
-    ]
-    if weights and bare:
-        yield (
-            f"{bare} stay real: they are parameters of no layer of torch's; where products are formed "
-            "with them, let an nn.Linear or a convolution hold them. What is looked up or added, as "
-            "tables and positions are, is right as it is"
-        )
-
-
-def _is_a_layer_of_ones_own(module: nn.Module) -> bool:
-    """Whether a module is not torch's, and leaves products to no layers inside of it, as blocks do."""
-    known = (*KNOWN, *QUANTIZED_LAYERS, nn.Embedding, nn.EmbeddingBag)
-    foreign = not type(module).__module__.startswith("torch.") and not isinstance(module, known)
-    inside = (m for m in module.modules() if m is not module)
-    return foreign and not any(isinstance(m, (*QUANTIZED_TYPES, *REAL)) for m in inside)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _own_weight(model: nn.Module, name: str, module: nn.Module, chosen: Chosen) -> nn.Parameter:

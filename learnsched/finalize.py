@@ -12,17 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from learnsched.batch_norm import reestimate_
 from learnsched.batches import (
     Forward,
-    batch_norms,
     checked,
-    keep,
     on_first,
-    put_back,
     put_back_on_failure,
-    run_with_batch_statistics,
 )
-from learnsched.execution import hooked
 from learnsched.layers import Layer, quantized_layers
 from learnsched.modules import QUANTIZED_TYPES, QuantizedLayer
 from learnsched.quantizers import NOISE_BUFFERS, ActivationQuantizer
@@ -62,86 +58,6 @@ class IntegerWeights:
         if any(v != int(v) for v in self.values):
             raise ValueError(f"the levels {self.values} are not integers; use codes and values")
         return torch.tensor([int(v) for v in self.values], device=self.codes.device)[self.codes]
-
-
-@torch.no_grad()
-def reestimate_batch_norm_(
-    model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None
-) -> nn.Module:
-    """Replace the running statistics of batch norms by their mean over the batches.
-
-    Each batch counts by its size, so that a small last one does no harm. Batch norms that
-    the batches do not reach keep theirs, with a warning.
-
-    Args:
-        model: any module; its training flags are kept.
-        batches: inputs, or tuples that start with the input.
-        forward: runs the model on a batch of any other kind, see :func:`calibrate_`.
-
-    Returns:
-        ``model`` itself.
-
-    Raises:
-        TypeError: without ``forward``, a batch is neither a tensor nor a tuple that starts with one.
-        ValueError: there are no batches, one is empty or too small for batch norm, or statistics are
-            not finite. They are as they were then.
-
-    Example:
-        >>> net = reestimate_batch_norm_(nn.BatchNorm1d(1), [torch.tensor([[1.0], [3.0]])])
-        >>> net.running_mean.item()
-        2.0
-    """
-    run = forward or on_first
-    return _reestimate(model, checked(batches, model, run), run)
-
-
-def _reestimate(model: nn.Module, batches: Iterator[Any], run: Forward) -> nn.Module:
-    norms = batch_norms(model)
-    momenta = [module.momentum for module in norms]
-    before = {module: keep(module.buffers()) for module in norms}
-    seen = dict.fromkeys(norms, 0)
-
-    def share(norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The momentum of the mean over all values: the share of these in what has been seen."""
-        x = args[0] if args else kwargs["input"]
-        values = x.numel() // norm.num_features
-        seen[norm] += values
-        norm.momentum = values / max(1, seen[norm])
-
-    try:
-        with put_back_on_failure(b for module in norms for b in module.buffers()):
-            for module in norms:
-                module.reset_running_stats()
-            with hooked(norms, share):
-                run_with_batch_statistics(model, batches, run)
-            _check_statistics(model, norms)
-    finally:
-        for module, momentum in zip(norms, momenta, strict=True):
-            module.momentum = momentum
-    idle = {module for module in norms if not bool(module.num_batches_tracked)}
-    for module in idle:
-        put_back(before[module])
-    if idle:
-        warnings.warn(
-            f"the batches do not reach {[n for n, m in model.named_modules() if m in idle]}, which may "
-            "be for training alone: these batch norms keep their statistics",
-            stacklevel=4,
-        )
-    return model
-
-
-def _check_statistics(model: nn.Module, norms: Iterable[nn.Module]) -> None:
-    """Refuse statistics that make constants of all inputs.
-
-    Raises:
-        ValueError: those of a batch norm are not finite.
-    """
-    wrong = {n for n in norms if not all(bool(b.isfinite().all()) for b in n.buffers())}
-    if wrong:
-        raise ValueError(
-            f"the batches give {[name for name, m in model.named_modules() if m in wrong]} statistics "
-            "that are not finite; look for NaN and infinite numbers in the data"
-        )
 
 
 @torch.no_grad()
@@ -214,7 +130,7 @@ def finalize_(
             )
     with put_back_on_failure(t for layer in layers for t in _tensors(layer)):
         _harden(model, layers)
-        return model if batches is None else _reestimate(model, batches, run)
+        return model if batches is None else reestimate_(model, batches, run)
 
 
 def _tensors(layer: Layer) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ import functools
 import importlib.util
 import os
 import platform
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from learnsched.composed import Composed
 from learnsched.levels import LevelSet
 from learnsched.noise import NoiseShape
 from learnsched.staircase import Level
-from learnsched.tracing import inside_transform, recorded_for_onnx
+from learnsched.torch_state import inside_transform, recorded_for_onnx
 
 if TYPE_CHECKING:
     from learnsched import triton_kernels
@@ -65,13 +65,13 @@ class Kernel(Protocol):
     def slope(self, x: Tensor, grad: Tensor) -> Tensor:
         """See :func:`slope`."""
 
-    def std_slope(self, x: Tensor, grad: Tensor, std: Tensor) -> Tensor:
+    def std_slope(self, x: Tensor, grad: Tensor) -> Tensor:
         """See :func:`std_slope`."""
 
-    def slope_adjoint(self, x: Tensor, grad: Tensor, outer: Tensor, std: Level) -> Adjoints:
+    def slope_adjoint(self, x: Tensor, grad: Tensor, outer: Tensor) -> Adjoints:
         """See :func:`slope_adjoint`."""
 
-    def std_slope_adjoint(self, x: Tensor, grad: Tensor, outer: Tensor, std: Tensor) -> Adjoints:
+    def std_slope_adjoint(self, x: Tensor, grad: Tensor, outer: Tensor) -> Adjoints:
         """See :func:`std_slope_adjoint`."""
 
 
@@ -105,7 +105,7 @@ def std_slope(
     scale: Scale,
 ) -> Tensor:
     """``grad`` times the derivative of :func:`value` in the std, summed to the std's shape."""
-    return _kernel(x, levels, std, mean, noise, scale, grad).std_slope(x, grad, std)
+    return _kernel(x, levels, std, mean, noise, scale, grad).std_slope(x, grad)
 
 
 def slope_adjoint(
@@ -123,7 +123,7 @@ def slope_adjoint(
     That of the std has its shape; for a number it is a tensor without dimensions.
     """
     kernel = _kernel(x, levels, std, mean, noise, scale, outer, grad)
-    return kernel.slope_adjoint(x, grad, outer, std)
+    return kernel.slope_adjoint(x, grad, outer)
 
 
 def std_slope_adjoint(
@@ -138,7 +138,7 @@ def std_slope_adjoint(
 ) -> Adjoints:
     """Adjoints of ``grad``, ``x`` and ``std`` from that of :func:`std_slope`'s result."""
     kernel = _kernel(x, levels, std, mean, noise, scale, outer, grad)
-    return kernel.std_slope_adjoint(x, grad, outer, std)
+    return kernel.std_slope_adjoint(x, grad, outer)
 
 
 def _kernel(
@@ -164,28 +164,26 @@ class _InSinglePrecision:
     def __init__(
         self, levels: LevelSet, std: Level, mean: Level, noise: NoiseShape, scale: Scale
     ) -> None:
-        self._levels = levels
-        self._rest = mean, noise, scale
-        self._std = std
+        self._rest: Any = levels, std, mean, noise, scale
 
     def value(self, x: Tensor) -> Tensor:
-        return value(x.float(), self._levels, self._std, *self._rest).to(x.dtype)
+        return value(x.float(), *self._rest).to(x.dtype)
 
     def slope(self, x: Tensor, grad: Tensor) -> Tensor:
-        wide = slope(grad.float(), x.float(), self._levels, self._std, *self._rest)
+        wide = slope(grad.float(), x.float(), *self._rest)
         return wide.to(x.dtype)
 
-    def std_slope(self, x: Tensor, grad: Tensor, std: Tensor) -> Tensor:
-        return std_slope(grad.float(), x.float(), self._levels, std, *self._rest)
+    def std_slope(self, x: Tensor, grad: Tensor) -> Tensor:
+        return std_slope(grad.float(), x.float(), *self._rest)
 
-    def slope_adjoint(self, x: Tensor, grad: Tensor, outer: Tensor, std: Level) -> Adjoints:
+    def slope_adjoint(self, x: Tensor, grad: Tensor, outer: Tensor) -> Adjoints:
         wide = (outer.float(), grad.float(), x.float())
-        of_grad, of_x, of_std = slope_adjoint(*wide, self._levels, std, *self._rest)
+        of_grad, of_x, of_std = slope_adjoint(*wide, *self._rest)
         return of_grad.to(x.dtype), of_x.to(x.dtype), of_std
 
-    def std_slope_adjoint(self, x: Tensor, grad: Tensor, outer: Tensor, std: Tensor) -> Adjoints:
+    def std_slope_adjoint(self, x: Tensor, grad: Tensor, outer: Tensor) -> Adjoints:
         wide = (outer, grad.float(), x.float())
-        of_grad, of_x, of_std = std_slope_adjoint(*wide, self._levels, std, *self._rest)
+        of_grad, of_x, of_std = std_slope_adjoint(*wide, *self._rest)
         return of_grad.to(x.dtype), of_x.to(x.dtype), of_std
 
 
@@ -213,13 +211,13 @@ class _Operators:
     def slope(self, x: Tensor, grad: Tensor) -> Tensor:
         return torch.ops.learnsched.slope(grad, *self._arguments(x))
 
-    def std_slope(self, x: Tensor, grad: Tensor, std: Tensor) -> Tensor:
+    def std_slope(self, x: Tensor, grad: Tensor) -> Tensor:
         return torch.ops.learnsched.std_slope(grad, *self._arguments(x))
 
-    def slope_adjoint(self, x: Tensor, grad: Tensor, outer: Tensor, std: Level) -> Adjoints:
+    def slope_adjoint(self, x: Tensor, grad: Tensor, outer: Tensor) -> Adjoints:
         return torch.ops.learnsched.slope_adjoint(outer, grad, *self._arguments(x))
 
-    def std_slope_adjoint(self, x: Tensor, grad: Tensor, outer: Tensor, std: Tensor) -> Adjoints:
+    def std_slope_adjoint(self, x: Tensor, grad: Tensor, outer: Tensor) -> Adjoints:
         return torch.ops.learnsched.std_slope_adjoint(outer, grad, *self._arguments(x))
 
 
@@ -279,20 +277,20 @@ def _compiled(
         kept.append(tensor)
         pointers.append(tensor.data_ptr())
         strides.append(int(count != 1))
+    numbers = cast("tuple[Tensor | None, Tensor, Tensor]", tuple(kept))
     if library is None:
-        return _on_gpu(levels, noise.name, rows, kept)
+        return _on_gpu(levels, noise.name, rows, numbers)
     threads = torch.get_num_threads() if size >= _PARALLEL else 1
     table = native_call.Table(rows, size // rows, threads, *pointers, *strides)
-    return native_call.Call(library, levels, noise.name, table, kept)
+    return native_call.Call(library, levels, noise.name, table, numbers)
 
 
 def _on_gpu(
-    levels: LevelSet, noise: str, rows: int, numbers: list[Tensor | None]
+    levels: LevelSet, noise: str, rows: int, numbers: tuple[Tensor | None, Tensor, Tensor]
 ) -> triton_kernels.Call:
     from learnsched import triton_kernels
 
-    scale, std, mean = numbers
-    return triton_kernels.Call(levels, noise, rows, scale, cast(Tensor, std), cast(Tensor, mean))
+    return triton_kernels.Call(levels, noise, rows, *numbers)
 
 
 @functools.cache

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from learnsched.choices import whole_number
-from learnsched.tracing import inside_transform, recorded_for_onnx
+from learnsched.torch_state import inside_transform, recorded_for_onnx
 
 # Up to this many thresholds a chain of comparisons is faster than a binary search.
 _COMPARISONS = 16
-# Of x / scale * scale, with room to spare, relative to the largest level.
+# Bounds the rounding error of x / scale * scale, relative to the largest level.
 _ROUNDING = 2.0**-18
 
 
@@ -99,10 +99,10 @@ class LevelSet:
         Returns:
             int64 tensor of the same shape, in ``[0, K]``.
         """
+        # bfloat16 cannot tell 254.5 from 254
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         if len(self.thresholds) > _COMPARISONS:
-            # bfloat16 cannot tell 254.5 from 254
-            wide = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-            found = torch.bucketize(wide, wide.new_tensor(self.thresholds), right=True)
+            found = torch.bucketize(x.contiguous(), x.new_tensor(self.thresholds), right=True)
             return torch.where(x.isnan(), 0, found)
         codes = torch.zeros_like(x, dtype=torch.int64)
         for threshold in self.thresholds:
@@ -120,6 +120,8 @@ class LevelSet:
         """
         if len(self.thresholds) > _COMPARISONS:
             return x.new_tensor(self.values)[self.codes(x)]
+        if x.dtype in (torch.float16, torch.bfloat16):
+            return self.quantize(x.float()).to(x.dtype)
         if not self._sums_exactly:
             result = torch.full_like(x, self.values[0])
             for threshold, value in zip(self.thresholds, self.values[1:], strict=True):

@@ -58,6 +58,7 @@ def quantize_once(model: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: a weight changes inside, or an optimizer of weights or of what their quantizers
             learn takes a step.
+        ValueError: the model has no quantized weights.
 
     Example:
         >>> from learnsched import quantize_, ternary

@@ -140,7 +140,10 @@ def _cache_folder() -> Path:
     if hasattr(os, "getuid") and (
         found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     ):
-        raise PermissionError(f"{folder} can be written by others; kernels are not kept there")
+        raise PermissionError(
+            f"{folder} can be written by others, so kernels are not kept there; run chmod go-w on it, "
+            "or set LEARNSCHED_CACHE"
+        )
     return folder
 
 

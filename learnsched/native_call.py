@@ -12,7 +12,6 @@ from torch import Tensor
 from learnsched import staircase
 from learnsched.levels import LevelSet
 from learnsched.noise import NOISE_CODES
-from learnsched.staircase import Level
 
 
 class _Staircase(ctypes.Structure):
@@ -53,10 +52,10 @@ class Call:
         levels: the level set.
         noise: name of the noise shape.
         table: the tensor's rows, and addresses of their numbers.
-        kept: the tensors at these addresses.
+        kept: scale, std and mean, the tensors at these addresses.
     """
 
-    __slots__ = ("_address", "_kept", "_library", "_table")
+    __slots__ = ("_address", "_kept", "_library", "_std_shape", "_table")
 
     def __init__(
         self,
@@ -64,12 +63,13 @@ class Call:
         levels: LevelSet,
         noise: str,
         table: Table,
-        kept: list[Tensor | None],
+        kept: tuple[Tensor | None, Tensor, Tensor],
     ) -> None:
         self._library = library
         made = _staircase(levels, noise)
         self._address = made[0]
         self._table = ctypes.addressof(table)
+        self._std_shape = kept[1].shape
         self._kept = (made, table, kept)  # what the kernels are given by address must stay alive
 
     def value(self, x: Tensor) -> Tensor:
@@ -86,31 +86,31 @@ class Call:
         )
         return out
 
-    def std_slope(self, x: Tensor, grad: Tensor, std: Tensor) -> Tensor:
+    def std_slope(self, x: Tensor, grad: Tensor) -> Tensor:
         x, grad = x.contiguous(), _like(grad, x)
-        out = x.new_empty(std.shape)
+        out = x.new_empty(self._std_shape)
         self._library.learnsched_std_slope(
             self._address, self._table, x.data_ptr(), grad.data_ptr(), out.data_ptr()
         )
         return out
 
     def slope_adjoint(
-        self, x: Tensor, grad: Tensor, outer: Tensor, std: Level
+        self, x: Tensor, grad: Tensor, outer: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, grad, outer = x.contiguous(), _like(grad, x), _like(outer, x)
-        return self._adjoint(self._library.learnsched_slope_adjoint, x, grad, outer, std)
+        return self._adjoint(self._library.learnsched_slope_adjoint, x, grad, outer)
 
     def std_slope_adjoint(
-        self, x: Tensor, grad: Tensor, outer: Tensor, std: Tensor
+        self, x: Tensor, grad: Tensor, outer: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, grad, outer = x.contiguous(), _like(grad, x), outer.to(x.dtype).contiguous()
-        return self._adjoint(self._library.learnsched_std_slope_adjoint, x, grad, outer, std)
+        return self._adjoint(self._library.learnsched_std_slope_adjoint, x, grad, outer)
 
     def _adjoint(
-        self, kernel: Callable[..., None], x: Tensor, grad: Tensor, outer: Tensor, std: Level
+        self, kernel: Callable[..., None], x: Tensor, grad: Tensor, outer: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         of_grad, of_x = torch.empty_like(x), torch.empty_like(x)
-        of_std = x.new_empty(std.shape if isinstance(std, Tensor) else ())
+        of_std = x.new_empty(self._std_shape)
         kernel(
             self._address,
             self._table,

@@ -25,13 +25,12 @@ def own_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def warn_of_strangers(optimizer: torch.optim.Optimizer, model: nn.Module, stacklevel: int) -> None:
+def warn_of_strangers(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Warn of an optimizer that was made for another model, or before modules were replaced.
 
     Args:
         optimizer: see :func:`own_optimizer`.
         model: what it should train.
-        stacklevel: of whom the warnings are for, as seen from here.
     """
     own = {id(parameter) for parameter in model.parameters()}
     given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -39,7 +38,7 @@ def warn_of_strangers(optimizer: torch.optim.Optimizer, model: nn.Module, stackl
         warnings.warn(
             "the optimizer holds no parameter of this model: it would count the steps of another, as of "
             "a copy. Give the scheduler the model that the optimizer trains",
-            stacklevel=stacklevel,
+            stacklevel=3,
         )
     elif not given <= own:
         named = model.named_parameters()
@@ -48,17 +47,16 @@ def warn_of_strangers(optimizer: torch.optim.Optimizer, model: nn.Module, stackl
                 f"the optimizer holds parameters that this model has not, and lacks {missing}: modules "
                 "seem to have been replaced after it was made. Make it after attention_to_linears_ and "
                 "quantize_",
-                stacklevel=stacklevel,
+                stacklevel=3,
             )
 
 
-def warn_of_untrained(layers: Sequence[Layer], trained: set[int], stacklevel: int) -> None:
+def warn_of_untrained(layers: Sequence[Layer], trained: set[int]) -> None:
     """Warn of scales and noise that were made parameters, and that no optimizer knows.
 
     Args:
         layers: of the model, from the input.
         trained: ``id`` of each parameter that an optimizer has stepped for.
-        stacklevel: of whom the warning is for, as seen from here.
     """
     idle = [
         f"{name} of {layer.info.name}"
@@ -74,5 +72,5 @@ def warn_of_untrained(layers: Sequence[Layer], trained: set[int], stacklevel: in
             f"no optimizer holds {idle}, which were made parameters to be learned: they stay as they "
             "are. Give it what learn_scales_ or the like returns, with optimizer.add_param_group, ahead "
             "of training",
-            stacklevel=stacklevel,
+            stacklevel=3,
         )

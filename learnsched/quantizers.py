@@ -20,14 +20,13 @@ from learnsched.incremental import any_per_channel, hard_membership, hold, prior
 from learnsched.levels import LevelSet
 from learnsched.noise import noise_shape
 from learnsched.scales import ScaleRule
-from learnsched.tracing import can_look
+from learnsched.torch_state import can_look
 
 _EXTRA = "_extra_state"  # as torch calls it in a state_dict
 
 NOISE_BUFFERS = ("forward_std", "backward_std", "forward_mean", "backward_mean")
 
-
-# What a learned scale was at first, over what is left of it at least.
+# A learned scale may fall by this factor at most.
 _LARGEST_FALL = 32.0
 
 

@@ -38,7 +38,15 @@ class ScaleRule(Protocol):
 
 
 @dataclass(frozen=True)
-class AbsoluteMean:
+class _Grouped:
+    per: Per = "channel"
+
+    def __post_init__(self) -> None:
+        check_choice("grouping", self.per, ("tensor", "channel"))
+
+
+@dataclass(frozen=True)
+class AbsoluteMean(_Grouped):
     """The mean of absolute values, per tensor or per channel (first dimension).
 
     Shapes and errors are those of every rule here that knows ``per``: a tensor of shape
@@ -60,17 +68,12 @@ class AbsoluteMean:
         [2.0, 0.5]
     """
 
-    per: Per = "channel"
-
-    def __post_init__(self) -> None:
-        _check_per(self.per)
-
     def __call__(self, x: Tensor, levels: LevelSet) -> Tensor:
         return x.abs().mean(dim=_reduced(x, self.per), keepdim=True).clamp(min=_smallest(x))
 
 
 @dataclass(frozen=True)
-class Maximum:
+class Maximum(_Grouped):
     """The largest magnitude falls on the outermost level; see :class:`AbsoluteMean` for ``per``.
 
     Example:
@@ -79,11 +82,6 @@ class Maximum:
         0.5
     """
 
-    per: Per = "channel"
-
-    def __post_init__(self) -> None:
-        _check_per(self.per)
-
     def __call__(self, x: Tensor, levels: LevelSet) -> Tensor:
         top = max(abs(q) for q in levels.values)
         most = x.abs().amax(dim=_reduced(x, self.per), keepdim=True)
@@ -91,7 +89,7 @@ class Maximum:
 
 
 @dataclass(frozen=True)
-class PowerOfTwo:
+class PowerOfTwo(_Grouped):
     """The power of two that puts the outermost level at INQ's ``2^n1``.
 
     ``n1 = floor(log2(4 max|x| / 3))``; for level sets whose outermost level is a power of two
@@ -106,9 +104,6 @@ class PowerOfTwo:
 
     per: Per = "tensor"
 
-    def __post_init__(self) -> None:
-        _check_per(self.per)
-
     def __call__(self, x: Tensor, levels: LevelSet) -> Tensor:
         top = max(abs(q) for q in levels.values)
         most = x.detach().abs().amax(dim=_reduced(x, self.per), keepdim=True)
@@ -118,7 +113,7 @@ class PowerOfTwo:
 
 
 @dataclass(frozen=True)
-class LeastSquares:
+class LeastSquares(_Grouped):
     """The scale that minimises the squared error of hard quantization, per tensor or channel.
 
     Candidates on a logarithmic grid, each moved by one step of alternating least squares, then half
@@ -140,11 +135,10 @@ class LeastSquares:
         0.3
     """
 
-    per: Per = "channel"
     candidates: int = 24
 
     def __post_init__(self) -> None:
-        _check_per(self.per)
+        super().__post_init__()
         whole_number("candidates", self.candidates, least=2)
 
     @torch.no_grad()
@@ -263,7 +257,3 @@ def _smallest(x: Tensor) -> float:
 
 def _reduced(x: Tensor, per: Per) -> tuple[int, ...]:
     return tuple(range(x.dim())) if per == "tensor" or x.dim() < 2 else tuple(range(1, x.dim()))
-
-
-def _check_per(per: str) -> None:
-    check_choice("grouping", per, ("tensor", "channel"))

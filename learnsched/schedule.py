@@ -113,8 +113,12 @@ class Schedule:
                 f"{expected[1]}), got {tuple(self.table.shape)}"
             )
         fraction = self["fraction"]
-        if bool((fraction[1:] < fraction[:-1]).any()):
-            raise ValueError("an INQ fraction may not decrease from one epoch to the next")
+        if bool((falls := fraction[1:] < fraction[:-1]).any()):
+            layer = self.layers[int(falls.any(0).nonzero()[0])]
+            raise ValueError(
+                "INQ fractions count all weights that are frozen so far, and may not decrease from one "
+                f"epoch to the next, as that of {layer} does"
+            )
 
     @classmethod
     def from_settings(cls, rows: Sequence[Sequence[Setting]], layers: Sequence[str]) -> Schedule:
@@ -326,7 +330,10 @@ def ask(
             f"state, as in: return [Setting()] * len(run.layers), state; got {answer!r}"
         )
     if len(answer[0]) != len(run.layers):
-        raise ValueError(f"the policy gave {len(answer[0])} settings for {len(run.layers)} layers")
+        raise ValueError(
+            f"{type(policy).__name__} gave {len(answer[0])} settings for {len(run.layers)} layers; "
+            "return one Setting for each of run.layers"
+        )
     return answer
 
 

@@ -29,14 +29,14 @@ from learnsched.learning_rate import learning_rate_factor
 from learnsched.noise import NoiseShape, noise_shape
 from learnsched.optimizer_checks import own_optimizer, warn_of_strangers, warn_of_untrained
 from learnsched.ranks import over_ranks, several_ranks
-from learnsched.schedule import FIELDS, Policy, RunInfo, Setting, ask, check_policy, terminal
-from learnsched.scheduler_state import as_own, check_whole, description, snapshot, spelled
+from learnsched.schedule import Policy, RunInfo, Setting, ask, check_policy, terminal
+from learnsched.scheduler_state import as_own, check_complete, description, snapshot, spelled
 from learnsched.step_counter import StepCounter
-from learnsched.telemetry import relative
+from learnsched.telemetry import telemetry_of
 from learnsched.weight_warnings import warn_of_weights
 
 _STATE_VERSION = 2
-# Of an epoch, from which on a learning rate that took one of them at most has been forgotten.
+# With more optimizer steps an epoch, but one of the learning rate at most, its step() is misplaced.
 _FEW_STEPS = 2
 
 
@@ -101,7 +101,7 @@ class QuantizationScheduler:
         self._layers = quantized_layers(model)
         if optimizer is not None:
             optimizer = own_optimizer(optimizer)
-            warn_of_strangers(optimizer, model, stacklevel=3)
+            warn_of_strangers(optimizer, model)
         epochs = whole_number("epochs", epochs)
         if steps_per_epoch is not None:
             steps_per_epoch = whole_number("steps_per_epoch", steps_per_epoch)
@@ -205,9 +205,9 @@ class QuantizationScheduler:
         self._check_steppable()
         numbers, counted = over_ranks(metrics, self._counter.total, self._process_group)
         self._check_metrics(numbers)
-        warn_of_weights(self._layers, self.history.settings[-1], stacklevel=3)
+        warn_of_weights(self._layers, self.history.settings[-1])
         if self.epoch == 0 and self._trained:
-            warn_of_untrained(self._layers, self._trained, stacklevel=3)
+            warn_of_untrained(self._layers, self._trained)
         run = self._run_after_counting(counted)
         epoch = self.epoch + 1
         if epoch < self.epochs:
@@ -236,11 +236,7 @@ class QuantizationScheduler:
             "seed": self._seed,
             "policy": description(self.policy),
             "policy_state": snapshot(self._state),
-            "settings": torch.tensor(
-                [[[getattr(s, f) for f in FIELDS] for s in row] for row in self.history.settings],
-                dtype=torch.float64,
-                device="cpu",
-            ),
+            "settings": self.history.schedule.table,
             "metrics": [dict(m) for m in self.history.metrics],
         }
 
@@ -276,7 +272,7 @@ class QuantizationScheduler:
                 operator.index(state_dict[key]) for key in ("epoch", "seed", "counted")
             )
             steps = steps if steps is None else whole_number("steps_per_epoch", steps)
-            check_whole(epoch, self.epochs, len(self._layers), settings, metrics)
+            check_complete(epoch, self.epochs, len(self._layers), settings, metrics)
             state = as_own(state, self._state)
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"this is no whole state of a scheduler: {error!r}") from error
@@ -356,7 +352,7 @@ class QuantizationScheduler:
         """The policy's settings of an epoch, checked, and its new state; nothing changes."""
         # A policy may change the state that it is given, and what follows may fail.
         before = snapshot(self._state)
-        raw, state = ask(self.policy, run, epoch, relative(metrics, self._layers), before)
+        raw, state = ask(self.policy, run, epoch, telemetry_of(metrics, self._layers), before)
         settings = tuple(terminal(setting, run, epoch) for setting in raw)
         last = self.history.settings[-1] if self.history.settings else settings
         check_fractions(self._layers, last, settings)

@@ -28,7 +28,7 @@ def description(thing: Policy | ScaleRule) -> str:
     return repr(thing) if described else type(thing).__name__
 
 
-def check_whole(
+def check_complete(
     epoch: int, epochs: int, layers: int, settings: Sequence[Any], metrics: Sequence[Any]
 ) -> None:
     """Whether the parts of a state fit each other and a run of so many epochs and layers.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from learnsched.levels import LevelSet
 from learnsched.noise import NoiseShape
-from learnsched.tracing import can_look
+from learnsched.torch_state import can_look
 
 Level = float | Tensor
 

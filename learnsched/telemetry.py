@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from learnsched.layers import Layer
 from learnsched.schedule import Telemetry
 
 
-def relative(metrics: Sequence[Mapping[str, float]], layers: Sequence[Layer]) -> Telemetry:
+def telemetry_of(metrics: Sequence[Mapping[str, float]], layers: Sequence[Layer]) -> Telemetry:
     """What a policy sees after some epochs; a loss that is not finite counts as no change.
 
     Args:
@@ -22,7 +21,7 @@ def relative(metrics: Sequence[Mapping[str, float]], layers: Sequence[Layer]) ->
         layers: whose weights are measured, once, if the policy asks for their error.
 
     Example:
-        >>> shown = relative([{"train_loss": 2.0}, {"train_loss": 1.0}, {"train_loss": 0.5}], ())
+        >>> shown = telemetry_of([{"train_loss": 2.0}, {"train_loss": 1.0}, {"train_loss": 0.5}], ())
         >>> shown.loss.item(), shown.loss_trend.item()
         (0.25, 0.5)
     """
@@ -34,31 +33,27 @@ def relative(metrics: Sequence[Mapping[str, float]], layers: Sequence[Layer]) ->
         else:
             losses += losses[-1:]
     first, before, last = (losses[0], losses[-2:][0], losses[-1]) if losses else (1.0,) * 3
-    errors = functools.cache(functools.partial(_weight_errors, layers))
-    return _LazyTelemetry(_ratio(last, first), _ratio(last, before), errors)
+    return _LazyTelemetry(_ratio(last, first), _ratio(last, before), layers)
 
 
-def _weight_errors(layers: Sequence[Layer]) -> Tensor:
-    errors = [
-        torch.zeros((), device="cpu")
-        if layer.weight is None
-        else layer.weight.weight_quantizer.error(layer.weight.weight).float().cpu()
-        for layer in layers
-    ]
-    return torch.stack(errors)
-
-
-@dataclass(frozen=True, eq=False)
 class _LazyTelemetry(Telemetry):
-    """Measures the weights only for a policy that reads their error, and once (``measure`` keeps it)."""
+    """Measures the weights only for a policy that reads their error, and once."""
 
-    weight_error: Tensor = field(init=False)
-    measure: Callable[[], Tensor]
+    layers: Sequence[Layer]
 
-    def __getattr__(self, name: str) -> Tensor:
-        if name == "weight_error":
-            return self.measure()
-        raise AttributeError(name)
+    def __init__(self, loss: Tensor, loss_trend: Tensor, layers: Sequence[Layer]) -> None:
+        vars(self).update(loss=loss, loss_trend=loss_trend, layers=layers)
+
+    @functools.cached_property
+    def weight_error(self) -> Tensor:  # type: ignore[override]
+        """Of each layer, 0 without a quantized weight."""
+        errors = [
+            torch.zeros((), device="cpu")
+            if layer.weight is None
+            else layer.weight.weight_quantizer.error(layer.weight.weight).float().cpu()
+            for layer in self.layers
+        ]
+        return torch.stack(errors)
 
 
 def _ratio(value: float, reference: float) -> Tensor:

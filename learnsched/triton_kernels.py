@@ -238,30 +238,30 @@ class Call:
         self._launch(_SLOPE, x, grad, None, out, None, None)
         return out
 
-    def std_slope(self, x: Tensor, grad: Tensor, std: Tensor) -> Tensor:
+    def std_slope(self, x: Tensor, grad: Tensor) -> Tensor:
         x, grad = x.contiguous(), _like(grad, x)
         partial = self._partial(x)
         self._launch(_STD_SLOPE, x, grad, None, None, None, partial)
-        return self._summed(partial, std)
+        return self._summed(partial)
 
     def slope_adjoint(
-        self, x: Tensor, grad: Tensor, outer: Tensor, std: float | Tensor
+        self, x: Tensor, grad: Tensor, outer: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, grad, outer = x.contiguous(), _like(grad, x), _like(outer, x)
-        return self._adjoint(_SLOPE_ADJOINT, x, grad, outer, std)
+        return self._adjoint(_SLOPE_ADJOINT, x, grad, outer)
 
     def std_slope_adjoint(
-        self, x: Tensor, grad: Tensor, outer: Tensor, std: Tensor
+        self, x: Tensor, grad: Tensor, outer: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, grad, outer = x.contiguous(), _like(grad, x), outer.contiguous()
-        return self._adjoint(_STD_SLOPE_ADJOINT, x, grad, outer, std)
+        return self._adjoint(_STD_SLOPE_ADJOINT, x, grad, outer)
 
     def _adjoint(
-        self, kind: tl.constexpr, x: Tensor, grad: Tensor, outer: Tensor, std: float | Tensor
+        self, kind: tl.constexpr, x: Tensor, grad: Tensor, outer: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         of_grad, of_x, partial = torch.empty_like(x), torch.empty_like(x), self._partial(x)
         self._launch(kind, x, grad, outer, of_grad, of_x, partial)
-        return of_grad, of_x, self._summed(partial, std)
+        return of_grad, of_x, self._summed(partial)
 
     def _launch(self, kind: tl.constexpr, x: Tensor, *tensors: Tensor | None) -> None:
         if x.is_cuda and x.device.index != torch.cuda.current_device():
@@ -295,11 +295,11 @@ class Call:
         programs = self._rows * self._parts(x)[2]
         return torch.empty(programs, device=x.device, dtype=torch.float32)
 
-    def _summed(self, partial: Tensor, std: float | Tensor) -> Tensor:
-        shape = std.shape if isinstance(std, Tensor) else ()
-        apart = isinstance(std, Tensor) and std.numel() != 1
-        table = partial.view(self._rows, -1) if apart else partial.view(1, -1)
-        return table.sum(1, dtype=torch.float64).float().view(shape)
+    def _summed(self, partial: Tensor) -> Tensor:
+        """To the shape of the std."""
+        std = self._numbers[1]
+        table = partial.view(self._rows if std.numel() != 1 else 1, -1)
+        return table.sum(1, dtype=torch.float64).float().view(std.shape)
 
 
 def _like(grad: Tensor, x: Tensor) -> Tensor:

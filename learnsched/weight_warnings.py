@@ -11,13 +11,12 @@ from learnsched.layers import Layer
 from learnsched.schedule import Setting
 
 
-def warn_of_weights(layers: Sequence[Layer], settings: Sequence[Setting], stacklevel: int) -> None:
+def warn_of_weights(layers: Sequence[Layer], settings: Sequence[Setting]) -> None:
     """Warn of weights and noise that are not finite, and of fewer frozen ones than there should be.
 
     Args:
         layers: of the model, from the input.
         settings: those in force, one a layer.
-        stacklevel: of whom the warnings are for, as seen from here.
     """
     lost = [
         layer.info.name
@@ -28,13 +27,13 @@ def warn_of_weights(layers: Sequence[Layer], settings: Sequence[Setting], stackl
         warnings.warn(
             f"weights of {lost} are not finite: training has diverged, or a batch held NaN, which a "
             "hard activation turns into its lowest level. finalize_ will refuse them",
-            stacklevel=stacklevel,
+            stacklevel=3,
         )
     if noise := [layer.info.name for layer in layers if has_lost_noise(layer)]:
         warnings.warn(
             f"the learned noise of {noise} is not finite, so no gradient reaches their weights: learn "
             "noise at a lower rate. finalize_ will refuse it",
-            stacklevel=stacklevel,
+            stacklevel=3,
         )
     free = [
         layer.info.name
@@ -45,7 +44,7 @@ def warn_of_weights(layers: Sequence[Layer], settings: Sequence[Setting], stackl
         warnings.warn(
             f"fewer weights of {free} are frozen than the settings in force say: load the model's "
             "state with the scheduler's",
-            stacklevel=stacklevel,
+            stacklevel=3,
         )
 
 

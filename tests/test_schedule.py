@@ -22,7 +22,7 @@ from learnsched.schedule import (
     plan,
     terminal,
 )
-from learnsched.telemetry import relative
+from learnsched.telemetry import telemetry_of
 
 LAYERS = (LayerInfo("a", 4, 3, 4), LayerInfo("b", 9, 3, 0))
 
@@ -206,7 +206,7 @@ def test_schedules_and_telemetry_can_be_compared_and_kept_in_sets():
 
 def test_what_a_scheduler_shows_is_compared_without_measuring_weights():
     losses = [{"train_loss": 1.0}]
-    first, second = (relative(losses, ()) for _ in range(2))  # which could measure no weights
+    first, second = (telemetry_of(losses, ()) for _ in range(2))  # which could measure no weights
     assert first == first
     assert second in [first, second]
     assert len({first, second}) == 2

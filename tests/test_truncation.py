@@ -66,5 +66,5 @@ def test_a_window_as_long_as_the_run_changes_nothing():
 
 
 def test_a_window_of_no_epochs_is_refused():
-    with pytest.raises(ValueError, match="at least one epoch"):
+    with pytest.raises(ValueError, match="at least 1"):
         Unrolled(truncation=0)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from learnsched.batch_norm import reestimate_batch_norm_
 from learnsched.data import DataSet, Split
-from learnsched.finalize import reestimate_batch_norm_
 from learnsched.meta.tasks import Task
 
 # From a float network, a policy and the task to the network to train and its optimizer, which has a

@@ -184,5 +184,5 @@ def _least_slope(module: nn.Module) -> float:
     if isinstance(module, nn.LeakyReLU):
         return float(known.negative_slope)
     if isinstance(module, nn.RReLU):
-        return float(known.lower + known.upper)
+        return float(known.lower + known.upper) / 2
     return float(known.alpha) if isinstance(module, nn.ELU | nn.CELU) else 0.0

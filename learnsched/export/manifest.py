@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -61,15 +62,15 @@ def write_entry(node: g.Node, files: Files) -> dict[str, Any]:
     }
     if isinstance(node, g.Quantize):
         entry |= {
-            "levels": _levels_entry(node.levels),
+            "levels": asdict(node.levels),
             "thresholds": list(node.thresholds),
             "scale": node.scale,
         }
     elif isinstance(node, g.Product):
         entry |= {
             "weight": files.add(f"{node.name}.weight", node.weight, "trits"),
-            "levels": _levels_entry(node.levels),
-            "window": None if node.window is None else _window_entry(node.window),
+            "levels": asdict(node.levels),
+            "window": None if node.window is None else asdict(node.window),
             "low": node.low.tolist(),
             "high": node.high.tolist(),
         }
@@ -80,10 +81,10 @@ def write_entry(node: g.Node, files: Files) -> dict[str, Any]:
             "low": node.low.tolist(),
             "high": node.high.tolist(),
             "row_low": node.row_low,
-            "levels": _levels_entry(node.levels),
+            "levels": asdict(node.levels),
         }
     elif isinstance(node, g.MaxPool | g.SumPool):
-        entry |= {"kernel": list(node.kernel), "window": _window_entry(node.window)}
+        entry |= {"kernel": list(node.kernel), "window": asdict(node.window)}
     elif isinstance(node, g.Pad):
         entry |= {"before": list(node.before), "after": list(node.after)}
     elif isinstance(node, g.Repeat):
@@ -94,20 +95,6 @@ def write_entry(node: g.Node, files: Files) -> dict[str, Any]:
             "bias": None if node.bias is None else node.bias.astype(float).tolist(),
         }
     return entry
-
-
-def _levels_entry(levels: g.IntegerLevels) -> dict[str, Any]:
-    return {"integers": list(levels.integers), "unit": levels.unit, "name": levels.name}
-
-
-def _window_entry(window: g.Window) -> dict[str, Any]:
-    return {
-        "stride": list(window.stride),
-        "padding": list(window.padding),
-        "dilation": list(window.dilation),
-        "groups": window.groups,
-        "transposed": window.transposed,
-    }
 
 
 def read_array(entry: dict[str, Any], files: Mapping[str, bytes]) -> NDArray[np.int64]:

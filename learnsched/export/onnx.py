@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from learnsched.export import graph as g
-from learnsched.export.check import prove
-from learnsched.export.emit import Emitter, need_onnx
+from learnsched.export.emit import Emitter
 from learnsched.export.errors import ExportError
-from learnsched.export.trace import trace
-from learnsched.files import write
+from learnsched.export.onnx_file import write_onnx_file
 
 _NARROW, _WIDE = 25, 21
 
@@ -113,10 +109,10 @@ def export_onnx(
         ValueError: ``opset`` is another number, or the model has no quantized layers.
 
     Example:
-        >>> import tempfile, torch
+        >>> import pathlib, tempfile, torch
         >>> from learnsched import finalize_, quantize_, ternary
         >>> net = finalize_(quantize_(nn.Sequential(nn.Linear(8, 4)), ternary()))
-        >>> path = Path(tempfile.mkdtemp()) / "net.onnx"
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "net.onnx"
         >>> export_onnx(net, torch.randn(2, 8), path)
         >>> path.stat().st_size < 2000
         True
@@ -125,8 +121,4 @@ def export_onnx(
         raise ValueError(
             f"opset must be {_NARROW} (2-bit types) or {_WIDE} (8-bit types), got {opset}"
         )
-    need_onnx()
-    graph = trace(model, example_input)
-    prove(model, graph, example_input)
-    content: Any = Emitter(_Plain(opset)).model(graph)
-    write(Path(path), lambda temporary: temporary.write_bytes(content.SerializeToString()))
+    write_onnx_file(_Plain(opset), model, example_input, path)

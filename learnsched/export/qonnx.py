@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from learnsched.export import graph as g
-from learnsched.export.check import prove
-from learnsched.export.emit import Emitter, need_onnx
-from learnsched.export.trace import trace
-from learnsched.files import write
+from learnsched.export.emit import Emitter
+from learnsched.export.onnx_file import write_onnx_file
 
 _DOMAIN = "qonnx.custom_op.general"
 # What qonnx's own transformations are written for.
@@ -106,8 +103,4 @@ def export_qonnx(model: nn.Module, example_input: Tensor, path: str | os.PathLik
         >>> net = finalize_(quantize_(nn.Sequential(nn.Linear(8, 4)), ternary()))
         >>> export_qonnx(net, torch.randn(2, 8), tempfile.mkdtemp() + "/net.qonnx")
     """
-    need_onnx()
-    graph = trace(model, example_input)
-    prove(model, graph, example_input)
-    content: Any = Emitter(_Qonnx(len(example_input))).model(graph)
-    write(Path(path), lambda temporary: temporary.write_bytes(content.SerializeToString()))
+    write_onnx_file(_Qonnx(len(example_input)), model, example_input, path)

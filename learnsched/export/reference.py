@@ -328,12 +328,14 @@ def _check_order(nodes: tuple[g.Node, ...]) -> None:
     known: set[str] = set()
     for index, node in enumerate(nodes):
         if isinstance(node, g.Input) != (index == 0):
-            raise FolderError("the first layer must be the input, and no other")
+            raise FolderError("the first layer must be the input, and no other; export again")
         if node.name in known or not set(node.inputs) <= known:
-            raise FolderError(f"{node.name} is there twice, or reads what does not come before it")
+            raise FolderError(
+                f"{node.name} is there twice, or reads what does not come before it; export again"
+            )
         known.add(node.name)
     if not nodes or not isinstance(nodes[-1], g.Decode):
-        raise FolderError("the last layer must decode the output")
+        raise FolderError("the last layer must decode the output; export again")
 
 
 _COMPUTE: Mapping[type[g.Node], Callable[..., NDArray[Any]]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -224,9 +225,7 @@ class Translation:
         kernel, window = pool_window(operation.name, operation.module, shape_of(source))
         value = self.calls.value(source)
         name = self._structural(g.MaxPool, operation, value, kernel=kernel, window=window)
-        if not isinstance(value, Integer):
-            return Real(name)
-        return Integer(name, value.scale, value.bias, value.low, value.high)
+        return replace(value, node=name) if isinstance(value, Integer) else Real(name)
 
     def _mean_pool(self, operation: Operation) -> Value:
         source, shape = operation.node.all_input_nodes[0], shape_of(operation.node)
@@ -283,9 +282,7 @@ class Translation:
     def _upsampling(self, operation: Operation) -> Value:
         value = self.calls.value(operation.node.all_input_nodes[0])
         name = self._structural(g.Repeat, operation, value, times=operation.repetitions())
-        if not isinstance(value, Integer):
-            return Real(name)
-        return Integer(name, value.scale, value.bias, value.low, value.high)
+        return replace(value, node=name) if isinstance(value, Integer) else Real(name)
 
     def _structural(
         self, kind: type[g.Node], operation: Operation, value: Value, **fields: Any
@@ -361,7 +358,10 @@ def _check_numbers(model: nn.Module, example_input: Tensor) -> None:
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ExportError(f"{name} is {tensor.dtype}; call model.float() first")
         if not bool(tensor.isfinite().all()):
-            raise ExportError(f"{name} is not finite: training has diverged, or it was overwritten")
+            raise ExportError(
+                f"{name} is not finite: training has diverged, or it was overwritten; go back to a "
+                "checkpoint before that, and lower the learning rate"
+            )
     if not isinstance(example_input, Tensor) or example_input.dim() < 2 or not len(example_input):
         raise ExportError(
             "example_input must be one tensor, a batch of at least one input, "

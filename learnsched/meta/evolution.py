@@ -250,8 +250,9 @@ def valid(settings: Tensor, fraction: Tensor | None = None) -> Tensor:
 def regression(noise: Tensor, difference: Tensor, ridge: float) -> Tensor:
     """Slopes of loss differences on perturbations, for each member.
 
-    Fewer pairs than coordinates, and the ridge, shrink least squares: to the right size on average, over
-    the directions, they are brought by the share that would be left of a linear loss.
+    Least squares with a ridge, or with fewer pairs than coordinates, shrinks the slopes. They are
+    divided by the mean share of a linear loss's slopes that it keeps, so that their size is right on
+    average.
 
     Args:
         noise: shape ``(pairs, members, coordinates)``.

@@ -6,6 +6,7 @@ recompute it, or ask for no graph at all, without knowing what is trained.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import higher
@@ -19,6 +20,7 @@ from learnsched.incremental import any_per_channel, hold, priority, soft_members
 from learnsched.learning_rate import warm_cosine
 from learnsched.meta.inner_optimizers import Adam, InnerOptimizer
 from learnsched.meta.population import CARRIED, Population
+from learnsched.quantizers import WeightQuantizer
 from learnsched.schedule import FIELDS, FRACTION, RunInfo, Telemetry
 
 _WEIGHT_BACKWARD = FIELDS.index("weight_backward_std")
@@ -164,9 +166,7 @@ class InnerLoop:
             ValueError: forward values are sampled, and a graph is asked for: computed again, as for a
                 gradient, the epoch would draw others.
         """
-        if track and any(
-            quantizer.mode == "random" for _, _, quantizer, _ in self.population.weights
-        ):
+        if track and any(weight.quantizer.mode == "random" for weight in self.population.weights):
             raise ValueError(
                 'runs with mode "random" are not differentiated, since an epoch that is computed again '
                 'draws other values; use mode "expectation", or evolution strategies'
@@ -293,8 +293,8 @@ class InnerLoop:
 
     def _carried_names(self) -> list[str]:
         return [
-            f"{quantizer}.{name}"
-            for _, quantizer, _, _ in self.population.weights
+            f"{weight.quantizer_name}.{name}"
+            for weight in self.population.weights
             for name in CARRIED
         ]
 
@@ -315,10 +315,9 @@ class InnerLoop:
         result: list[Tensor] = []
         generator = torch.Generator(settings.device).manual_seed(epoch)
         redraw = self.partition == "redraw"
-        for place, (name, _, quantizer, layer) in enumerate(self.population.weights):
-            weight = self._parameter(parameters, name)
-            membership, held, held_scale, scale_held = _carried_of(carried, place)
-            scale = self._scale(parameters, place, held_scale, scale_held)
+        for quantizer, layer, weight, scale, (membership, held, _, scale_held) in self._quantized(
+            parameters, carried
+        ):
             x = weight / scale
             backward = settings[:, layer, _WEIGHT_BACKWARD].view(-1, *[1] * (x.dim() - 1))
             projected = scale * quantize_unchecked(
@@ -354,32 +353,28 @@ class InnerLoop:
         error = self.learning_rate.new_zeros(self.population.members, len(self.population.layers))
         parameters = list(state.tensors[: self._count])
         carried = state.tensors[self._carried_from :]
-        for place, (name, _, quantizer, layer) in enumerate(self.population.weights):
-            weight = self._parameter(parameters, name)
-            membership, held, held_scale, scale_held = _carried_of(carried, place)
-            scale = self._scale(parameters, place, held_scale, scale_held)
+        for quantizer, layer, weight, scale, (membership, held, *_) in self._quantized(
+            parameters, carried
+        ):
             gap = (1 - membership) * (weight - scale * quantizer.levels.quantize(weight / scale))
             kept = torch.lerp(weight, held, membership)
             norms = [t.flatten(1).norm(dim=1) for t in (gap, kept)]
             error[:, layer] = norms[0] / norms[1].clamp(min=1e-12)
         return error
 
-    def _scale(
-        self, parameters: list[Tensor], place: int, held_scale: Tensor, scale_held: Tensor
-    ) -> Tensor:
-        """The scale in force of each member, in a shape that broadcasts to the stacked weight."""
-        name, key, quantizer, _ = self.population.weights[place]
-        scale = vmap(lambda w: quantizer.rule(w, quantizer.levels))(
-            self._parameter(parameters, name)
-        )
-        if quantizer.log_scale is not None:
-            scale = scale * self._parameter(parameters, f"{key}.log_scale").exp()
-        return torch.where(scale_held > 0, held_scale, scale)
-
-
-def _carried_of(carried: tuple[Tensor, ...], place: int) -> tuple[Tensor, ...]:
-    """What is carried of one weight."""
-    return carried[len(CARRIED) * place :][: len(CARRIED)]
+    def _quantized(
+        self, parameters: list[Tensor], carried: tuple[Tensor, ...]
+    ) -> Iterator[tuple[WeightQuantizer, int, Tensor, Tensor, tuple[Tensor, ...]]]:
+        """Quantizer, layer, stacked weight, scales in force and what is carried of each weight."""
+        size = len(CARRIED)
+        for place, (name, key, quantizer, layer) in enumerate(self.population.weights):
+            own = carried[size * place : size * (place + 1)]
+            weight = self._parameter(parameters, name)
+            scale = vmap(lambda w, q=quantizer: q.rule(w, q.levels))(weight)
+            if quantizer.log_scale is not None:
+                scale = scale * self._parameter(parameters, f"{key}.log_scale").exp()
+            _, _, held_scale, scale_held = own
+            yield quantizer, layer, weight, torch.where(scale_held > 0, held_scale, scale), own
 
 
 def member_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from learnsched.meta.tasks import BITS, Task, mixed_seed
 
 T = TypeVar("T")
 
-# Of an epoch.
+# The fewest optimizer steps of an epoch.
 _LEAST_STEPS = 2
 
 

@@ -97,16 +97,14 @@ def cnn2d(side: int, width: int, depth: int, classes: int) -> nn.Module:
     layers: list[nn.Module] = []
     channels = 1
     for index in range(depth - 1):
+        stride = 2 if index < 2 else 1
         layers += [
-            nn.Conv2d(channels, width, 3, 2 if index < 2 else 1, 1, bias=False),
+            nn.Conv2d(channels, width, 3, stride, 1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(),
         ]
-        channels = width
-    remaining = side
-    for index in range(depth - 1):
-        remaining = (remaining + 1) // 2 if index < 2 else remaining
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * remaining**2, classes))
+        channels, side = width, (side + stride - 1) // stride
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * side**2, classes))
 
 
 class ResidualBlock(nn.Module):

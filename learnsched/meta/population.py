@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
@@ -45,12 +46,12 @@ class Population(nn.Module):
         parameters, buffers = stack_module_state(list(models))
         # In a tuple, so that neither nn.Module nor higher takes the template for a submodule.
         self._template = (models[0],)
-        self._names = {_mangled(name): name for name in parameters}
-        self._buffer_names = {_mangled(name): name for name in buffers}
+        self._names = {self.key(name): name for name in parameters}
+        self._buffer_names = {self.key(name): name for name in buffers}
         for name, value in parameters.items():
-            self.register_parameter(_mangled(name), nn.Parameter(value.detach().clone()))
+            self.register_parameter(self.key(name), nn.Parameter(value.detach().clone()))
         for name, value in buffers.items():
-            self.register_buffer(_mangled(name), value.detach().clone())
+            self.register_buffer(self.key(name), value.detach().clone())
         self.members = len(models)
         self.layers: tuple[LayerInfo, ...] = tuple(
             layer.info for layer in quantized_layers(models[0])
@@ -113,17 +114,14 @@ class Population(nn.Module):
                 module.track_running_stats = momentum is not None
                 module.momentum = momentum or 0.1
 
-    def key(self, name: str) -> str:
+    @staticmethod
+    def key(name: str) -> str:
         """Under which name a parameter or buffer of the template is registered here."""
-        return _mangled(name)
+        return name.replace(".", "__")
 
 
 def _tiled(tensor: Tensor, count: int) -> Tensor:
     return tensor.repeat(count, *[1] * (tensor.dim() - 1))
-
-
-def _mangled(name: str) -> str:
-    return name.replace(".", "__")
 
 
 def _noise_buffers(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -137,8 +135,16 @@ def _noise_buffers(model: nn.Module) -> dict[str, tuple[int, int]]:
     return result
 
 
-def _weights(model: nn.Module) -> tuple[tuple[str, str, WeightQuantizer, int], ...]:
-    """Name of each quantized weight, name and module of its quantizer, and its layer's index."""
+class QuantizedWeight(NamedTuple):
+    """A quantized weight of the template: names of weight and quantizer, the quantizer, its layer."""
+
+    name: str
+    quantizer_name: str
+    quantizer: WeightQuantizer
+    layer: int
+
+
+def _weights(model: nn.Module) -> tuple[QuantizedWeight, ...]:
     names = {module: name for name, module in model.named_modules()}
     result = []
     for index, layer in enumerate(quantized_layers(model)):
@@ -146,5 +152,7 @@ def _weights(model: nn.Module) -> tuple[tuple[str, str, WeightQuantizer, int], .
             name = names[layer.weight]
             quantizer = layer.weight.weight_quantizer
             prefix = f"{name}." if name else ""
-            result.append((f"{prefix}weight", f"{prefix}weight_quantizer", quantizer, index))
+            result.append(
+                QuantizedWeight(f"{prefix}weight", f"{prefix}weight_quantizer", quantizer, index)
+            )
     return tuple(result)

@@ -331,7 +331,6 @@ PRESETS["all-bits"] = replace(
 # end counts, the error of the hard network, and each layer has knots of its own.
 PRESETS["population"] = replace(
     PRESETS["standard"],
-    steps=100,
     trainer=replace(
         PRESETS["standard"].trainer,
         mix=replace(_STANDARD_MIX, total_steps=(80, 600), tasks=8, alike=4),

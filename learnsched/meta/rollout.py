@@ -123,9 +123,9 @@ class PolicyRollout:
     def changed(self, changes: Tensor) -> Rollout:
         """See :meth:`ParametricRollout.changed`."""
         rollouts = []
-        for change in changes:
+        for vector in self.parameters + changes:
             network = copy.deepcopy(self._policy.network).requires_grad_(False)
-            vector_to_parameters(self.parameters + change, network.parameters())
+            vector_to_parameters(vector, network.parameters())
             policy = self._policy.replaced(network=network)
             rollouts.append(PolicyRollout(policy, self._run, self._members))
 
@@ -182,7 +182,7 @@ def learning_rates(policy: Policy, run: RunInfo) -> Tensor:
 def step_by_step(factor: Callable[[float], float], run: RunInfo) -> Tensor:
     """A factor on the learning rate, by progress, as a column; see :func:`learning_rates`."""
     if run.steps is None:
-        raise ValueError("a factor for each step needs a run whose steps_per_epoch is known")
+        raise ValueError("a factor for each step needs a RunInfo with steps_per_epoch; give it")
     total = run.steps
     return torch.tensor([[factor(step / total)] for step in range(total)])
 

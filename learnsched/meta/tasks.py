@@ -29,7 +29,7 @@ from learnsched.meta.population import Population
 from learnsched.noise import noise_shape
 from learnsched.schedule import LayerInfo
 
-# Of the float networks that fine-tuning starts from: members of one seed share theirs.
+# Learning rate of the float networks that fine-tuning starts from; members of one seed share theirs.
 _FLOAT_RATE = 0.02
 
 # Validation examples of a member's outer loss.

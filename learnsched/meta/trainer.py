@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -37,9 +38,6 @@ from learnsched.meta.validation import hard_errors
 from learnsched.policies.domain import LATER_RANGES
 from learnsched.policies.learned import LATER_CHOICES, LearnedPolicy
 from learnsched.schedule import RunInfo
-
-# What a checkpoint says beside its tensors.
-_SCALARS = ("step", "seconds", "best_error", "best_step", "typical_norm", "log")
 
 
 @dataclass(frozen=True)
@@ -81,10 +79,12 @@ class TrainerConfig:
         whole_number("validate_every", self.validate_every)
         positive = (self.learning_rate, self.decay, self.clip)
         shares = (*self.betas, self.average)
-        if not (all(n > 0 for n in positive) and all(0 <= share < 1 for share in shares)):
+        if not (
+            all(0 < n < math.inf for n in positive) and all(0 <= share < 1 for share in shares)
+        ):
             raise ValueError(
-                "learning_rate, decay and clip are positive, betas and average lie in [0, 1), got "
-                f"{positive}, {self.betas} and {self.average}"
+                "learning_rate, decay and clip are positive and finite, betas and average in [0, 1); "
+                f"got {positive}, {self.betas} and {self.average}"
             )
 
     def load_data(self) -> dict[str, DataSet]:
@@ -256,8 +256,9 @@ class MetaTrainer:
         losses = torch.cat([r["losses"] for r in results])
         used = norms.isfinite()
         self._apply(gradient)
+        # Of none, mean and median are NaN.
+        median = float(norms[used].median())
         if bool(used.any()):
-            median = float(norms[used].median())
             old = median if math.isnan(self._typical_norm) else self._typical_norm
             self._typical_norm = 0.9 * old + 0.1 * median
         self.step += 1
@@ -265,9 +266,9 @@ class MetaTrainer:
         self.seconds += elapsed
         return {
             "step": self.step,
-            "outer_loss": float(losses[used].mean()) if bool(used.any()) else math.nan,
-            "norm_median": float(norms[used].median()) if bool(used.any()) else math.nan,
-            "norm_largest": float(norms[used].max()) if bool(used.any()) else math.inf,
+            "outer_loss": float(losses[used].mean()),
+            "norm_median": median,
+            "norm_largest": max(norms[used].tolist(), default=math.inf),
             "dropped": int((~used).sum()),
             "seconds": elapsed,
         }
@@ -339,7 +340,7 @@ class MetaTrainer:
             )
         elif processes.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(self._config(), indent=1))
+            write_text(path, json.dumps(self._config(), indent=1, default=operator.index))
         processes.barrier()
         if checkpoint.exists():
             self._load(checkpoint)
@@ -356,7 +357,7 @@ class MetaTrainer:
 
     def _check_config(self, path: Path) -> None:
         """Refuse a folder whose run is another one."""
-        config = json.loads(json.dumps(self._config()))
+        config = json.loads(json.dumps(self._config(), default=operator.index))
         try:
             stored = json.loads(path.read_text())
             # The run may have begun before policies had all their choices and ranges, and tasks all
@@ -429,7 +430,7 @@ class MetaTrainer:
                 told = file.metadata()
                 stored, written = json.loads(told["trainer"]), told.get("digest")
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            scalars = {name: stored[name] for name in _SCALARS}
+            scalars = {name: stored[name] for name in self._kept[1]}
             _check_scalars(scalars)
             if _shapes(tensors) != _shapes(self._tensors()):
                 raise ValueError("its tensors are not those of this network")

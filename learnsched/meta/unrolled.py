@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from learnsched.choices import whole_number
 from learnsched.meta.estimators import Inner, Rollout, ScheduleEstimate
 from learnsched.meta.inner import InnerState
 from learnsched.meta.rollout import run_forward, terminal_settings
@@ -54,8 +55,8 @@ class Unrolled:
     def __post_init__(self) -> None:
         if not 0 <= self.damping <= 1:
             raise ValueError(f"damping must be in [0, 1], got {self.damping}")
-        if self.truncation is not None and self.truncation < 1:
-            raise ValueError(f"truncation must be at least one epoch, got {self.truncation}")
+        if self.truncation is not None:
+            whole_number("truncation", self.truncation)
 
     def __call__(self, inner: Inner, rollout: Rollout) -> ScheduleEstimate:
         states, table, _ = run_forward(inner, rollout)

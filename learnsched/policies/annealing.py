@@ -77,9 +77,10 @@ class AdditiveNoiseAnnealing:
         check_choice("mode", self.mode, MODES)
         check_choice("annealed", self.annealed, ANNEALED)
         check_choice("interval", self.interval, INTERVALS)
-        for name in ("std", "end", "power", "mean"):
-            if not isinstance(getattr(self, name), Real):
-                raise TypeError(f"{name} must be a number, got {getattr(self, name)!r}")
+        for name in ("std", "end", "power", "mean", "backward_std", "activation_backward_std"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) and (value is not None or "backward" not in name):
+                raise TypeError(f"{name} must be a number, got {value!r}")
         if not 0 < self.end <= 1:
             raise ValueError(f"end is a share of the run in (0, 1], got {self.end}")
         if not 0 < self.power < math.inf:

@@ -18,6 +18,6 @@ def geometric(start: float, end: float | None, progress: float) -> float:
         >>> geometric(4.0, 1.0, 0.5), geometric(4.0, None, 0.5)
         (2.0, 4.0)
     """
-    if end is None or start <= 0 or progress == 0:
+    if end is None or progress == 0:
         return start
-    return end if progress == 1 or end <= 0 else start ** (1 - progress) * end**progress
+    return end if progress == 1 else start ** (1 - progress) * end**progress

@@ -20,11 +20,11 @@ from learnsched.policies.features import FEEDBACK, STATIC, feedback_features, st
 from learnsched.policies.meta_network import OUTPUTS, MetaNetwork
 from learnsched.schedule import FIELDS, RunInfo, Setting, Telemetry
 
-# Of the training loss in the first epoch's: twice what the features are clipped to.
+# Relative to the first epoch's loss, without a warning: twice what the features are clipped to.
 _LARGEST_LOSS = round(2 * math.e, 1)
 # Choices that the first artefacts do not name; they are made without.
 LATER_CHOICES = ("shared_noise", "moved_start")
-# Of the factor on a backward std.
+# The network can change a backward std by this factor either way.
 _LOG_RANGE = math.log(6.0)
 
 
@@ -118,10 +118,9 @@ class LearnedPolicy:
         moved_start: bool | None = None,
     ) -> LearnedPolicy:
         """The same policy with what is given in place of its own."""
+        given = {"network": network, "shared_noise": shared_noise, "moved_start": moved_start}
         result = copy.copy(self)
-        result.network = self.network if network is None else network
-        result.shared_noise = self.shared_noise if shared_noise is None else shared_noise
-        result.moved_start = self.moved_start if moved_start is None else moved_start
+        vars(result).update({name: value for name, value in given.items() if value is not None})
         return result
 
     def begin(self, run: RunInfo) -> dict[str, Tensor]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from learnsched.policies.incremental import IDENTITY_STD
-from learnsched.schedule import RunInfo, Setting, Telemetry
+from learnsched.policies.same_for_all_layers import SameForAllLayers
+from learnsched.schedule import Setting
 
 
 @dataclass(frozen=True)
-class PiecewiseAffine:
+class PiecewiseAffine(SameForAllLayers):
     """PARQ's map of the weights: plateaus at the levels, straight lines of growing slope between.
 
     Uniform noise of width w steps has an expectation of slope 1/w around each threshold, and flat
@@ -64,15 +64,6 @@ class PiecewiseAffine:
         if not 0 < self.steepness <= 100:
             raise ValueError(f"steepness must be in (0, 100], got {self.steepness}")
         self._setting(0.0)  # checks the levels of noise
-
-    def begin(self, run: RunInfo) -> None:
-        """No state."""
-
-    def settings(
-        self, run: RunInfo, epoch: int, telemetry: Telemetry, state: None
-    ) -> tuple[Sequence[Setting], None]:
-        """The width of the formula at the epoch's progress, the same for all layers."""
-        return [self._setting(run.progress(epoch))] * len(run.layers), None
 
     def width(self, progress: float) -> float:
         """Inverse slope of the map, in [0, 1]."""

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from learnsched.annealed import MODES
 from learnsched.choices import check_choice
 from learnsched.noise import noise_shape
 from learnsched.policies.geometric import geometric
-from learnsched.schedule import RunInfo, Setting, Telemetry
+from learnsched.policies.same_for_all_layers import SameForAllLayers
+from learnsched.schedule import Setting
 
 # Logistic noise of scale 1/3 step.
 _THIRD = math.pi / (3 * math.sqrt(3))
 
 
 @dataclass(frozen=True)
-class RelaxedQuantization:
+class RelaxedQuantization(SameForAllLayers):
     """RQ: the std of the noise falls geometrically; then the network is hard.
 
     The gradient is that of the expectation, under the same noise as the value. With
@@ -66,15 +66,6 @@ class RelaxedQuantization:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if not 0 < self.end <= 1:
             raise ValueError(f"end is a share of the run in (0, 1], got {self.end}")
-
-    def begin(self, run: RunInfo) -> None:
-        """No state."""
-
-    def settings(
-        self, run: RunInfo, epoch: int, telemetry: Telemetry, state: None
-    ) -> tuple[Sequence[Setting], None]:
-        """The settings of the formula at the epoch's progress, the same for all layers."""
-        return [self._setting(run.progress(epoch))] * len(run.layers), None
 
     def _setting(self, progress: float) -> Setting:
         elapsed = min(progress / self.end, 1.0)

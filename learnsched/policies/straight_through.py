@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from learnsched.noise import noise_shape
 from learnsched.policies.geometric import geometric
-from learnsched.schedule import RunInfo, Setting, Telemetry
+from learnsched.policies.same_for_all_layers import SameForAllLayers
+from learnsched.schedule import Setting
 
 
 @dataclass(frozen=True)
-class StraightThrough:
+class StraightThrough(SameForAllLayers):
     """Hard values, gradients as if under noise, whose std may move geometrically over the run.
 
     With uniform noise of std ``1 / sqrt(12)``, in level steps, the gradient of a sign is the clipped
@@ -56,13 +56,13 @@ class StraightThrough:
 
     def __post_init__(self) -> None:
         noise_shape(self.noise)
-        for progress in (0.0, 1.0):
-            self._setting(progress)  # checks the levels of noise
         for start, end in (self._weight, self._activation):
             if end is not None and not (start > 0 and end > 0):
                 raise ValueError(
                     f"a backward std that moves geometrically is positive, got {start} to {end}"
                 )
+        for progress in (0.0, 1.0):
+            self._setting(progress)  # checks the levels of noise
 
     @property
     def mode(self) -> str:
@@ -79,15 +79,6 @@ class StraightThrough:
             return self._weight
         start = self.activation_backward_std
         return self.weight_backward_std if start is None else start, self.activation_backward_end
-
-    def begin(self, run: RunInfo) -> None:
-        """No state."""
-
-    def settings(
-        self, run: RunInfo, epoch: int, telemetry: Telemetry, state: None
-    ) -> tuple[Sequence[Setting], None]:
-        """The setting of the formula at the epoch's progress, the same for every layer."""
-        return [self._setting(run.progress(epoch))] * len(run.layers), None
 
     def _setting(self, progress: float) -> Setting:
         return Setting(

@@ -1,0 +1,151 @@
+"""What a user should know of a conversion, before it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from learnsched.choose import Chosen
+from learnsched.execution import Execution
+from learnsched.modules import (
+    ACTIVATIONS,
+    BATCH_NORMS,
+    CLIPPING,
+    KNOWN,
+    QUANTIZED_LAYERS,
+    QUANTIZED_TYPES,
+    REAL,
+    matrices,
+)
+
+# Root mean squares of what a batch norm puts out for which the initial scale is good enough.
+_USUAL_SIZES = (0.5, 2.0)
+
+
+def notes_ahead(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[str]:
+    """What a user should know of what is chosen, before it is converted."""
+    order = found.order
+    activations = [n for n, module in order if n in chosen and type(module) in ACTIVATIONS]
+    modules = dict(order)
+    normalized = {
+        name: before
+        for (_, before), (name, _) in zip(order, order[1:], strict=False)
+        if isinstance(before, BATCH_NORMS)
+    }
+    sizes = {n: _size(normalized[n]) for n in activations if n in normalized}
+    low, high = _USUAL_SIZES
+    if unusual := [f"{n} ({size:.2g})" for n, size in sizes.items() if not low < size < high]:
+        yield (
+            f"the batch norms ahead of {unusual} put out values of that root mean square, and scales "
+            "are made for 1: call learnsched.calibrate_(model, batches) before training goes on"
+        )
+    if uncalibrated := [name for name in activations if name not in normalized]:
+        yield (
+            f"no batch norm precedes {uncalibrated}: their scale is a guess until "
+            "learnsched.calibrate_(model, batches) has seen data; from random weights, learn it from "
+            "there with learnsched.learn_scales_(model)"
+        )
+    if idle := [name for name, _ in order[found.executed :] if name in chosen]:
+        functions = ", whose activation functions were not looked for" if activations else ""
+        yield (
+            f"the example input did not reach {idle}: a branch taken in training alone, as of auxiliary "
+            f"heads{functions}, is the likely reason. If the model computes with their weights itself "
+            "(F.linear), it trains in full precision there; call the modules instead"
+        )
+    if borrowed := [name for name in found.borrowed if name in chosen]:
+        yield (
+            f"the model computes with the weights of {borrowed} outside of their modules too, in full "
+            "precision; call the modules instead"
+        )
+    if found.functions and activations:
+        yield (
+            f"the model calls {', '.join(found.functions)} as functions, whose results stay real; call "
+            "learnsched.activations_to_modules_(model, example_input) first, or use modules (nn.ReLU)"
+        )
+    if unused := [name for name in found.unused if name in chosen]:
+        yield (
+            f"the model calls {unused} for what they do to their input, and a quantized activation "
+            "leaves its input as it is; use what it returns: x = self.relu(x)"
+        )
+    if overwritten := [
+        n for n in found.overwritten if n in chosen and type(modules[n]) in CLIPPING
+    ]:
+        yield (
+            f"the model uses the input of {overwritten} again, after they have changed it in place; a "
+            "quantized activation leaves its input as it is. Use what it returns where that is meant, "
+            "or make them inplace=False"
+        )
+    if hooked := [name for name in activations if _has_hooks(modules[name])]:
+        yield (
+            f"{hooked} have hooks, which stay with the modules that are replaced; register them after "
+            "quantize_"
+        )
+    weights = any(type(modules[name]) in QUANTIZED_TYPES for name in chosen)
+    yield from _notes_on_what_stays_real(model, weights=weights)
+
+
+def _size(norm: Any) -> float:
+    """Root mean square of what a batch norm puts out, by its weights."""
+    scale, shift = norm.weight, norm.bias
+    if scale is None:
+        return 1.0
+    squares = scale.detach().double().square()
+    if shift is not None:
+        squares = squares + shift.detach().double().square()
+    return float(squares.mean().sqrt())
+
+
+def _notes_on_what_stays_real(model: nn.Module, *, weights: bool) -> Iterator[str]:
+    """Modules that hold products or activations of no quantized kind.
+
+    Args:
+        model: before it is converted.
+        weights: whether any weight is quantized; else those that are not need no word.
+    """
+    attention = {n: m for n, m in model.named_modules() if type(m) is nn.MultiheadAttention}
+    if weights and attention:
+        yield (
+            f"{[*attention]} stay real: they are nn.MultiheadAttention, whose projections are bare "
+            "parameters; call learnsched.attention_to_linears_(model) first"
+        )
+    told = {module.out_proj for module in attention.values()}
+    named = [
+        (f"{name} ({type(module).__name__})", module)
+        for name, module in model.named_modules()
+        if module not in told
+    ]
+    if foreign := [
+        n for n, module in named if isinstance(module, KNOWN) and type(module) not in KNOWN
+    ]:
+        yield (
+            f"{foreign} stay real: what a subclass computes is not known (a parametrization makes one, "
+            "too)"
+        )
+    if weights and (real := [n for n, module in named if isinstance(module, REAL)]):
+        yield f"{real} stay real: of such layers no quantized kind is known"
+    bare = [
+        f"{f'{name}.{parameter}'.lstrip('.')} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if _is_a_layer_of_ones_own(module)
+        for parameter in matrices(module)
+    ]
+    if weights and bare:
+        yield (
+            f"{bare} stay real: they are parameters of no layer of torch's; where products are formed "
+            "with them, let an nn.Linear or a convolution hold them. What is looked up or added, as "
+            "tables and positions are, is right as it is"
+        )
+
+
+def _is_a_layer_of_ones_own(module: nn.Module) -> bool:
+    """Whether a module is not torch's, and leaves products to no layers inside of it, as blocks do."""
+    known = (*KNOWN, *QUANTIZED_LAYERS, nn.Embedding, nn.EmbeddingBag)
+    foreign = not type(module).__module__.startswith("torch.") and not isinstance(module, known)
+    inside = (m for m in module.modules() if m is not module)
+    return foreign and not any(isinstance(m, (*QUANTIZED_TYPES, *REAL)) for m in inside)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
