@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from learnsched.batches import (
     Forward,
@@ -21,10 +21,21 @@ from learnsched.batches import (
 from learnsched.execution import hooked
 from learnsched.modules import BATCH_NORMS
 
+# Beyond, statistics are of other data or of another network: in stds, and as a logarithm of variances.
+_LARGEST_SHIFT, _LARGEST_RATIO = 0.5, 1.0
+_FEW_BATCHES = 50
+
 
 def batch_norms(model: nn.Module) -> list[Any]:
-    """Those with running statistics."""
-    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
+    """Those with running statistics, but for frozen ones: in evaluation inside a module in training."""
+    frozen = {
+        module
+        for parent in model.modules()
+        if parent.training
+        for module in parent.children()
+        if not module.training
+    }
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m not in frozen]
     return [m for m in norms if m.track_running_stats]
 
 
@@ -35,11 +46,12 @@ def reestimate_batch_norm_(
     """Replace the running statistics of batch norms by their mean over the batches.
 
     Each batch counts by its size, so that a small last one does no harm. Batch norms that
-    the batches do not reach keep theirs, with a warning.
+    the batches do not reach keep theirs, with a warning; frozen ones, which are in evaluation inside a
+    module in training, without.
 
     Args:
         model: any module; its training flags are kept.
-        batches: inputs, or tuples that start with the input.
+        batches: inputs, or tuples that start with the input, as training fed them; finitely many.
         forward: runs the model on a batch of any other kind, see :func:`calibrate_`.
 
     Returns:
@@ -78,7 +90,7 @@ def reestimate_(model: nn.Module, batches: Iterator[Any], run: Forward) -> nn.Mo
             for module in norms:
                 module.reset_running_stats()
             with hooked(norms, share):
-                run_with_batch_statistics(model, batches, run)
+                run_with_batch_statistics(model, norms, batches, run)
             _check_statistics(model, norms)
     finally:
         for module, momentum in zip(norms, momenta, strict=True):
@@ -107,3 +119,42 @@ def _check_statistics(model: nn.Module, norms: Iterable[nn.Module]) -> None:
             f"the batches give {[name for name, m in model.named_modules() if m in wrong]} statistics "
             "that are not finite; look for NaN and infinite numbers in the data"
         )
+
+
+def statistics(model: nn.Module) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """Running mean and variance of each batch norm, copied, if training has left its mark on them.
+
+    In a few batches they do not get away from their start. Of none at all they are as they were loaded.
+    """
+    return {
+        norm: (norm.running_mean.clone(), norm.running_var.clone())
+        for norm in batch_norms(model)
+        if not 0 < int(norm.num_batches_tracked) < _FEW_BATCHES
+    }
+
+
+def moved(before: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> list[nn.Module]:
+    """Batch norms whose statistics have become others than :func:`statistics` once were.
+
+    After training, an estimate from the same data moves them by some hundredths of a std.
+
+    Args:
+        before: of batch norms with their running statistics.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(3)
+        >>> before = statistics(norm)
+        >>> moved(before)
+        []
+        >>> _ = norm.running_mean.add_(2.0)
+        >>> moved(before) == [norm]
+        True
+    """
+    found = []
+    for norm, (mean, variance) in before.items():
+        new: Any = norm
+        shift = (new.running_mean - mean).abs() / (variance + new.eps).sqrt()
+        ratio = ((new.running_var + new.eps) / (variance + new.eps)).log().abs()
+        if float(shift.median()) > _LARGEST_SHIFT or float(ratio.median()) > _LARGEST_RATIO:
+            found.append(norm)
+    return found

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from learnsched.modules import BATCH_NORMS
-
 # Runs a model on a batch.
 Forward = Callable[[nn.Module, Any], object]
 # Tensors, each with a copy of its values.
@@ -41,17 +39,18 @@ def put_back_on_failure(tensors: Iterable[Tensor]) -> Iterator[None]:
         raise
 
 
-def run_with_batch_statistics(model: nn.Module, batches: Iterable[Any], run: Forward) -> None:
-    """Run the batches; batch norms use theirs, all else, dropout too, stays as in evaluation.
+def run_with_batch_statistics(
+    model: nn.Module, norms: Iterable[nn.Module], batches: Iterable[Any], run: Forward
+) -> None:
+    """Run the batches; these batch norms use theirs, all else, dropout too, stays as in evaluation.
 
     Compiled models run as they are written: their graphs would be made anew for this, and may not be
     able to look at values.
     """
     flags = {module: module.training for module in model.modules()}
     model.eval()
-    for module in model.modules():
-        if isinstance(module, BATCH_NORMS):
-            module.train()
+    for norm in norms:
+        norm.train()
     try:
         for batch in batches:
             try:

@@ -41,7 +41,8 @@ def calibrate_(
 
     Args:
         model: converted by ``quantize_``.
-        batches: inputs, or tuples that start with the input, as a data loader gives.
+        batches: inputs, or tuples that start with the input, as a data loader gives; finitely many, as
+            ``itertools.islice(loader, 100)`` makes them of an endless stream.
         forward: ``forward(model, batch)`` runs the model on a batch of any other kind, on the device
             of the model: ``lambda model, batch: model(**batch)`` where batches are dictionaries.
 
@@ -62,14 +63,15 @@ def calibrate_(
     activations = quantized_activations(model, "fitted")
     run = forward or on_first
     batches = checked(batches, model, run)
-    statistics = keep(b for module in batch_norms(model) for b in module.buffers())
+    norms = batch_norms(model)
+    statistics = keep(b for module in norms for b in module.buffers())
     fits = {a: _Fit() for a in activations}
     try:
         with (
             put_back_on_failure(a.scale for a in activations),
             hooked(activations, lambda a, *given: fits[a](a, *given)),
         ):
-            run_with_batch_statistics(model, batches, run)
+            run_with_batch_statistics(model, norms, batches, run)
     finally:
         put_back(statistics)
     for activation in activations:

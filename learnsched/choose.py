@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader, Dataset
 
 from learnsched.execution import RECURRENT, Example, Execution, execution
 from learnsched.layers import is_quantized
@@ -57,6 +58,11 @@ def choose(
     Arguments and errors are those of :func:`learnsched.quantize_`; the model is left as it is.
     """
     _check_request(model, base, skip, overrides)
+    if isinstance(example_input, DataLoader | Dataset):
+        raise TypeError(
+            "example_input is what the model takes, as of one batch: x, _ = next(iter(loader)); got a "
+            f"{type(example_input).__name__}"
+        )
     found = execution(model, example_input)
     _check_overrides(found.order, overrides)
     chosen = _configure(found, base, skip, overrides, ordered=example_input is not None)
@@ -113,7 +119,7 @@ def _check_request(
             "nn.TransformerDecoderLayer do, which compute F.relu whatever they were given; take the "
             "attribute away, del vars(layer)['activation'], where the module is meant"
         )
-    if any(map(is_lazy, model.parameters())):
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise ValueError("the model has lazy modules; run a batch through it first")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,11 +42,18 @@ def notes_ahead(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[
             f"the batch norms ahead of {unusual} put out values of that root mean square, and scales "
             "are made for 1: call learnsched.calibrate_(model, batches) before training goes on"
         )
-    if uncalibrated := [name for name in activations if name not in normalized]:
+    uncalibrated = [name for name in activations if name not in normalized]
+    if uncalibrated:
         yield (
             f"no batch norm precedes {uncalibrated}: their scale is a guess until "
             "learnsched.calibrate_(model, batches) has seen data; from random weights, learn it from "
             "there with learnsched.learn_scales_(model)"
+        )
+    used = Counter(found.calls)
+    if several := [name for name in uncalibrated if used[name] > 1]:
+        yield (
+            f"{several} are used several times each, where one scale must serve all; without a batch "
+            "norm ahead, give each place a module of its own"
         )
     if idle := [name for name, _ in order[found.executed :] if name in chosen]:
         functions = ", whose activation functions were not looked for" if activations else ""
@@ -63,6 +71,18 @@ def notes_ahead(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[
         yield (
             f"the model calls {', '.join(found.functions)} as functions, whose results stay real; call "
             "learnsched.activations_to_modules_(model, example_input) first, or use modules (nn.ReLU)"
+        )
+    if found.clamps and activations:
+        yield (
+            f"the model rectifies with {', '.join(found.clamps)}, whose results stay real; where these "
+            "are activations, use nn.ReLU"
+        )
+    if last := [name for name in found.outputs if name in chosen]:
+        levels = len(chosen[last[0]][0].values)
+        yield (
+            f"the model puts out what {last} make, quantized: {levels} different numbers. Where that is "
+            "no hidden activation, keep it real with skip=('last',), or with overrides="
+            f"{{{last[0]!r}: None}}"
         )
     if unused := [name for name in found.unused if name in chosen]:
         yield (

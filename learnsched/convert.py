@@ -44,10 +44,11 @@ def quantize_(
     """Quantize the Linear, convolution and ReLU-like modules of a model, in place.
 
     Parameters stay the same objects with the same values and names, so an optimizer made before, and
-    checkpoints of the float model, stay valid. Activations that follow a weight belong to its layer.
-    Convolutions may be grouped, depthwise or transposed, in one to three dimensions. Modules that share
-    a weight are one layer. Two or three signed levels, as of ``binary()``, take the place of a ReLU;
-    larger signed level sets quantize what it puts out.
+    checkpoints of the float model, stay valid; averages (``AveragedModel``) are made afterwards.
+    Activations that follow a weight belong to its layer. Convolutions may be grouped, depthwise or
+    transposed, in one to three dimensions. Modules that share a weight are one layer. Two or three
+    signed levels, as of ``binary()``, take the place of a ReLU; larger signed level sets quantize what
+    it puts out.
 
     Args:
         model: any module.
@@ -55,7 +56,8 @@ def quantize_(
         activation: level set of the activations; None keeps them real.
         weight_scale: scale rule of the weights; by default the level set's customary one.
         activation_scale: scale rule that calibration uses; by default least squares.
-        skip: ``"first"``, ``"last"`` or both: weight layers to keep real, by order of execution.
+        skip: ``"first"``, ``"last"`` or both: weight layers to keep real, by order of execution. With
+            an example input, activations behind the last one, which the model puts out, stay real too.
         overrides: from a pattern of module names (as in :mod:`fnmatch`) to the configuration of the
             weight layers that match, and of the activations after them, or to None to keep those
             weights real. The first match decides. Activations can be matched by their own names.

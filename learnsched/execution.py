@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -28,6 +29,14 @@ ACTIVATION_FUNCTIONS: Mapping[Callable[..., Any], type[nn.Module] | None] = {
     F.silu: nn.SiLU, F.mish: nn.Mish, F.hardswish: nn.Hardswish, F.softplus: nn.Softplus,
 }  # fmt: skip
 
+# That are ReLUs where the number is 0, and much else where it is not.
+_CLAMPS = (
+    torch.clamp, torch.clamp_, torch.clamp_min, torch.clamp_min_, torch.clip, torch.clip_,
+    Tensor.clamp, Tensor.clamp_, Tensor.clamp_min, Tensor.clamp_min_, Tensor.clip, Tensor.clip_,
+)  # fmt: skip
+_MAXIMA = (torch.maximum, Tensor.maximum)
+_THRESHOLDS = (F.threshold, torch.threshold)
+
 
 @dataclass(frozen=True)
 class Execution:
@@ -38,19 +47,23 @@ class Execution:
         executed: how many are reached; all if there was no example input.
         calls: names of those that are reached, by execution, each as often as it is called.
         functions: names of activation functions that the model calls itself, such as ``relu``.
+        clamps: names of other functions with which it rectifies, such as ``clamp``.
         borrowed: names of layers that are reached and whose weights the model computes with itself,
             too.
         unused: names of in-place activations that the model calls without using what they return.
         overwritten: names of in-place activations whose input the model uses again, as they left it.
+        outputs: names of activations whose result the model puts out.
     """
 
     order: list[tuple[str, nn.Module]]
     executed: int
     calls: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
+    clamps: tuple[str, ...] = ()
     borrowed: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     overwritten: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
 
 
 # One input, a tuple of inputs, or inputs by name.
@@ -83,6 +96,7 @@ def execution(model: nn.Module, example_input: Example | None) -> Execution:
     }
     seen = _Calls(weights)
     calls: list[nn.Module] = []
+    made: dict[int, tuple[str, weakref.ref[Tensor]]] = {}  # by activations
     in_place: dict[nn.Module, str] = {
         m: n for m, n in wanted.items() if getattr(m, "inplace", False)
     }
@@ -93,10 +107,14 @@ def execution(model: nn.Module, example_input: Example | None) -> Execution:
 
     def leave(module: nn.Module, _: Any, output: Any) -> Any:
         seen.inside -= _is_torchs(module)
+        if type(module) not in ACTIVATIONS:
+            return None
         if module not in in_place:
+            made[id(output)] = wanted[module], weakref.ref(output)
             return None
         # What is returned is the input itself; only as another object can its uses be told apart.
         returned = output.view_as(output)
+        made[id(returned)] = wanted[module], weakref.ref(returned)
         seen.returned[id(returned)] = (in_place[module], returned)
         if id(output) not in seen.rectified:  # which a second ReLU does not change
             seen.inputs[id(output)] = (in_place[module], output)
@@ -104,7 +122,9 @@ def execution(model: nn.Module, example_input: Example | None) -> Execution:
         return returned
 
     with hooked(wanted, enter, leave), seen:
-        seen.use(run_example(model, example_input))
+        result = run_example(model, example_input)
+        seen.use(result)
+    outputs = (made[id(t)] for t in tensors(result) if id(t) in made and made[id(t)][1]() is t)
     names = tuple(wanted[module] for module in calls)
     executed = dict.fromkeys(calls)
     return Execution(
@@ -112,9 +132,11 @@ def execution(model: nn.Module, example_input: Example | None) -> Execution:
         executed=len(executed),
         calls=names,
         functions=tuple(dict.fromkeys(seen.functions)),
+        clamps=tuple(dict.fromkeys(seen.clamps)),
         borrowed=tuple(name for name in seen.borrowed if name in names),
         unused=tuple(dict.fromkeys(name for name, _ in seen.returned.values())),
         overwritten=tuple(seen.overwritten),
+        outputs=tuple(dict.fromkeys(name for name, _ in outputs)),
     )
 
 
@@ -214,6 +236,7 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self.inside = 0
         self.functions: list[str] = []
+        self.clamps: list[str] = []
         self.borrowed: dict[str, None] = {}
         self.returned: dict[int, tuple[str, Tensor]] = {}  # by in-place activations, unused so far
         self.inputs: dict[int, tuple[str, Tensor]] = {}  # of in-place activations
@@ -246,10 +269,23 @@ class _Calls(TorchFunctionMode):
         if not self.inside:
             if func in ACTIVATION_FUNCTIONS:
                 self.functions.append(func.__name__)
+            elif _rectifies(func, *args, **(kwargs or {})):
+                self.clamps.append(func.__name__.strip("_"))
             if isinstance(result, Tensor):  # not a shape or a dtype
                 used = (a for a in (*args, *(kwargs or {}).values()) if isinstance(a, nn.Parameter))
                 self.borrowed |= {self._weights[w]: None for w in used if w in self._weights}
         return result
+
+
+def _rectifies(func: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether a call computes a ReLU under another name."""
+    if func in _CLAMPS:
+        low = kwargs.get("min", args[1] if len(args) > 1 else None)
+        return isinstance(low, int | float) and low == 0
+    if func in _MAXIMA:
+        other = kwargs.get("other", args[-1])
+        return isinstance(other, Tensor) and not bool(other.any())
+    return func in _THRESHOLDS and not any(args[1:3])
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from learnsched.batch_norm import reestimate_
+from learnsched.batch_norm import moved, reestimate_, statistics
 from learnsched.batches import (
     Forward,
     checked,
@@ -71,9 +71,11 @@ def finalize_(
             of weights (``torch.optim.swa_utils.AveragedModel``, of buffers too or not, or what it
             wraps) lie between levels: they are projected anew, with a warning; so are other values
             written over frozen weights after the end of training.
-        loader: training batches to re-estimate batch norm statistics from, each by its size; None
-            keeps them. Of data-parallel processes each takes its own batches: give all of them the
-            same ones, or finalize in one and save that.
+        loader: training batches to re-estimate batch norm statistics from, each by its size, as the
+            model was fed them, finitely many; None keeps them. Frozen batch norms, which are in
+            evaluation inside a module in training, keep theirs in any case. Of data-parallel processes
+            each takes its own batches: give all of them the same ones, or finalize in one and save
+            that.
         forward: runs the model on a batch of any other kind, see :func:`calibrate_`.
 
     Returns:
@@ -97,6 +99,34 @@ def finalize_(
     layers = quantized_layers(model)
     run = forward or on_first
     batches = None if loader is None else checked(loader, model, run)
+    _check_finite(model, layers)
+    with put_back_on_failure(t for layer in layers for t in _tensors(layer)):
+        comparable = _has_ended(layers) and not _is_averaged(model)
+        _harden(model, layers)
+        if batches is not None:
+            before = statistics(model)
+            reestimate_(model, batches, run)
+            if comparable and (norms := moved(before)):
+                _warn_of_moved(model, norms)
+    return model
+
+
+def _has_ended(layers: Iterable[Layer]) -> bool:
+    """Whether all weights are frozen: before that, an optimizer may move some, and noise statistics."""
+    quantizers = [layer.weight.weight_quantizer for layer in layers if layer.weight is not None]
+    return bool(quantizers) and all(bool(q.membership.all()) for q in quantizers)
+
+
+def _is_averaged(model: nn.Module) -> bool:
+    return any(isinstance(module, AveragedModel) for module in model.modules())
+
+
+def _check_finite(model: nn.Module, layers: Iterable[Layer]) -> None:
+    """Refuse what training has left without a level.
+
+    Raises:
+        RuntimeError: a parameter or learned noise is not finite, or a scale is not positive.
+    """
     for layer in layers:
         if has_lost_noise(layer):
             raise RuntimeError(
@@ -128,9 +158,16 @@ def finalize_(
                 f"{name} is not finite, though no loss may have shown it, for quantizers make numbers "
                 "of NaN; look for it in the data, or lower the learning rate"
             )
-    with put_back_on_failure(t for layer in layers for t in _tensors(layer)):
-        _harden(model, layers)
-        return model if batches is None else reestimate_(model, batches, run)
+
+
+def _warn_of_moved(model: nn.Module, norms: Sequence[nn.Module]) -> None:
+    names = [name for name, module in model.named_modules() if module in norms]
+    warnings.warn(
+        f"the loader gives the batch norms {names} far other statistics than they had at the end of "
+        "training. If they were frozen there, call finalize_(model) without a loader; if the training "
+        "loop prepares its batches, let forward= do so: lambda model, batch: model(prepare(batch[0]))",
+        stacklevel=4,
+    )
 
 
 def _tensors(layer: Layer) -> Iterator[Tensor]:
@@ -240,17 +277,16 @@ def _take_moved(model: nn.Module, layers: Iterable[Layer]) -> None:
         for layer in layers
         if layer.weight is not None
     ]
-    averaged = any(isinstance(module, AveragedModel) for module in model.modules())
-    # In the middle of a run, an optimizer that the scheduler does not know has moved them.
-    ended = all(bool(quantizer.membership.all()) for _, quantizer, _ in quantizers)
+    averaged, ended = _is_averaged(model), _has_ended(layers)
     taken: list[str] = []
     returned: list[str] = []
     for name, quantizer, weight in quantizers:
-        moved = quantizer.is_moved(weight)
-        if quantizer.is_averaged or (moved and (averaged or ended)):
+        is_moved = quantizer.is_moved(weight)
+        # In the middle of a run, an optimizer that the scheduler does not know has moved them.
+        if quantizer.is_averaged or (is_moved and (averaged or ended)):
             quantizer.take_(weight)
             taken.append(name)
-        elif moved:
+        elif is_moved:
             returned.append(name)
     if taken:
         warnings.warn(

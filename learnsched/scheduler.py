@@ -98,7 +98,7 @@ class QuantizationScheduler:
         seed: int = 0,
     ) -> None:
         noise, mode = _checked(policy)
-        self._layers = quantized_layers(model)
+        self._model, self._layers = model, quantized_layers(model)
         if optimizer is not None:
             optimizer = own_optimizer(optimizer)
             warn_of_strangers(optimizer, model)
@@ -123,9 +123,7 @@ class QuantizationScheduler:
         self._seed = operator.index(seed)
         self._counter = StepCounter()
         self._rate_step: int | None = None  # the latest that a learning rate was asked for
-        self._trained: set[int] = (
-            set()
-        )  # parameters that the first epoch's optimizer steps were for
+        self._trained: set[int] = set()  # parameters of the optimizers of the first epoch
         self._state = policy.begin(self._run)
         settings, state = self._ask(self._run, 0, [])
         # All that can fail comes before this line: from here on the model changes.
@@ -133,7 +131,7 @@ class QuantizationScheduler:
             for quantizer in layer.quantizers:
                 quantizer.noise, quantizer.mode = noise, mode
         if optimizer is not None:
-            self.watch(optimizer)
+            self._watch(optimizer)
         elif steps_per_epoch is None:
             self._counter.count_passes(model)
         self._apply(settings, state)
@@ -141,15 +139,15 @@ class QuantizationScheduler:
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Put frozen weights back after each step of an optimizer, and count its steps.
 
-        The same as ``optimizer`` of the constructor, for one that is made later. Of several optimizers
-        the one that steps most often is counted.
+        The same as ``optimizer`` of the constructor, for one that is made later, of this model. Of
+        several optimizers the one that steps most often is counted.
 
         Raises:
             TypeError: it is no optimizer.
         """
         optimizer = own_optimizer(optimizer)
-        self._counter.count_steps(optimizer)
-        optimizer.register_step_post_hook(self._restore)
+        warn_of_strangers(optimizer, self._model)
+        self._watch(optimizer)
 
     def __repr__(self) -> str:
         return (
@@ -377,11 +375,21 @@ class QuantizationScheduler:
         weights = [layer.weight for layer in self._layers]
         return ["" if w is None else description(w.weight_quantizer.rule) for w in weights]
 
-    def _restore(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """After an optimizer's step."""
+    def _watch(self, optimizer: torch.optim.Optimizer) -> None:
+        self._counter.count_steps(optimizer)
+        optimizer.register_step_post_hook(self._after_step)
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         restore_(self._layers)
         if self.epoch == 0:
             self._trained.update(id(p) for group in optimizer.param_groups for p in group["params"])
+            told = self._run.steps_per_epoch
+            if told is not None and self._counter.total == 2 * told + _FEW_STEPS:
+                warnings.warn(
+                    f"the optimizer has taken {self._counter.total} steps, an epoch has {told}, and the "
+                    "schedule is at its first: call scheduler.step() after every epoch",
+                    stacklevel=3,
+                )
 
 
 def _differ(told: int, counted: int) -> bool:

@@ -653,6 +653,27 @@ def test_mean_must_be_finite(which, value, form):
         )
 
 
+def test_level_probabilities_check_their_mean():
+    with pytest.raises(ValueError, match="mean must be finite"):
+        level_probabilities(torch.zeros(3), ternary(), 0.5, math.nan)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_levels_in_half_precision_are_those_of_the_numbers_it_holds(dtype):
+    # Thresholds at .5 of what bfloat16 holds without fractions; only single precision tells sides apart.
+    x = torch.arange(200, 256).to(dtype)
+    levels = unsigned(8)
+    codes = levels.codes(x)
+    assert torch.equal(level_probabilities(x, levels, 0.0).argmax(-1), codes)
+    assert torch.equal(codes, levels.codes(x.float()))
+    uneven = LevelSet((0.0, 100.0, 101.0), (50.0, 100.25))
+    at = torch.tensor([0.0, 100.0, 101.0], dtype=dtype)
+    assert uneven.codes(at).tolist() == [0, 1, 2]
+    assert uneven.quantize(at).tolist() == [0, 100, 101]
+    soft = annealed_quantize(at, uneven, forward_std=0.0, backward_std=0.5)
+    assert soft.tolist() == [0, 100, 101]
+
+
 @pytest.mark.parametrize("value", [-1.0, math.nan])
 def test_level_probabilities_check_their_std(value):
     with pytest.raises(ValueError, match="std must be at least 0"):

@@ -825,13 +825,13 @@ def test_an_in_place_activation_whose_result_is_not_used_is_warned_of():
         def forward(self, x):
             x = self.norm(self.first(x))
             self.relu(x)
-            return {"logits": [self.relu6(self.norm2(self.last(x)))]}
+            return {"logits": [self.relu6(self.norm2(self.last(x))) + 0]}
 
     class Returned(Block):
         def forward(self, x):
             x = self.relu(self.norm(self.first(x)))
             x = torch.cat([self.relu(x), x], dim=0)  # shared, and inside a list
-            return {"logits": [self.relu6(self.norm2(self.last(x)))]}
+            return {"logits": [self.relu6(self.norm2(self.last(x))) + 0]}
 
     x = torch.randn(2, 8)
     model = Block().eval()
@@ -1139,3 +1139,79 @@ def test_a_shared_activation_that_is_one_is_not(overrides):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         quantized_sharing(**overrides)
+
+
+class EndsWith(nn.Module):
+    """A block and a head of one's own."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.hidden, self.norm, self.relu = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()
+        self.out, self.head = nn.Linear(4, 4), head
+
+    def forward(self, x):
+        return {"y": self.head(self.out(self.relu(self.norm(self.hidden(x)))))}
+
+
+def notes(head, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        x = torch.randn(3, 4)
+        ls.quantize_(EndsWith(head), ls.ternary(), ls.unsigned(2), example_input=x, **options)
+    return [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("head", [nn.ReLU(), nn.ReLU(inplace=True), nn.Softplus()], ids=repr)
+def test_an_activation_that_is_the_output_is_warned_of(head):
+    assert "puts out what ['head'] make, quantized: 4 different numbers" in notes(head)[-1]
+    assert notes(head, skip=("last",)) == notes(head, overrides={"head": None}) == []
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda x: x.clamp(min=0),
+        lambda x: x.clamp_min(0.0),
+        lambda x: torch.clamp(x, 0, 6),
+        lambda x: torch.clip(x, min=0),
+        lambda x: torch.maximum(x, torch.zeros_like(x)),
+        lambda x: F.threshold(x, 0, 0),
+    ],
+)
+def test_a_relu_by_another_name_is_warned_of(head):
+    [note] = notes(head)
+    assert "whose results stay real; where these are activations, use nn.ReLU" in note
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda x: x.clamp(min=1e-6),
+        lambda x: x.clamp(-1, 1),
+        lambda x: x.clamp(max=0),
+        lambda x: torch.maximum(x, 0.1 * x),
+        lambda x: F.threshold(x, 0.1, 0),
+        nn.Softmax(-1),
+    ],
+)
+def test_other_clamps_are_not(head):
+    assert notes(head) == []
+
+
+def test_one_activation_in_several_places_without_batch_norm_is_warned_of():
+    model = SharedReLU()
+    model.norm = nn.Identity()
+    with pytest.warns(UserWarning, match=r"\['relu'\] are used several times each"):
+        ls.quantize_(model, ls.ternary(), ls.unsigned(2), example_input=torch.randn(3, 4))
+
+
+def test_a_loader_is_no_example_input():
+    loader = torch.utils.data.DataLoader(torch.zeros(4, 4))
+    with pytest.raises(TypeError, match=r"next\(iter\(loader\)\); got a DataLoader"):
+        ls.quantize_(SharedReLU(), ls.ternary(), example_input=loader)
+
+
+def test_lazy_batch_norms_without_parameters_are_refused():
+    net = nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d(affine=False), nn.ReLU())
+    with pytest.raises(ValueError, match="lazy modules"):
+        ls.quantize_(net, ls.ternary(), ls.unsigned(2))

@@ -710,3 +710,71 @@ def test_batches_of_one_size_give_torchs_cumulative_mean_to_the_bit():
 def test_what_is_no_module_is_refused(run):
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got 3"):
         run(3)
+
+
+def trained(freeze=False, prepare=lambda x: x, loss_of=None):
+    """A network after a whole run, its batch norms frozen or not, on batches that the loop prepares."""
+    model = network()
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    ls.reestimate_batch_norm_(model, batches())  # as a float network has them
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    scheduler = ls.QuantizationScheduler(
+        model, ls.policies.StraightThrough(), epochs=3, steps_per_epoch=20, optimizer=optimizer
+    )
+    for epoch in range(3):
+        model.train()
+        for norm in norms if freeze else ():
+            norm.eval()
+        for batch in batches(20, seed=epoch):
+            optimizer.zero_grad()
+            model(prepare(batch)).square().mean().backward()
+            optimizer.step()
+        scheduler.step()
+    return model, norms
+
+
+def told_in_finalizing(model, *given, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ls.finalize_(model, *given, **options)
+    return [str(w.message) for w in caught]
+
+
+def test_frozen_batch_norms_keep_their_statistics():
+    model, norms = trained(freeze=True)
+    before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    assert told_in_finalizing(model, batches()) == []
+    for norm, (mean, variance) in zip(norms, before, strict=True):
+        assert torch.equal(norm.running_mean, mean) and torch.equal(norm.running_var, variance)
+        assert not norm.training
+
+
+def test_statistics_of_other_data_than_those_of_training_are_warned_of():
+    def scaled(x):
+        return 3 * x - 1
+
+    model, _ = trained(prepare=scaled)
+    twin, third = copy.deepcopy(model), copy.deepcopy(model)
+    [note] = told_in_finalizing(model, batches())
+    assert "batch norms ['1'" in note and "forward=" in note
+    assert told_in_finalizing(twin, [scaled(x) for x in batches()]) == []
+    forward = lambda model, x: model(scaled(x))  # noqa: E731
+    assert told_in_finalizing(third, batches(), forward=forward) == []
+
+
+def test_frozen_batch_norms_of_a_model_in_evaluation_are_warned_of():
+    model, norms = trained(freeze=True)
+    for norm in norms:
+        norm.num_batches_tracked += 1000  # of the float network's training
+        norm.running_mean += 3  # as weights that train on may have it
+    [note] = told_in_finalizing(model.eval(), batches())
+    assert "call finalize_(model) without a loader" in note
+
+
+def test_in_the_middle_of_a_run_statistics_may_move():
+    model = network()
+    ls.QuantizationScheduler(model, ls.policies.StraightThrough(), epochs=3)
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.running_mean += 3
+    assert told_in_finalizing(model, batches()) == []

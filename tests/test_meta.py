@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import small_task
 import torch
@@ -201,6 +202,17 @@ def small_trainer(folder, data=None, network=None, families=FAMILIES, family="ml
     torch.manual_seed(0)
     policy = LearnedPolicy(network or MetaNetwork(), preset.base, preset.domain)
     return MetaTrainer(policy, config, folder, data or {"digits": DIGITS}, families=families)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers(tmp_path):
+    plain = small_trainer(tmp_path / "plain")
+    mix = dataclasses.replace(plain.config.mix, members=np.int64(2), horizons=(np.int64(3),))
+    config = dataclasses.replace(plain.config, mix=mix)
+    made = MetaTrainer(plain.policy, config, tmp_path / "numpy", {"digits": DIGITS})
+    made.run(1)
+    written = [tmp_path / name / "config.json" for name in ("plain", "numpy")]
+    plain.run(1)
+    assert written[0].read_text() == written[1].read_text()
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path):
@@ -704,6 +716,7 @@ def test_data_that_a_family_cannot_take_are_refused(family, shape, dtype):
         {"validate_every": 0},
         {"validate_every": 0.5},
         {"learning_rate": -1.0},
+        {"learning_rate": math.inf},
         {"average": 1.0},
         {"betas": (0.9, 1.0)},
     ],

@@ -220,6 +220,9 @@ def test_inq_may_start_late(start, horizon, expected):
 def test_annealing_takes_numbers_alone():
     with pytest.raises(TypeError, match="std must be a number, got 'normal'"):
         policies.AdditiveNoiseAnnealing("normal")
+    for name in ("backward_std", "activation_backward_std"):
+        with pytest.raises(TypeError, match=f"{name} must be a number, got '0.5'"):
+            policies.AdditiveNoiseAnnealing(**{name: "0.5"})
     assert policies.AdditiveNoiseAnnealing(np.float32(0.5)).std == 0.5
 
 

@@ -214,6 +214,33 @@ OPTIMIZERS = {
 }
 
 
+def test_a_watched_optimizer_of_another_model_is_warned_of():
+    model = ls.quantize_(nn.Sequential(nn.Linear(4, 2)), ls.ternary())
+    other = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
+    scheduler = ls.QuantizationScheduler(model, ls.policies.StraightThrough(), epochs=2)
+    with pytest.warns(UserWarning, match="holds no parameter of this model") as caught:
+        scheduler.watch(other)
+    assert caught[0].filename == __file__
+
+
+def test_a_schedule_that_is_never_stepped_is_warned_of_once():
+    model = ls.quantize_(nn.Sequential(nn.Linear(4, 2)), ls.ternary())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ls.QuantizationScheduler(
+        model, ls.policies.StraightThrough(), epochs=9, steps_per_epoch=5, optimizer=optimizer
+    )
+    told = []
+    for _ in range(40):
+        model(torch.randn(3, 4)).sum().backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        told += caught
+    [warning] = told
+    assert "call scheduler.step() after every epoch" in str(warning.message)
+    assert warning.filename == __file__
+
+
 def test_an_optimizer_of_another_model_is_warned_of():
     model = ls.quantize_(nn.Sequential(nn.Linear(4, 2)), ls.ternary())
     other = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)

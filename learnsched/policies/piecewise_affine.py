@@ -38,7 +38,7 @@ class PiecewiseAffine(SameForAllLayers):
         of the slope as in torchao's ``ProxPARQ``, whose steepness is 10.
 
     Example:
-        >>> from learnsched.schedule import LayerInfo, plan
+        >>> from learnsched.schedule import LayerInfo, RunInfo, plan
         >>> run = RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=5)
         >>> stds = plan(PiecewiseAffine(steepness=1e-6), run)["weight_forward_std"].flatten()
         >>> [round(math.sqrt(12) * std, 3) for std in stds.tolist()]

@@ -43,7 +43,7 @@ class RelaxedQuantization(SameForAllLayers):
         Louizos et al. 2019 (arXiv:1810.01875), algorithm 1 and section 2.1.
 
     Example:
-        >>> from learnsched.schedule import LayerInfo, plan
+        >>> from learnsched.schedule import LayerInfo, RunInfo, plan
         >>> run = RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=5)
         >>> policy = RelaxedQuantization(0.8, 0.2, end=0.75)
         >>> [round(std, 2) for std in plan(policy, run)["weight_forward_std"].flatten().tolist()]

@@ -36,7 +36,7 @@ class StraightThrough(SameForAllLayers):
         (arXiv:1511.00363), TWN (arXiv:1605.04711) and XNOR-Net (arXiv:1603.05279).
 
     Example:
-        >>> from learnsched.schedule import LayerInfo, plan
+        >>> from learnsched.schedule import LayerInfo, RunInfo, plan
         >>> run = RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=2)
         >>> plan(StraightThrough(0.5), run)["weight_backward_std"].flatten().tolist()
         [0.5, 0.5]
