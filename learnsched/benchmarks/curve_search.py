@@ -1,7 +1,8 @@
 """Which fixed curve is best? A search over a family of schedules, for each pair of level sets.
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.curve_search [--bits BITS]
-                               [--fine-tuning | --warm-up | --long] [--quick] [--seed N] [--json PATH]
+                               [--fine-tuning | --warm-up | --long | --random]
+                               [--quick] [--seed N] [--json PATH]
 
 The rival of meta-training, and what gives it a base to start from. Random curves train on every task
 of a list, each with a learning rate of its own; a quadratic in all coordinates is fitted to their
@@ -28,9 +29,11 @@ from torch import Tensor
 from learnsched.benchmarks.campaign import one_of_the_ranks
 from learnsched.benchmarks.environment import describe, write_results
 from learnsched.benchmarks.methods import Method
+from learnsched.benchmarks.regimes import Regime, drawn
 from learnsched.benchmarks.training import train
 from learnsched.data import DataSet, load
 from learnsched.meta import processes
+from learnsched.meta.mix import Mix
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.rollout import learning_rates, run_forward, table_rollout
 from learnsched.meta.tasks import Task, task_of
@@ -135,6 +138,32 @@ def long(bits: str) -> tuple[Task, ...]:
         ("mnist1d", "mlp", 32, 4, 20, 60),
     )
     return _of_one_regime(rows, bits, fine_tuning=False, seed=740_000)
+
+
+# Of all kinds that meta-training has; for every pair of level sets and seed the same networks.
+_RANDOM_MIX = Mix(
+    architectures=(
+        ("mnist1d", "cnn1d", (8, 12, 16), (3, 4, 6)),
+        ("noisy_digits", "cnn2d", (6, 10), (3, 4, 6)),
+        ("noisy_digits", "residual", (6, 10), (5, 7, 9)),
+        ("mnist1d", "mlp", (24, 32, 64), (3, 4, 6)),
+        ("noisy_digits", "mlp", (24, 32, 64), (3, 4, 6)),
+    ),
+    horizons=(6, 8, 12, 20),
+    total_steps=(100, 600),
+    batches=(32, 64),
+    bits=(("ternary/2-bit", 1.0),),
+    learning_rates=(0.01, 0.05),
+    fine_tuning=0.0,
+    members=1,
+    tasks=1,
+)
+_RANDOM_COUNT, _RANDOM_SEED = 16, 790_000
+
+
+def random(bits: str) -> tuple[Task, ...]:
+    """Networks drawn at random, from scratch, of more kinds and depths than the lists above."""
+    return tuple(drawn(_RANDOM_MIX, {Regime(bits, False): _RANDOM_COUNT}, _RANDOM_SEED))
 
 
 def _of_one_regime(
@@ -323,6 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="from scratch, under a learning rate that rises first",
     )
+    regime.add_argument("--random", action="store_true", help="networks drawn at random")
     regime.add_argument("--long", action="store_true", help="runs of 1000 to 1440 steps")
     parser.add_argument("--count", type=int, default=256, help="curves for each task and round")
     parser.add_argument("--rounds", type=int, default=3)
@@ -342,6 +372,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif options.warm_up:
             name, rows = f"{name}, warm-up", from_scratch(options.bits)
             box = {**box, "warm_until": (0.0, 0.4, False)}
+        elif options.random:
+            name, rows = f"{name}, random", random(options.bits)
+            box = {**box, "warm_until": (0.0, 0.3, False)}
         elif options.long:
             name, rows, rates = f"{name}, long", long(options.bits), _LONG_RATES
             box = {**box, "learning_rate": (0.005, 0.05, True)}
