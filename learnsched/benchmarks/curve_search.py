@@ -1,7 +1,7 @@
 """Which fixed curve is best? A search over a family of schedules, for each pair of level sets.
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.curve_search [--bits BITS]
-                               [--fine-tuning | --warm-up | --long | --random]
+                               [--fine-tuning | --warm-up | --long | --random [FAMILY ...]]
                                [--quick] [--seed N] [--json PATH]
 
 The rival of meta-training, and what gives it a base to start from. Random curves train on every task
@@ -158,12 +158,15 @@ _RANDOM_MIX = Mix(
     members=1,
     tasks=1,
 )
+_RANDOM_FAMILIES = tuple(dict.fromkeys(kind[1] for kind in _RANDOM_MIX.architectures))
 _RANDOM_COUNT, _RANDOM_SEED = 16, 790_000
 
 
-def random(bits: str) -> tuple[Task, ...]:
+def random(bits: str, families: Sequence[str]) -> tuple[Task, ...]:
     """Networks drawn at random, from scratch, of more kinds and depths than the lists above."""
-    return tuple(drawn(_RANDOM_MIX, {Regime(bits, False): _RANDOM_COUNT}, _RANDOM_SEED))
+    kinds = tuple(a for a in _RANDOM_MIX.architectures if a[1] in families)
+    mix = replace(_RANDOM_MIX, architectures=kinds)
+    return tuple(drawn(mix, {Regime(bits, False): _RANDOM_COUNT}, _RANDOM_SEED))
 
 
 def _of_one_regime(
@@ -352,7 +355,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="from scratch, under a learning rate that rises first",
     )
-    regime.add_argument("--random", action="store_true", help="networks drawn at random")
+    regime.add_argument(
+        "--random",
+        nargs="*",
+        choices=_RANDOM_FAMILIES,
+        metavar="FAMILY",
+        help="networks drawn at random, of these families or all",
+    )
     regime.add_argument("--long", action="store_true", help="runs of 1000 to 1440 steps")
     parser.add_argument("--count", type=int, default=256, help="curves for each task and round")
     parser.add_argument("--rounds", type=int, default=3)
@@ -372,8 +381,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif options.warm_up:
             name, rows = f"{name}, warm-up", from_scratch(options.bits)
             box = {**box, "warm_until": (0.0, 0.4, False)}
-        elif options.random:
-            name, rows = f"{name}, random", random(options.bits)
+        elif options.random is not None:
+            families = options.random or _RANDOM_FAMILIES
+            name, rows = f"{name}, random {' '.join(families)}", random(options.bits, families)
             box = {**box, "warm_until": (0.0, 0.3, False)}
         elif options.long:
             name, rows, rates = f"{name}, long", long(options.bits), _LONG_RATES
