@@ -577,6 +577,45 @@ def test_real_activations_have_a_case_of_their_own(weight, activation, expected)
     assert BaseCurves.from_config(json.loads(json.dumps(curves.config()))) == curves
 
 
+@pytest.mark.parametrize(
+    ("fan_ins", "activation", "fine_tuning", "expected"),
+    [
+        ((5, 60), 3, False, 1.0),
+        ((7, 60), 3, False, 1.0),  # more than 7, and no fewer
+        ((9, 60), 3, False, 2.0),
+        ((100, 60), 3, False, 3.0),
+        (
+            (0, 9),
+            3,
+            False,
+            2.0,
+        ),  # a first layer that stays real: the first that is quantized counts
+        ((0, 0), 3, False, 1.0),
+        ((9, 60), 3, True, 0.5),  # the regime comes before the fan-in
+        ((9, 60), 4, False, 0.7),  # and the levels before the regime
+    ],
+)
+def test_the_first_fan_in_tells_cases_apart(fan_ins, activation, fine_tuning, expected):
+    curves = BaseCurves((
+        Case(3, 4, False, BaseCurve(power=0.7)),
+        Case(3, 3, False, BaseCurve(power=3.0), first_fan_in_above=64),
+        Case(3, 3, False, BaseCurve(power=1.0)),
+        Case(3, 3, False, BaseCurve(power=2.0), first_fan_in_above=7),
+        Case(3, 3, True, BaseCurve(power=0.5)),
+    ))  # fmt: skip
+    layers = tuple(LayerInfo(str(f), f, 3 if f else 0, activation) for f in fan_ins)
+    assert curves.nearest(RunInfo(layers, 4, 10, fine_tuning)).power == expected
+    assert BaseCurves.from_config(json.loads(json.dumps(curves.config()))) == curves
+    named = ["first_fan_in_above" in case for case in curves.config()]
+    assert named == [False, True, False, True, False]  # as artefacts without it have it
+
+
+@pytest.mark.parametrize("fan_in", [-1, math.inf, math.nan])
+def test_fan_ins_out_of_range_are_refused(fan_in):
+    with pytest.raises(ValueError, match="first_fan_in_above must be at least 0 and finite"):
+        Case(3, 3, False, BaseCurve(), fan_in)
+
+
 def test_networks_whose_activations_are_all_real_are_another_domain():
     real = RunInfo((LayerInfo("first", 9, 3, 0), LayerInfo("last", 9, 3, 0)), 4, 10)
     ends = RunInfo((LayerInfo("first", 9, 3, 4), LayerInfo("last", 9, 3, 0)), 4, 10)
