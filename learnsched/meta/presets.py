@@ -89,6 +89,22 @@ _TERNARY = BaseCurve(
     weight_backward_tilt=-1.2,
     activation_backward_tilt=1.17,
 )
+# Of networks whose first layer has more than a few inputs: of images and of vectors.
+_TERNARY_WIDE = BaseCurve(
+    weight_forward_std=0.0,
+    activation_forward_std=0.1,
+    weight_hard_from=0.6,
+    activation_hard_from=0.5,
+    power=1.5,
+    weight_backward_std=4.0,
+    weight_backward_end=0.34,
+    activation_backward_std=1.2,
+    activation_backward_end=0.22,
+    freeze_from=0.4,
+    hard_tilt=-0.4,
+    weight_backward_tilt=-1.2,
+    activation_backward_tilt=-1.0,
+)
 _TERNARY_TUNED = BaseCurve(
     weight_forward_std=0.3,
     activation_forward_std=0.1,
@@ -112,6 +128,20 @@ _BINARY = BaseCurve(
     activation_backward_end=0.1,
     freeze_from=0.9,
 )
+_BINARY_WIDE = BaseCurve(
+    weight_forward_std=0.0,
+    activation_forward_std=0.25,
+    activation_hard_from=0.3,
+    power=0.85,
+    weight_backward_std=0.8,
+    weight_backward_end=0.33,
+    activation_backward_std=1.0,
+    activation_backward_end=0.18,
+    freeze_from=0.5,
+    hard_tilt=-0.8,
+    weight_backward_tilt=0.5,
+    activation_backward_tilt=1.2,
+)
 # Weights alone: what concerns activations has no effect.
 _WEIGHTS = BaseCurve(
     weight_forward_std=0.5,
@@ -125,13 +155,17 @@ _WEIGHTS = BaseCurve(
 )
 
 
+# Of a filter, at most: between 5 and 9, where results differ.
+FEW_INPUTS = 7.0
+
+
 def _tuned(curve: BaseCurve) -> BaseCurve:
     """The curve for fine-tuning: filters of few inputs stay as they were trained.
 
     Of first layers with a fan-in of 5 that is clearly better, of 9 neither, of 40 worse
     (`python -m learnsched.benchmarks.first_layer`).
     """
-    return replace(curve, frozen_fan_in=7.0)
+    return replace(curve, frozen_fan_in=FEW_INPUTS)
 
 
 WARM_UNTIL = 0.2
@@ -152,8 +186,10 @@ _BASE = BaseCurves(
         Case(3, 4, False, _warmed(_TWO_BIT)),
         Case(3, 4, True, _tuned(_TWO_BIT)),
         Case(3, 3, False, _TERNARY),
+        Case(3, 3, False, _TERNARY_WIDE, first_fan_in_above=FEW_INPUTS),
         Case(3, 3, True, _tuned(_TERNARY_TUNED)),
         Case(2, 2, False, _BINARY),
+        Case(2, 2, False, _BINARY_WIDE, first_fan_in_above=FEW_INPUTS),
         Case(2, 2, True, _tuned(_BINARY)),
         Case(3, 0, False, _warmed(_WEIGHTS)),
         Case(3, 0, True, _tuned(_WEIGHTS)),
