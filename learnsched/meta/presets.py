@@ -188,9 +188,11 @@ _BASE = BaseCurves(
         Case(3, 3, False, _TERNARY),
         Case(3, 3, False, _TERNARY_WIDE, first_fan_in_above=FEW_INPUTS),
         Case(3, 3, True, _tuned(_TERNARY_TUNED)),
+        Case(3, 3, True, _TERNARY_WIDE, first_fan_in_above=FEW_INPUTS),
         Case(2, 2, False, _BINARY),
         Case(2, 2, False, _BINARY_WIDE, first_fan_in_above=FEW_INPUTS),
         Case(2, 2, True, _tuned(_BINARY)),
+        Case(2, 2, True, _BINARY_WIDE, first_fan_in_above=FEW_INPUTS),
         Case(3, 0, False, _warmed(_WEIGHTS)),
         Case(3, 0, True, _tuned(_WEIGHTS)),
     )
