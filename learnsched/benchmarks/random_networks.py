@@ -1,7 +1,8 @@
 """What a schedule is worth on networks drawn at random, where nobody searches for anything.
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.random_networks
-        [--artefact default] [--recipes PATH] [--advised PATH] [--quick] [--seed N] [--json PATH]
+        [--artefact default] [--bits BITS ...] [--recipes PATH] [--advised PATH] [--quick] [--seed N]
+        [--json PATH]
 
 Every network trains under the learned schedule, its start and the hand-coded methods of
 :mod:`learnsched.benchmarks.tuned_once`, with the parameters that were found there: once at the learning
@@ -160,6 +161,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
     parser.add_argument(
+        "--bits",
+        nargs="+",
+        choices=list(dict.fromkeys(regime.bits for regime in COUNTS)),
+        help="of the networks; all if omitted",
+    )
+    parser.add_argument(
         "--recipes",
         type=Path,
         default=Path("figures/tuned_once.json"),
@@ -175,7 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the networks")
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     options = parser.parse_args(arguments)
-    learned, networks = load_pretrained(options.artefact), cells(options.seed)
+    learned = load_pretrained(options.artefact)
+    networks = [c for c in cells(options.seed) if not options.bits or c.task.bits in options.bits]
     stored = json.loads(options.recipes.read_text())["records"]
     recipes = {(r["regime"], r["method"]): r for r in stored if r["stage"] == RECIPE}
     names = list(dict.fromkeys(name for _, name in recipes))
