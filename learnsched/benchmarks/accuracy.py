@@ -49,11 +49,10 @@ from learnsched.benchmarks.records import (
 )
 from learnsched.benchmarks.search import Budget, Train, search
 from learnsched.benchmarks.spaces import Trial
-from learnsched.data import DataSet
-from learnsched.meta.tasks import Task, layer_of
+from learnsched.data import DataSet, load
+from learnsched.meta.tasks import Task
 from learnsched.policies import BaseCurve, BaseCurves, LearnedPolicy
 from learnsched.policies.domain import LATER_RANGES
-from learnsched.schedule import RunInfo
 
 # Horizons, as shares of the cell's, at which learned schedules run too: what they need to match.
 SHORTER = (0.25, 0.5, 0.75)
@@ -114,8 +113,7 @@ def _entry(
 
 def _curve(base: BaseCurves, task: Task) -> BaseCurve:
     """The curve as it applies to a task."""
-    layers = (layer_of(task.bits),)
-    run = RunInfo(layers, task.horizon, task.steps, fine_tuning=task.fine_tuning)
+    run = task.run_of(load(task.data))
     curve = base.nearest(run)
     return replace(curve, loss_power=curve.power_in(run), loss_from=0.0)
 

@@ -68,7 +68,7 @@ class Study:
     def measure(self, task: Task, runs: int, seed: int) -> dict[str, Any]:
         """The record of one task."""
         data, task = load(task.data), replace(task, seed=task.seed + seed)
-        run = replace(task, learning_rates=self.rates[:1]).build(data).run
+        run = task.run_of(data)
         compared = self.variants(PRESETS["standard"].base.nearest(run))
         accuracies = at_best_rate(task, data, compared, self.rates, runs).tolist()
         return {

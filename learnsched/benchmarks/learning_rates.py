@@ -78,8 +78,7 @@ def measured(
 ) -> dict[str, Any]:
     """Validation accuracy at each rate, and what is known of a run before it."""
     data = load(task.data)
-    # Of a float network that nothing trains.
-    layers = replace(task, learning_rates=(rates[0],), fine_tuning=False).build(data).run.layers
+    layers = task.run_of(data).layers
     accuracy = train(
         field.learned(learned), task, data, rates, [None] * len(rates), runs, data.validation
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from learnsched.meta.inner_optimizers import OPTIMIZERS
 from learnsched.meta.networks import FAMILIES, Family, check_depth
 from learnsched.meta.population import Population
 from learnsched.noise import noise_shape
-from learnsched.schedule import LayerInfo
+from learnsched.schedule import LayerInfo, RunInfo
 
 # Learning rate of the float networks that fine-tuning starts from; members of one seed share theirs.
 _FLOAT_RATE = 0.02
@@ -244,6 +244,15 @@ class Task:
         if self.fine_tuning:
             self._pretrain_members(models, data, generators)
         return models, order, picked
+
+    def run_of(self, data: DataSet) -> RunInfo:
+        """What a policy is told of this task; no float network is trained for it.
+
+        Args:
+            data: the data set called ``self.data``.
+        """
+        alone = replace(self, learning_rates=(1.0,), runs=0, fine_tuning=False)
+        return replace(alone.build(data).run, fine_tuning=self.fine_tuning)
 
     def _pretrain_members(
         self, models: list[nn.Module], data: DataSet, generators: Sequence[torch.Generator]
