@@ -15,7 +15,9 @@ from learnsched.benchmarks.random_networks import (
     SHORTER,
     by_group,
     cells,
+    draw,
     main,
+    margins,
     measured,
     shortened,
     tables,
@@ -105,6 +107,18 @@ def test_fewer_epochs_are_compared_with_the_rivals_whole_runs():
     shorter = rows(half)
     assert shorter["strong"][2].startswith("-2.5 [")
     assert START not in shorter and "learned" not in shorter
+
+
+def test_margins_are_those_of_whole_runs_the_hardest_rival_first():
+    found = margins(RECORDS)
+    assert list(found) == [START, "strong", "weak"]
+    assert found[START] == pytest.approx({FASHION.name: 0.01, OTHER.name: -0.02})
+    assert found["weak"] == pytest.approx({FASHION.name: 0.21, OTHER.name: -0.05})
+
+
+def test_margins_are_drawn(tmp_path):
+    draw(RECORDS, tmp_path / "margins.png")
+    assert (tmp_path / "margins.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_recipes_and_rates_that_are_shipped_are_those_of_every_network():

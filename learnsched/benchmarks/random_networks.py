@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.random_networks
         [--artefact default] [--bits BITS ...] [--recipes PATH] [--advised PATH] [--quick] [--seed N]
-        [--json PATH]
+        [--json PATH] [--plot PATH]
 
 Every network trains under the learned schedule, its start and the hand-coded methods of
 :mod:`learnsched.benchmarks.tuned_once`, with the parameters that were found there: once at the learning
@@ -30,6 +30,7 @@ from learnsched.benchmarks.environment import describe
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.records import LEARNED
 from learnsched.benchmarks.regimes import Regime, drawn
+from learnsched.benchmarks.report_figures import ranking
 from learnsched.benchmarks.statistics import Record, compare, mean
 from learnsched.benchmarks.training import train
 from learnsched.benchmarks.tuned_once import ADVISED, RECIPE, TEST, advice, compared, table
@@ -152,6 +153,33 @@ def tables(records: Sequence[Record], recipes: Sequence[Record], cells: Sequence
     return "\n\n".join(parts)
 
 
+def margins(records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """By how much the learned schedule is ahead at the advised rate, by method and network.
+
+    Methods that run as many epochs, the hardest to beat first.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for record in records:
+        if record["stage"] == ADVISED and record["method"] not in SHORTER:
+            found.setdefault(record["method"], {})[record["cell"]] = mean(record)
+    own = found.pop(LEARNED)
+    ahead = {
+        method: {cell: own[cell] - level for cell, level in levels.items()}
+        for method, levels in found.items()
+    }
+    return dict(sorted(ahead.items(), key=lambda item: fmean(item[1].values())))
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """The margins, a dot a network."""
+    ranking(
+        margins(records),
+        path,
+        margin="test accuracy of the learned schedule less that of the method",
+        dot="network",
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     from learnsched.pretrained import load_pretrained
@@ -181,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one network, three methods")
     parser.add_argument("--seed", type=int, default=0, help="of the networks")
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
+    parser.add_argument("--plot", type=Path, help="draw the margins at the advised rate")
     options = parser.parse_args(arguments)
     learned = load_pretrained(options.artefact)
     networks = [c for c in cells(options.seed) if not options.bits or c.task.bits in options.bits]
@@ -219,6 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         if processes.rank() == 0:
             print(f"\n{tables(records, list(recipes.values()), networks)}")
+            if options.plot:
+                draw(records, options.plot)
 
 
 if __name__ == "__main__":

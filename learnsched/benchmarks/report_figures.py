@@ -56,12 +56,20 @@ def margins(cells: Cells, path: Path) -> None:
         save_figure(figure, path)
 
 
-def ranking(values: Mapping[str, Mapping[str, float]], path: Path) -> None:
+def ranking(
+    values: Mapping[str, Mapping[str, float]],
+    path: Path,
+    *,
+    margin: str = "test accuracy less that of the cell's best hand-coded method",
+    dot: str = "cell",
+) -> None:
     """Margins of each method, a dot a cell and a bar at their mean.
 
     Args:
         values: from methods, in the order to draw, to the margin in each cell.
         path: file to write.
+        margin: what it is, for the axis.
+        dot: what one stands for.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import SymmetricalLogLocator
@@ -81,10 +89,7 @@ def ranking(values: Mapping[str, Mapping[str, float]], path: Path) -> None:
         axes.set_xscale("symlog", linthresh=1.0, linscale=0.4)
         axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel(
-            "test accuracy less that of the cell's best hand-coded method / points\n"
-            "(dot: a cell, bar: mean; logarithmic beyond ±1)"
-        )
+        axes.set_xlabel(f"{margin} / points\n(dot: a {dot}, bar: mean; logarithmic beyond ±1)")
         save_figure(figure, path)
 
 
