@@ -285,7 +285,7 @@ def _rectifies(func: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
     if func in _MAXIMA:
         other = kwargs.get("other", args[-1])
         return isinstance(other, Tensor) and not bool(other.any())
-    return func in _THRESHOLDS and not any(args[1:3])
+    return func in _THRESHOLDS and not any((*args[1:3], *kwargs.values()))
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

@@ -51,13 +51,19 @@ def warn_of_strangers(optimizer: torch.optim.Optimizer, model: nn.Module) -> Non
             )
 
 
-def warn_of_untrained(layers: Sequence[Layer], trained: set[int]) -> None:
+def warn_of_untrained(layers: Sequence[Layer], optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Warn of scales and noise that were made parameters, and that no optimizer knows.
 
     Args:
         layers: of the model, from the input.
-        trained: ``id`` of each parameter that an optimizer has stepped for.
+        optimizers: all that train the model, as far as is known.
     """
+    trained = {
+        id(parameter)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
     idle = [
         f"{name} of {layer.info.name}"
         for layer in layers

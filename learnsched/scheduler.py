@@ -123,7 +123,7 @@ class QuantizationScheduler:
         self._seed = operator.index(seed)
         self._counter = StepCounter()
         self._rate_step: int | None = None  # the latest that a learning rate was asked for
-        self._trained: set[int] = set()  # parameters of the optimizers of the first epoch
+        self._optimizers: list[torch.optim.Optimizer] = []  # those that are watched
         self._state = policy.begin(self._run)
         settings, state = self._ask(self._run, 0, [])
         # All that can fail comes before this line: from here on the model changes.
@@ -204,8 +204,8 @@ class QuantizationScheduler:
         numbers, counted = over_ranks(metrics, self._counter.total, self._process_group)
         self._check_metrics(numbers)
         warn_of_weights(self._layers, self.history.settings[-1])
-        if self.epoch == 0 and self._trained:
-            warn_of_untrained(self._layers, self._trained)
+        if self.epoch == 0 and counted and self._optimizers:
+            warn_of_untrained(self._layers, self._optimizers)
         run = self._run_after_counting(counted)
         epoch = self.epoch + 1
         if epoch < self.epochs:
@@ -376,20 +376,20 @@ class QuantizationScheduler:
         return ["" if w is None else description(w.weight_quantizer.rule) for w in weights]
 
     def _watch(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizers.append(optimizer)
         self._counter.count_steps(optimizer)
         optimizer.register_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         restore_(self._layers)
-        if self.epoch == 0:
-            self._trained.update(id(p) for group in optimizer.param_groups for p in group["params"])
-            told = self._run.steps_per_epoch
-            if told is not None and self._counter.total == 2 * told + _FEW_STEPS:
-                warnings.warn(
-                    f"the optimizer has taken {self._counter.total} steps, an epoch has {told}, and the "
-                    "schedule is at its first: call scheduler.step() after every epoch",
-                    stacklevel=3,
-                )
+        told = self._run.steps_per_epoch
+        if self.epoch or told is None or self._counter.total != 2 * told + _FEW_STEPS:
+            return
+        warnings.warn(
+            f"the optimizer has taken {self._counter.total} steps, an epoch has {told}, and the "
+            "schedule is at its first: call scheduler.step() after every epoch",
+            stacklevel=3,
+        )
 
 
 def _differ(told: int, counted: int) -> bool:

@@ -1191,6 +1191,7 @@ def test_a_relu_by_another_name_is_warned_of(head):
         lambda x: x.clamp(max=0),
         lambda x: torch.maximum(x, 0.1 * x),
         lambda x: F.threshold(x, 0.1, 0),
+        lambda x: F.threshold(x, threshold=0.1, value=0),
         nn.Softmax(-1),
     ],
 )

@@ -33,7 +33,15 @@ from learnsched.benchmarks.regimes import Regime, drawn
 from learnsched.benchmarks.report_figures import ranking
 from learnsched.benchmarks.statistics import Record, compare, mean
 from learnsched.benchmarks.training import train
-from learnsched.benchmarks.tuned_once import ADVISED, RECIPE, TEST, advice, compared, table
+from learnsched.benchmarks.tuned_once import (
+    ADVISED,
+    RECIPE,
+    TEST,
+    add_advised,
+    advice,
+    compared,
+    table,
+)
 from learnsched.meta import processes
 from learnsched.tables import markdown
 
@@ -200,12 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=Path("figures/tuned_once.json"),
         help="records of the benchmark of methods that were tuned once",
     )
-    parser.add_argument(
-        "--advised",
-        type=Path,
-        default=Path("figures/learning_rates.json"),
-        help="records of the benchmark of learning rates",
-    )
+    add_advised(parser)
     parser.add_argument("--quick", action="store_true", help="one network, three methods")
     parser.add_argument("--seed", type=int, default=0, help="of the networks")
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")

@@ -122,6 +122,16 @@ def measured(method: Method, recipe: Record, cell: Cell, runs: int) -> dict[str,
     return {"cell": cell.name, "method": method.name, "test": accuracy.flatten().tolist()}
 
 
+def add_advised(parser: argparse.ArgumentParser) -> None:
+    """``--advised``, what :func:`advice` reads."""
+    parser.add_argument(
+        "--advised",
+        type=Path,
+        default=Path("figures/learning_rates.json"),
+        help="records of the benchmark of learning rates",
+    )
+
+
 def advice(path: Path) -> dict[str, float]:
     """Advised learning rates by regime, from the file of their benchmark."""
     kinds = learning_rates.by_kind(json.loads(path.read_text())["records"])
@@ -227,12 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--grid", choices=GRIDS, default="medium", help="of the accuracy benchmark")
     parser.add_argument("--cells", nargs="+", metavar="NAME", help="all of the grid if omitted")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="by name; all if omitted")
-    parser.add_argument(
-        "--advised",
-        type=Path,
-        default=Path("figures/learning_rates.json"),
-        help="records of the benchmark of learning rates",
-    )
+    add_advised(parser)
     parser.add_argument("--quick", action="store_true", help="grid quick, few trials and methods")
     parser.add_argument("--seed", type=int, default=0, help="of the search")
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")

@@ -155,7 +155,7 @@ _WEIGHTS = BaseCurve(
 )
 
 
-# Of a filter, at most: between 5 and 9, where results differ.
+# At most so many inputs of a first layer's output are few: results differ between 5 and 9.
 FEW_INPUTS = 7.0
 
 
