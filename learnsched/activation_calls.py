@@ -54,12 +54,12 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
     :func:`learnsched.quantize_` can take: ``relu_0``, ``relu_1`` and so on of the module whose
     ``forward`` it is. That method is replaced by what ``torch.fx`` traces of it, with its children left
     alone; parameters, buffers, children and other methods are what they were. Functional dropout that
-    follows ``self.training`` becomes modules too. Calls at one place of the network, as of a helper that
-    both inputs of a siamese network go through, share a module. What else the method decides in Python,
-    or reads from attributes that are no tensors, stays as it was at the trace; numbers of tensors it
-    may not read. Arguments that the example leaves at their defaults can have no other values
-    afterwards, which is checked. Other methods, as ``encode`` where ``model.encode(x)`` is called from
-    outside, keep their functions.
+    follows ``self.training``, or a child's, becomes modules too, which are in training where ``self``
+    is. Calls at one place of the network, as of a helper that both inputs of a siamese network go
+    through, share a module. What else the method decides in Python, or reads from attributes that are
+    no tensors, stays as it was at the trace; numbers of tensors it may not read. Arguments that the
+    example leaves at their defaults can have no other values afterwards, which is checked. Other
+    methods, as ``encode`` where ``model.encode(x)`` is called from outside, keep their functions.
 
     Args:
         model: any module, before it is quantized.
@@ -70,10 +70,11 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
         ``model`` itself.
 
     Raises:
-        ValueError: the model calls no such functions, ``torch.fx`` cannot trace a method that does, the
-            method writes to attributes or does other things in training than in evaluation, it would
-            compute something else than before, the output holds no tensors to tell, or gradients cannot
-            be taken, as through reentrant checkpoints. The model is as it was.
+        ValueError: the model calls no such functions, or one as no module does it, ``torch.fx`` cannot
+            trace a method that does, the method writes to attributes or does other things in training
+            than in evaluation, it would compute something else than before, the output holds no tensors
+            to tell, or gradients cannot be taken, as through reentrant checkpoints. The model is as it
+            was.
 
     Example:
         >>> class Net(nn.Module):
@@ -280,7 +281,7 @@ def _traced(module: nn.Module, name: str, given: set[str]) -> tuple[fx.Graph, di
             f"{name} is a {type(module).__name__}, which takes its activation as a module: make it with "
             "activation=nn.ReLU()"
         )
-    graph, evaluated = (_trace(module, name, given, training=mode) for mode in (True, False))
+    graph, evaluated = (_trace_in(mode, module, name, given) for mode in (True, False))
     nodes, others = list(graph.nodes), list(evaluated.nodes)
     if [_call(node) for node in nodes] != [_call(node) for node in others]:
         raise ValueError(
@@ -291,7 +292,7 @@ def _traced(module: nn.Module, name: str, given: set[str]) -> tuple[fx.Graph, di
     places = [
         (node, own)
         for node, other in zip(nodes, others, strict=True)
-        if (own := _dropout(node, other) or _activation(node, name)) is not None
+        if (own := _dropout(node, other, name) or _activation(node, name)) is not None
     ]
     added: dict[str, nn.Module] = {}
     of_origin: dict[int, str] = {}
@@ -323,7 +324,20 @@ def _origins(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
     return found
 
 
-def _trace(module: nn.Module, name: str, given: set[str], *, training: bool) -> fx.Graph:
+def _trace_in(training: bool, module: nn.Module, name: str, given: set[str]) -> fx.Graph:
+    """The graph of a module's own code in training, or in evaluation."""
+    # The children too, since a forward may ask for their flags.
+    usual = {m: m.training for m in module.modules()}
+    try:
+        for m in usual:
+            m.training = training
+        return _trace(module, name, given)
+    finally:
+        for m, flag in usual.items():
+            m.training = flag
+
+
+def _trace(module: nn.Module, name: str, given: set[str]) -> fx.Graph:
     """The graph of a module's own code, with the arguments that are not given at their defaults."""
     parameters = inspect.signature(module.forward).parameters.values()
     defaults = {
@@ -331,9 +345,8 @@ def _trace(module: nn.Module, name: str, given: set[str], *, training: bool) -> 
         for p in parameters
         if p.name not in given and isinstance(p.default, int | float | str | None)
     }
-    before, usual, drawn = Attributes.of(module), module.training, _random_states()
+    before, drawn = Attributes.of(module), _random_states()
     try:
-        module.training = training
         forgotten = "it checkpoints activations, or packs them otherwise, which a trace forgets"
         with (
             torch.random.fork_rng(devices=[]),
@@ -342,7 +355,6 @@ def _trace(module: nn.Module, name: str, given: set[str], *, training: bool) -> 
             with _Looking(_refuse_reads):
                 graph = _Flat().trace(module, concrete_args=defaults or None)
             states = _random_states()
-        module.training = usual
         if states != drawn:
             raise ValueError("it draws random numbers, by which it may decide what to do")
         if written := before.changed():
@@ -382,14 +394,23 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     return bound.arguments
 
 
-def _dropout(node: fx.Node, evaluated: fx.Node) -> nn.Module | None:
+def _dropout(node: fx.Node, evaluated: fx.Node, name: str) -> nn.Module | None:
     """The module that does what a call of a functional dropout does, if that drops in training alone."""
     if node.target not in _DROPOUTS:
         return None
-    arguments = _arguments(node)
-    if arguments["training"] == _arguments(evaluated)["training"]:
+    kind, arguments = _DROPOUTS[node.target], _arguments(node)
+    # As text, since one graph's nodes never equal the other's.
+    if str(arguments["training"]) == str(_arguments(evaluated)["training"]):
         return None
-    return _DROPOUTS[node.target](arguments["p"])
+    if any(isinstance(arguments[key], fx.Node) for key in ("p", "training", "inplace")):
+        raise _not_for_a_module(node, name)
+    if kind is nn.AlphaDropout and arguments["inplace"]:
+        raise ValueError(
+            f"{name} calls alpha_dropout in place, and nn.AlphaDropout never works in place; use its "
+            "result instead (x = F.alpha_dropout(x, p, self.training))"
+        )
+    # In place where the call is, since its result may be unused.
+    return kind(arguments["p"], arguments["inplace"])
 
 
 def _activation(node: fx.Node, name: str) -> nn.Module | None:
@@ -404,13 +425,15 @@ def _activation(node: fx.Node, name: str) -> nn.Module | None:
     options = {k: v for k, v in node.kwargs.items() if k not in ("input", "inplace")}
     computed = any(isinstance(value, fx.Node) for value in (*node.args[1:], *options.values()))
     if kind is None or computed:
-        raise ValueError(
-            f"{name} calls {_word(node)} with what a module cannot be given; {_WAY_OUT}"
-        )
+        raise _not_for_a_module(node, name)
     own: Any = kind(*node.args[1:], **options)
     if hasattr(own, "inplace"):
         own.inplace = False
     return own  # type: ignore[no-any-return]
+
+
+def _not_for_a_module(node: fx.Node, name: str) -> ValueError:
+    return ValueError(f"{name} calls {_word(node)} with what a module cannot be given; {_WAY_OUT}")
 
 
 def _word(node: fx.Node) -> str:

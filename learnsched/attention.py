@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_REPLACED = ("in_proj_weight", "in_proj_bias", *(f"{p}_weight" for p in _PROJECTIONS))
 _OUTPUTS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
@@ -130,7 +132,8 @@ def attention_to_linears_(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model has no ``nn.MultiheadAttention``, or its projections are computed from
-            other parameters, as by pruning. The model is as it was.
+            other parameters, as by pruning, or are parameters that have other places in the model too.
+            The model is as it was.
 
     Example:
         >>> net = attention_to_linears_(nn.TransformerEncoderLayer(8, 2, 16))
@@ -146,10 +149,11 @@ def attention_to_linears_(model: nn.Module) -> nn.Module:
         raise ValueError(
             "the model has no nn.MultiheadAttention; quantize_ takes attention of nn.Linear as it is"
         )
+    _refuse_shared(model, found)
     linears = {module: _projections(name, module) for name, module in found.items()}
     # All that can fail comes before this line: from here on the model changes.
     for attention, projections in linears.items():
-        for name in ("in_proj_weight", "in_proj_bias", *(f"{p}_weight" for p in _PROJECTIONS)):
+        for name in _REPLACED:
             attention.register_parameter(name, None)
         output = attention.out_proj
         del attention.out_proj  # and back again, behind the others
@@ -162,6 +166,23 @@ def attention_to_linears_(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.TransformerEncoder):  # which would look for the parameters
             module.use_nested_tensor = False
     return model
+
+
+def _refuse_shared(model: nn.Module, found: Mapping[str, nn.MultiheadAttention]) -> None:
+    """Refuse projections whose parameters have other places too, which would keep the old ones."""
+    places: dict[Any, list[str]] = {}
+    for name, module in model.named_modules():  # once each, however often the model refers to it
+        for own, parameter in module.named_parameters(name, recurse=False, remove_duplicate=False):
+            places.setdefault(parameter, []).append(own)
+    for attention in found.values():
+        for kind in _REPLACED:
+            shared = places.get(getattr(attention, kind), [])
+            if len(shared) > 1:
+                raise ValueError(
+                    f"{shared} are one parameter, and each projection gets parameters of its own; give "
+                    "each place its own first (nn.Parameter(weight.detach().clone())), and share those "
+                    "of q_proj, k_proj and v_proj afterwards, if they are to be shared"
+                )
 
 
 def _projections(name: str, module: nn.MultiheadAttention) -> dict[str, nn.Linear]:

@@ -29,11 +29,12 @@ _FEW_BATCHES = 50
 
 def batch_norms(model: nn.Module) -> list[Any]:
     """Those with running statistics, but for frozen ones: in evaluation inside a module in training."""
+    # Whole blocks are frozen, too: their norms lie deeper than the module in training.
     frozen = {
         module
         for parent in model.modules()
         if parent.training
-        for module in parent.children()
+        for module in parent.modules()
         if not module.training
     }
     norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m not in frozen]

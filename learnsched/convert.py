@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -124,7 +124,7 @@ def _convert(model: nn.Module, found: Execution, chosen: Chosen) -> dict[str, nn
             quantizers[name] = of_weight[weight]
         else:
             quantizers[name] = _activation_quantizer(model, module, *config)
-    for note in notes_ahead(model, found, chosen):
+    for note in (*notes_ahead(model, found, chosen), *_notes_on_scales(quantizers)):
         warnings.warn(note, stacklevel=3)
     # All that can fail comes before this line: from here on the model changes.
     placed: set[nn.Module] = set()
@@ -150,6 +150,23 @@ def _convert(model: nn.Module, found: Execution, chosen: Chosen) -> dict[str, nn
         elif type(module) is nn.TransformerDecoderLayer:
             module.__class__ = CopiedDecoderLayer
     return dict(quantizers)
+
+
+def _notes_on_scales(
+    quantizers: Mapping[str, WeightQuantizer | ActivationQuantizer],
+) -> Iterator[str]:
+    """Weights that have a scale each, as filters of one input may: those are on a level as they are."""
+    if own := [
+        name
+        for name, quantizer in quantizers.items()
+        if isinstance(quantizer, WeightQuantizer)
+        and quantizer.held_scale.numel() == quantizer.held.numel() > 1
+    ]:
+        yield (
+            f"each weight of {own} has a scale of its own, so that nothing is quantized there: channels "
+            "have one weight each. Give them one scale, LayerConfig(..., "
+            "weight_scale=learnsched.AbsoluteMean('tensor')) in overrides, or keep them real"
+        )
 
 
 def _warn_of_idle(

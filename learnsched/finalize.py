@@ -136,8 +136,9 @@ def _check_finite(model: nn.Module, layers: Iterable[Layer]) -> None:
         if layer.weight is not None:
             if not bool(layer.weight.weight.isfinite().all()):
                 raise RuntimeError(
-                    f"the weight of {layer.info.name} is not finite, so it has no level; "
-                    "training has diverged: lower the learning rate"
+                    f"the weight of {layer.info.name} is not finite, so it has no level; training has "
+                    "diverged: lower the learning rate, or look for NaN in the data, which hard "
+                    "activations make numbers of before any loss shows it"
                 )
             found = layer.weight.weight_quantizer.scale(layer.weight.weight)
             if not bool(((found > 0) & found.isfinite()).all()):
@@ -238,8 +239,8 @@ def remove_quantizers_(model: nn.Module) -> nn.Module:
 
     What the model computes stays the same, and its ``state_dict`` is that of the float model, a third as
     large; where activations are quantized, that of ``quantize_(float_model, activation=levels)``, which
-    loads it. Activations keep their quantizers, which compute them. It can be neither trained further
-    nor exported: export it before.
+    loads it. Activations keep their quantizers, which compute them. The weights ask for no gradient any
+    more, so that further training leaves them on their levels. It cannot be exported: do that before.
 
     Args:
         model: finalized.
@@ -265,6 +266,7 @@ def remove_quantizers_(model: nn.Module) -> nn.Module:
         if type(module) in plain:
             del module.weight_quantizer
             module.__class__ = plain[type(module)]
+            module.weight.requires_grad_(False)
         elif isinstance(module, ActivationQuantizer):
             module.is_left_over = True
     return model

@@ -86,6 +86,16 @@ class LevelSet:
         return all(a + margin < b for pairs in (below, above) for a, b in pairs)
 
     @property
+    def is_evenly_spaced(self) -> bool:
+        """Whether all neighbouring levels are as far apart.
+
+        Example:
+            >>> power_of_two(3).is_evenly_spaced, power_of_two(4).is_evenly_spaced
+            (True, False)
+        """
+        return max(self.gaps) <= self.step * (1 + _ROUNDING)
+
+    @property
     def bits(self) -> int:
         """Bits that hold a code of this set."""
         return max(1, math.ceil(math.log2(len(self.values))))
@@ -117,7 +127,12 @@ class LevelSet:
 
         Returns:
             tensor of the same shape and dtype.
+
+        Raises:
+            TypeError: ``x`` is not of floating-point numbers, which levels may not be rounded to.
         """
+        if not x.is_floating_point():
+            raise TypeError(f"floating-point numbers are quantized, got {x.dtype}; give x.float()")
         if len(self.thresholds) > _COMPARISONS:
             return x.new_tensor(self.values)[self.codes(x)]
         if x.dtype in (torch.float16, torch.bfloat16):

@@ -29,14 +29,16 @@ class _OwnsQuantizer(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         whole = any(name.startswith(f"{prefix}weight_quantizer.") for name in state_dict)
-        if f"{prefix}weight" in state_dict and not whole:
-            self._release("a float checkpoint was loaded into a model with frozen weights")
-        # With assign=True the weight is replaced, and what is frozen of it comes right after.
-        self._loads_quantizer = whole
+        errors = args[-1]
+        before = len(errors)
+        # With assign=True the weight is replaced, and what is frozen of it, if anything, comes after.
+        self._loads_quantizer = True
         try:
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         finally:
             del self._loads_quantizer
+        if f"{prefix}weight" in state_dict and not whole and len(errors) == before:
+            self._release("a float checkpoint was loaded into a model with frozen weights")
 
     def _release(self, reason: str) -> None:
         if bool(self.weight_quantizer.membership.any()):

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from learnsched.annealed import quantize_unchecked
+from learnsched.annealed import MODES, quantize_unchecked
 from learnsched.concrete import concrete_quantize
 from learnsched.incremental import any_per_channel, hard_membership, hold, priority
 from learnsched.levels import LevelSet
-from learnsched.noise import noise_shape
+from learnsched.noise import NOISE_CODES, noise_shape
 from learnsched.scales import ScaleRule
 from learnsched.torch_state import can_look
 
@@ -43,6 +43,8 @@ class _Quantizer(nn.Module):
     temperature: float | None = None
     # a parameter after learn_noise_
     log_std: nn.Parameter | None
+    # the token of the scheduler that made the settings in force
+    scheduled_by: object | None = None
 
     def __init__(self, levels: LevelSet, like: Tensor) -> None:
         super().__init__()
@@ -119,26 +121,33 @@ class _Quantizer(nn.Module):
         )
 
     def get_extra_state(self) -> Tensor:
-        """Levels, then thresholds: what states must have alike to be exchanged."""
-        numbers = [*self.levels.values, *self.levels.thresholds]
+        """Levels and thresholds, which states must have alike to be exchanged, and the kind of noise."""
+        kind = NOISE_CODES[self.noise.name] * len(MODES) + MODES.index(self.mode)
+        numbers = [*self.levels.values, *self.levels.thresholds, kind]
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Refuse the state of another level set.
+        """Take the kind of noise of a state, unless it is of another level set.
 
         Raises:
             ValueError: the state belongs to another level set.
         """
-        own = self.get_extra_state()
+        own = self.get_extra_state()[:-1]
+        # Older states do not know the kind of noise: without it, theirs is an odd number of numbers.
+        knows = len(state) % 2 == 0
+        sets = state[:-1] if knows else state
         # A state may have been cast with all its tensors.
-        if state.shape != own.shape or not torch.equal(state, own.to(state)):
-            count = len(state) // 2 + 1
+        if sets.shape != own.shape or not torch.equal(sets, own.to(sets)):
+            count = len(sets) // 2 + 1
             raise ValueError(
-                f"this state was saved with the levels {state[:count].tolist()} and thresholds "
-                f"{state[count:].tolist()}, the quantizer of {self.layer_name!r} has "
+                f"this state was saved with the levels {sets[:count].tolist()} and thresholds "
+                f"{sets[count:].tolist()}, the quantizer of {self.layer_name!r} has "
                 f"{list(self.levels.values)} and {list(self.levels.thresholds)}; quantize the model "
                 "with the same level sets as before, then load it"
             )
+        if knows:
+            noise, mode = divmod(int(state[-1]), len(MODES))
+            self.noise, self.mode = noise_shape(list(NOISE_CODES)[noise]), MODES[mode]
 
     def extra_repr(self) -> str:
         return f"levels={self.levels.name}, noise={self.noise.name}"
@@ -395,6 +404,8 @@ class ActivationQuantizer(_Quantizer):
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.ahead(input)
+        if not x.is_floating_point():
+            x = x.to(self.scale.dtype)  # levels times scale are no whole numbers
         if self.learns_scale or self.scale.requires_grad:
             scale = self.bounded_scale
             return self._annealed(x / scale) * scale

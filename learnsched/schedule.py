@@ -255,7 +255,9 @@ class Policy(Protocol):
     A policy may have a ``mode`` too, the forward value while there is noise, which is
     ``"expectation"`` otherwise; see :func:`learnsched.annealed_quantize`. With ``"random"``, samples
     come from the global generator, as those of dropout do. It may also have a method
-    ``learning_rate_factor(run, progress)``, see :func:`learnsched.learning_rate.learning_rate_factor`.
+    ``learning_rate_factor(run, progress)``, see :func:`learnsched.learning_rate.learning_rate_factor`,
+    and ``evenly_spaced = True`` where it takes the levels of weights to be so, as one does whose noise
+    leaves weights real.
 
     Example:
         >>> class Hard:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,12 +28,13 @@ from learnsched.layers import quantized_layers
 from learnsched.learning_rate import learning_rate_factor
 from learnsched.noise import NoiseShape, noise_shape
 from learnsched.optimizer_checks import own_optimizer, warn_of_strangers, warn_of_untrained
+from learnsched.quantizers import ActivationQuantizer, WeightQuantizer
 from learnsched.ranks import over_ranks, several_ranks
 from learnsched.schedule import Policy, RunInfo, Setting, ask, check_policy, terminal
 from learnsched.scheduler_state import as_own, check_complete, description, snapshot, spelled
 from learnsched.step_counter import StepCounter
 from learnsched.telemetry import telemetry_of
-from learnsched.weight_warnings import warn_of_weights
+from learnsched.weight_warnings import warn_of_gaps, warn_of_weights
 
 _STATE_VERSION = 2
 # With more optimizer steps an epoch, but one of the learning rate at most, its step() is misplaced.
@@ -97,11 +98,12 @@ class QuantizationScheduler:
         optimizer: torch.optim.Optimizer | None = None,
         seed: int = 0,
     ) -> None:
-        noise, mode = _checked(policy)
+        self._noise, self._mode = _checked(policy)
         self._model, self._layers = model, quantized_layers(model)
         if optimizer is not None:
             optimizer = own_optimizer(optimizer)
             warn_of_strangers(optimizer, model)
+        warn_of_gaps(self._layers, policy)
         epochs = whole_number("epochs", epochs)
         if steps_per_epoch is not None:
             steps_per_epoch = whole_number("steps_per_epoch", steps_per_epoch)
@@ -124,12 +126,10 @@ class QuantizationScheduler:
         self._counter = StepCounter()
         self._rate_step: int | None = None  # the latest that a learning rate was asked for
         self._optimizers: list[torch.optim.Optimizer] = []  # those that are watched
+        self._token = object()  # by which the model knows whose settings it has
         self._state = policy.begin(self._run)
         settings, state = self._ask(self._run, 0, [])
         # All that can fail comes before this line: from here on the model changes.
-        for layer in self._layers:
-            for quantizer in layer.quantizers:
-                quantizer.noise, quantizer.mode = noise, mode
         if optimizer is not None:
             self._watch(optimizer)
         elif steps_per_epoch is None:
@@ -195,7 +195,8 @@ class QuantizationScheduler:
             metrics: numbers by name, such as ``{"train_loss": loss}``, the mean over the epoch.
 
         Raises:
-            RuntimeError: all epochs have been stepped through, or ``finalize_`` was called before.
+            RuntimeError: all epochs have been stepped through, ``finalize_`` was called before, or the
+                model has another scheduler now.
             KeyError: a metric that the policy needs is missing.
             TypeError: a metric is not a number, or the policy's settings are none.
             ValueError: the policy's settings do not fit. Nothing has changed then, nor with the others.
@@ -295,6 +296,11 @@ class QuantizationScheduler:
                 f"step() was called {self.epoch + 1} times for a horizon of {self.epochs} epochs; "
                 "to train for longer, quantize the float model again and give the scheduler more epochs"
             )
+        if self._is_displaced():
+            raise RuntimeError(
+                "another scheduler has been made for this model since, and sets its noise now: step "
+                "that one; to train two ways, give each a model of its own"
+            )
         if is_finalized(self._layers, self.history.settings[-1]):
             raise RuntimeError(
                 f"after {self.epoch} of {self.epochs} epochs the model is not as step() left it: "
@@ -339,7 +345,8 @@ class QuantizationScheduler:
             warnings.warn(
                 f"the first epoch took {counted} optimizer steps, steps_per_epoch is {told}: schedule "
                 "and learning rate are made for a run of another length. Where gradients are "
-                "accumulated, count the optimizer's steps, not the batches",
+                "accumulated, count the optimizer's steps, not the batches; steps that were taken on "
+                "trial count, too: make the scheduler after them",
                 stacklevel=3,
             )
         return self._run
@@ -363,8 +370,18 @@ class QuantizationScheduler:
     def _apply(self, settings: tuple[Setting, ...], state: Any) -> None:
         self._state = state
         self.history.settings.append(settings)
+        for quantizer in self._quantizers():
+            quantizer.noise, quantizer.mode = self._noise, self._mode
+            quantizer.scheduled_by = self._token
         set_noise_(self._layers, settings)
         self._freeze()
+
+    def _quantizers(self) -> Iterator[WeightQuantizer | ActivationQuantizer]:
+        return (quantizer for layer in self._layers for quantizer in layer.quantizers)
+
+    def _is_displaced(self) -> bool:
+        """Whether another scheduler has been made for the model since."""
+        return any(q.scheduled_by is not self._token for q in self._quantizers())
 
     def _levels(self) -> list[list[str]]:
         """The level sets of each layer, in words, for those who load this state without the model's."""
@@ -384,6 +401,8 @@ class QuantizationScheduler:
         restore_(self._layers)
         told = self._run.steps_per_epoch
         if self.epoch or told is None or self._counter.total != 2 * told + _FEW_STEPS:
+            return
+        if self._is_displaced():
             return
         warnings.warn(
             f"the optimizer has taken {self._counter.total} steps, an epoch has {told}, and the "

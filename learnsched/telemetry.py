@@ -41,8 +41,16 @@ class _LazyTelemetry(Telemetry):
 
     layers: Sequence[Layer]
 
-    def __init__(self, loss: Tensor, loss_trend: Tensor, layers: Sequence[Layer]) -> None:
+    def __init__(
+        self,
+        loss: Tensor,
+        loss_trend: Tensor,
+        layers: Sequence[Layer] = (),
+        weight_error: Tensor | None = None,
+    ) -> None:
         vars(self).update(loss=loss, loss_trend=loss_trend, layers=layers)
+        if weight_error is not None:  # as dataclasses.replace gives it
+            vars(self).update(weight_error=weight_error)
 
     @functools.cached_property
     def weight_error(self) -> Tensor:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""What weights show, at an epoch's end, of a run that has gone wrong."""
+"""What weights show of a run that goes wrong, or has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from learnsched.layers import Layer
-from learnsched.schedule import Setting
+from learnsched.schedule import Policy, Setting
 
 
 def warn_of_weights(layers: Sequence[Layer], settings: Sequence[Setting]) -> None:
@@ -60,3 +60,22 @@ def _is_freer(layer: Layer, setting: Setting) -> bool:
         return False
     membership = layer.weight.weight_quantizer.membership
     return int(torch.count_nonzero(membership)) < round(setting.fraction * membership.numel())
+
+
+def warn_of_gaps(layers: Sequence[Layer], policy: Policy) -> None:
+    """Warn of weights with levels at uneven distances under a policy that takes them to be even."""
+    if not getattr(policy, "evenly_spaced", False):
+        return
+    uneven = [
+        layer.info.name
+        for layer in layers
+        if layer.weight is not None and not layer.weight.weight_quantizer.levels.is_evenly_spaced
+    ]
+    if uneven:
+        warnings.warn(
+            f"{type(policy).__name__} leaves weights real by noise as wide as the smallest gap between "
+            f"levels, and those of {uneven} are further apart elsewhere: there weights are on a level "
+            "from the start, without a gradient. Take evenly spaced levels, or a policy whose backward "
+            "noise is wider, such as AdditiveNoiseAnnealing",
+            stacklevel=4,
+        )

@@ -189,6 +189,107 @@ def test_inputs_by_name_and_dropout_that_always_drops():
     assert bool((outputs(model, torch.ones(50, 8), False) == 0).any())
 
 
+class Asking(nn.Module):
+    """Decides by the flag of a child, and of one further in."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.fc, self.function = nn.Linear(8, 8), function
+        self.body = nn.Sequential(nn.BatchNorm1d(8))
+
+    def forward(self, x):
+        return self.function(self, self.body(F.relu(self.fc(x))))
+
+
+def modes(model):
+    return [module.training for module in model.modules()]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "child", [lambda m: m.body, lambda m: m.body[0]], ids=["child", "grandchild"]
+)
+def test_dropout_that_follows_the_flag_of_a_child_becomes_a_module(child, training):
+    model, x = Asking(lambda self, x: F.dropout(x, 0.5, child(self).training)), torch.randn(5, 8)
+    model.train(training).fc.train(not training)
+    usual, expected = modes(model), [outputs(model, x, mode) for mode in (True, False)]
+    activations_to_modules_(model, x)
+    assert [n for n, _ in model.named_children()][2:] == ["relu_0", "dropout_0"]
+    assert modes(model) == [*usual, training, training]
+    assert all(map(torch.equal, [outputs(model, x, mode) for mode in (True, False)], expected))
+
+
+def freezes(self, x):
+    self.body[0].eval()
+    return x
+
+
+ASKING = {
+    "a child": (lambda self, x: x + 1 if self.body.training else x, "other things in training"),
+    "a grandchild": (
+        lambda self, x: x + 1 if self.body[0].training else x,
+        "other things in training",
+    ),
+    "writes": (freezes, r"writes to attributes, \['training'\]"),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("function, words", ASKING.values(), ids=ASKING)
+def test_what_depends_on_or_sets_the_flag_of_a_child_is_refused_in_either_mode(
+    function, words, training
+):
+    model = Asking(function).train(training)
+    model.fc.train(not training)
+    usual = modes(model)
+    with pytest.raises(ValueError, match=words):
+        activations_to_modules_(model, torch.randn(5, 8))
+    assert modes(model) == usual
+
+
+DROPOUTS = {
+    "dropout": nn.Dropout, "dropout1d": nn.Dropout1d, "dropout2d": nn.Dropout2d,
+    "dropout3d": nn.Dropout3d,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:dropout2d. Received a 3-D")
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_dropout_is_in_place_where_it_was(name, inplace):
+    def unused(self, x, _):
+        x = F.relu(x) + 1
+        shape = (50, 8, *{"dropout2d": (1, 1), "dropout3d": (1, 1, 1)}.get(name, (1,)))
+        getattr(F, name)(x.view(shape), 0.3, self.training, inplace=inplace)
+        return self.fc(x)
+
+    model, x = Of(unused), torch.randn(50, 8)
+    expected, evaluated = outputs(model, x, True), outputs(model, x, False)
+    assert inplace != torch.equal(expected, evaluated)
+    activations_to_modules_(model, x)
+    [dropout] = [m for n, m in model.named_children() if n.startswith("dropout")]
+    assert repr(dropout) == repr(DROPOUTS[name](0.3, inplace))
+    assert torch.equal(outputs(model, x, True), expected)
+
+
+def test_alpha_dropout_becomes_a_module():
+    model = Of(lambda self, x, _: F.alpha_dropout(F.selu(x), 0.3, self.training))
+    x = torch.randn(5, 8)
+    expected = outputs(model, x, True)
+    activations_to_modules_(model, x)
+    assert repr(model.alpha_dropout_0) == repr(nn.AlphaDropout(0.3))
+    assert torch.equal(outputs(model, x, True), expected)
+
+
+def test_dropout_that_follows_an_argument_stays_a_function():
+    model = Of(lambda self, x, drops: F.dropout(F.relu(x), 0.5, drops))
+    x = torch.randn(5, 8)
+    activations_to_modules_(model, {"x": x, "extra": False})
+    assert [name for name, _ in model.named_children()] == ["fc", "relu_0"]
+    assert bool((model(torch.ones(50, 8) * 9, True) == 0).any())
+    assert torch.equal(model(x, False), F.relu(model.fc(x)))
+
+
 def scaled_in_training(self, x, _):
     return F.relu(x) * (2 if self.training else 1)
 
@@ -237,6 +338,14 @@ REFUSED = {
     "slope": (
         lambda self, x, _: F.leaky_relu(x, x.size(0) / 99),
         "leaky_relu with what a module cannot be given",
+    ),
+    "alpha dropout in place": (
+        lambda self, x, _: F.alpha_dropout(F.selu(x), 0.5, self.training, inplace=True),
+        r"alpha_dropout in place.*use its result instead",
+    ),
+    "computed dropout": (
+        lambda self, x, _: F.dropout(F.relu(x), x.size(0) / 99, self.training),
+        "dropout with what a module cannot be given",
     ),
     "stochastic depth": (
         lambda self, x, _: x if self.training and torch.rand(()) < 0.2 else F.relu(x),

@@ -10,9 +10,14 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.autograd import grad
 
-from learnsched.annealed import MODES, annealed_quantize, level_probabilities
+from learnsched.annealed import (
+    MODES,
+    annealed_quantize,
+    level_probabilities,
+    quantize_unchecked,
+)
 from learnsched.levels import LevelSet, binary, power_of_two, signed, ternary, unsigned
-from learnsched.noise import NOISES
+from learnsched.noise import NOISES, noise_shape
 
 SCIPY = {
     "uniform": stats.uniform(-math.sqrt(3), 2 * math.sqrt(3)),
@@ -723,3 +728,56 @@ def test_what_lies_infinitely_far_out_has_the_end_levels_and_no_gradient(noise, 
     seconds = grad(of_x.sum() + of_std, (x, f_std, b_std), materialize_grads=True)
     assert all(second.isfinite().all() for second in seconds)
     assert seconds[0][::2].abs().max() < 1e-20
+
+
+@every_noise
+@every_exact_set
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_levels_that_are_as_probable_as_each_other_give_the_upper_one(noise, levels, dtype):
+    at = torch.tensor(levels.thresholds, dtype=dtype)
+    std = 0.01 * min(levels.gaps)  # no third level has any part
+    both = level_probabilities(at, levels, std, noise=noise)
+    for index, row in enumerate(both):
+        assert row[index] == row[index + 1] == 0.5
+    for form in same_level_in_three_forms(std, at):
+        y = quantize(at, levels, std=form, noise=noise, mode="mode")
+        assert y.tolist() == torch.tensor(levels.values[1:], dtype=dtype).tolist()
+
+
+@every_noise
+@every_mode
+@pytest.mark.parametrize("scale", [0.3, [[0.4], [2.5]]])
+def test_under_a_scale_every_second_derivative_is_that_of_the_unscaled_quantizer(
+    noise, mode, scale
+):
+    """``s E(x / s)``, whose means are in units of ``x / s``."""
+    scale = torch.tensor(scale, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(5, 2, 3, generator=generator, dtype=torch.float64)
+
+    def second(quantized):
+        inside = leaf([[-0.83, -0.31, 0.12], [0.37, 0.71, 1.63]])
+        noise_levels = (leaf(0.41), leaf([0.11, -0.07, 0.02]), leaf([[0.63], [0.52]]), leaf(-0.13))
+        x = (inside * scale).detach().requires_grad_()
+        y = quantized(x, *noise_levels)
+        leaves = (x, *noise_levels)
+        first = grad((y * mix[0]).sum(), leaves, create_graph=True, materialize_grads=True)
+        total = sum((g * m.sum_to_size(g.shape)).sum() for g, m in zip(first, mix, strict=True))
+        return [*first, *grad(total, leaves, materialize_grads=True)]
+
+    def scaled(x, *numbers):
+        made = torch.Generator().manual_seed(0)
+        std, mean, back, back_mean = numbers
+        fixed = noise_shape(noise), mode, made, scale
+        return quantize_unchecked(x, ternary(), std, mean, back, back_mean, *fixed)
+
+    def composed(x, std, mean, back, back_mean):
+        options = {"forward_mean": mean, "backward_mean": back_mean, "noise": noise, "mode": mode}
+        return scale * quantize(x / scale, std=std, back=back, **options)
+
+    found = second(scaled)
+    for ours, truth in zip(found, second(composed), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-12)
+    if noise != "uniform":  # whose density is flat
+        assert found[9].abs() > 1e-3  # to the backward mean
+        assert mode != "expectation" or found[7].abs().max() > 1e-3  # to the forward mean

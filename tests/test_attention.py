@@ -167,6 +167,62 @@ def test_there_must_be_attention_of_parameters():
     assert type(model["mix"]) is nn.MultiheadAttention
 
 
+def two():
+    return nn.ModuleDict({n: nn.MultiheadAttention(8, 2, kdim=8, vdim=5) for n in "ab"})
+
+
+def tied(model, kind, other="a", to=None):
+    setattr(model["b"], kind, getattr(model[other], to or kind))
+    return model
+
+
+def packed():
+    return nn.ModuleDict({n: nn.MultiheadAttention(8, 2) for n in "ab"})
+
+
+def of_another_layer():
+    model = packed()
+    model["c"] = nn.Linear(8, 24)
+    return tied(model, "in_proj_weight", "c", "weight")
+
+
+SHARED = {
+    "packed": (lambda: tied(packed(), "in_proj_weight"), "'a.in_proj_weight', 'b.in_proj_weight'"),
+    "bias": (lambda: tied(packed(), "in_proj_bias"), "'a.in_proj_bias', 'b.in_proj_bias'"),
+    "queries": (lambda: tied(two(), "q_proj_weight"), "'a.q_proj_weight', 'b.q_proj_weight'"),
+    "keys": (lambda: tied(two(), "k_proj_weight"), "'a.k_proj_weight', 'b.k_proj_weight'"),
+    "values": (lambda: tied(two(), "v_proj_weight"), "'a.v_proj_weight', 'b.v_proj_weight'"),
+    "in one module": (
+        lambda: tied(two(), "k_proj_weight", "b", "q_proj_weight"),
+        "'b.q_proj_weight', 'b.k_proj_weight'",
+    ),
+    "with another layer": (of_another_layer, "'b.in_proj_weight', 'c.weight'"),
+}
+
+
+@pytest.mark.parametrize("make, names", SHARED.values(), ids=SHARED)
+def test_parameters_that_have_several_places_are_refused(make, names):
+    model = make()
+    before = list(model.named_parameters(remove_duplicate=False))
+    with pytest.raises(
+        ValueError, match=rf"\[{names}\] are one parameter.*give each place its own"
+    ):
+        ls.attention_to_linears_(model)
+    after = list(model.named_parameters(remove_duplicate=False))
+    assert all(n == m and p is q for (n, p), (m, q) in zip(before, after, strict=True))
+    assert type(model["a"]) is type(model["b"]) is nn.MultiheadAttention
+
+
+def test_one_module_in_several_places_and_a_shared_projection_of_outputs_stay_shared():
+    one = nn.MultiheadAttention(8, 2)
+    model = ls.attention_to_linears_(nn.ModuleList([one, one]))
+    assert model[0] is model[1] is one and type(one) is ProjectedAttention
+    model = tied(packed(), "out_proj")
+    ls.attention_to_linears_(model)
+    assert model["a"].out_proj is model["b"].out_proj
+    assert model["a"].q_proj.weight is not model["b"].q_proj.weight
+
+
 def test_a_projection_of_outputs_that_is_not_torchs_own_is_refused():
     for change in (nn.utils.parametrizations.weight_norm, lambda layer: nn.Sequential(layer)):
         mix = nn.MultiheadAttention(8, 2, batch_first=True)

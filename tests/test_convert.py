@@ -1216,3 +1216,12 @@ def test_lazy_batch_norms_without_parameters_are_refused():
     net = nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d(affine=False), nn.ReLU())
     with pytest.raises(ValueError, match="lazy modules"):
         ls.quantize_(net, ls.ternary(), ls.unsigned(2))
+
+
+def test_weights_with_a_scale_each_are_warned_of():
+    model = nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 2))
+    with pytest.warns(UserWarning, match=r"each weight of \['0'\] has a scale of its own"):
+        ls.quantize_(copy.deepcopy(model), ls.signed(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ls.quantize_(model, ls.signed(4), weight_scale=AbsoluteMean("tensor"))

@@ -749,6 +749,44 @@ def test_frozen_batch_norms_keep_their_statistics():
         assert not norm.training
 
 
+def test_norms_of_a_frozen_block_keep_their_statistics():
+    block = nn.Sequential(nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6)), nn.ReLU())
+    model = nn.Sequential(block, nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU()).train()
+    ls.quantize_(model, ls.ternary(), ls.unsigned(2))
+    block.eval()
+    ls.finalize_(model, [torch.randn(16, 8)])
+    assert torch.equal(block[0][1].running_mean, torch.zeros(6))
+    assert not torch.equal(model[2].running_mean, torch.zeros(6))
+
+
+def test_weights_of_a_model_without_quantizers_stay_on_their_levels():
+    model, _ = trained()
+    ls.remove_quantizers_(ls.finalize_(model))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    [batch] = batches(1)
+    model(batch).square().mean().backward()
+    optimizer.step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    kinds = (nn.Linear, nn.Conv2d)
+    levels = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, kinds)}
+    assert levels and moved.isdisjoint(levels) and moved
+
+
+def test_a_refused_float_checkpoint_frees_nothing():
+    model, _ = trained()
+    quantizer = next(m for m in model.modules() if hasattr(m, "weight_quantizer")).weight_quantizer
+    assert bool(quantizer.membership.all())
+    state = {n: p for n, p in model.state_dict().items() if "quantizer" not in n}
+    wrong = {n: torch.zeros(1, 1) if n.endswith("weight") else p for n, p in state.items()}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(wrong, strict=False)
+    assert bool(quantizer.membership.all())
+    with pytest.warns(UserWarning, match="a float checkpoint was loaded"):
+        model.load_state_dict(state, strict=False)
+    assert not bool(quantizer.membership.any())
+
+
 def test_statistics_of_other_data_than_those_of_training_are_warned_of():
     def scaled(x):
         return 3 * x - 1

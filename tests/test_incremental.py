@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from learnsched.incremental import (
     PARTITIONS,
+    any_per_channel,
     check_fraction,
     hard_membership,
     hold,
@@ -253,3 +254,15 @@ def test_hold_has_finite_gradients_where_nothing_is_frozen():
     membership = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
     hold(weights(3), frozen, weights(3, seed=1), membership).sum().backward()
     assert membership.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 3, 1), (4, 3, 1), (1, 1, 1), (4, 3, 2), ()])
+@pytest.mark.parametrize("part", [1.0, 0.5, 1e-6])
+def test_a_weight_that_is_frozen_in_part_counts_for_its_channel(shape, part):
+    membership = torch.zeros(4, 3, 2)
+    membership[1, 2, 0] = membership[3, 2, 1] = part
+    found = any_per_channel(membership, torch.ones(shape))
+    assert found.shape == shape
+    places = torch.arange(max(1, math.prod(shape))).view(shape).expand(4, 3, 2)
+    shared = {int(places[i, j, k]) for i, j, k in membership.nonzero().tolist()}
+    assert {i for i, marked in enumerate(found.flatten().tolist()) if marked} == shared

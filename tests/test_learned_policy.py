@@ -689,3 +689,28 @@ def test_warnings_name_the_line_of_the_user():
         [w for w in told if words in str(w.message)] for words in ("horizon", "training loss")
     )
     assert [Path(w.filename).name for w in horizon + loss] == [Path(__file__).name] * 2
+
+
+def test_what_a_policy_is_shown_of_its_own_outputs_carries_no_gradient():
+    """As if the outputs of the epoch before were numbers; other state goes on in the graph."""
+    policy, run = trained(spread=0.5), run_of(3, 6)
+    parameters = list(policy.network.parameters())
+    with torch.no_grad():
+        numbers, state = [], policy.initial_state(run)
+        for epoch in range(4):
+            numbers.append(state["outputs"].clone())
+            _, state = policy.tensors(run, epoch, telemetry_of(epoch, 3), state)
+
+    def gradient(replayed):
+        state = policy.initial_state(run)
+        for epoch in range(4):
+            if replayed:
+                state = {**state, "outputs": numbers[epoch]}
+            row, state = policy.tensors(run, epoch, telemetry_of(epoch, 3), state)
+        assert state["hidden"].requires_grad and state["fraction"].requires_grad
+        assert not state["outputs"].requires_grad
+        return torch.autograd.grad(row[:, STDS + BACKWARD].sum(), parameters)
+
+    for found, expected in zip(gradient(False), gradient(True), strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(found, expected)

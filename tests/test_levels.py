@@ -249,3 +249,10 @@ def test_nan_takes_the_lowest_level(levels):
     x = torch.tensor([math.nan, math.inf, -math.inf])
     assert levels.codes(x).tolist() == [0, len(levels.values) - 1, 0]
     assert levels.quantize(x).tolist() == [levels.values[0], levels.values[-1], levels.values[0]]
+
+
+@pytest.mark.parametrize("levels", [ternary(), unsigned(2), LevelSet((-0.7, 0.1, 1.1))])
+def test_whole_numbers_are_no_numbers_to_quantize(levels):
+    with pytest.raises(TypeError, match="floating-point numbers are quantized"):
+        levels.quantize(torch.tensor([0, 1, 3]))
+    assert levels.codes(torch.tensor([0, 1, 3])).dtype == torch.int64

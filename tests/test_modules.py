@@ -500,3 +500,10 @@ def test_a_finished_network_is_spared_the_search_for_a_scale():
     assert torch.equal(layer(x), expected)
     assert not calls
     assert torch.equal(layer.train()(x), expected)
+
+
+def test_an_activation_of_whole_numbers_counts_in_those_of_its_scale():
+    net = ls.quantize_(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), ls.ternary(), ls.unsigned(2))
+    whole = torch.tensor([0, 1, 3])
+    assert torch.equal(net[1](whole), net[1](whole.float()))
+    assert net[1](whole).dtype == torch.float32

@@ -277,6 +277,32 @@ def test_identity_std_is_that_of_a_uniform_variable_of_width_1():
     assert float(sample.std()) == pytest.approx(IDENTITY_STD, rel=0.01)
 
 
+@pytest.mark.parametrize("levels", [ls.ternary(), ls.signed(3), ls.unsigned(2)])
+def test_weights_that_start_on_a_level_have_a_gradient(levels):
+    x = torch.tensor(levels.values, requires_grad=True)
+    std = IDENTITY_STD * levels.step
+    y = ls.annealed_quantize(x, levels, forward_std=std, backward_std=std, noise="uniform")
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert (slope > 0.999).all()
+    torch.testing.assert_close(y.detach(), x.detach())
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        policies.AdditiveNoiseAnnealing,
+        policies.IncrementalQuantization,
+        policies.PiecewiseAffine,
+        policies.Relaxed,
+        policies.RelaxedQuantization,
+        policies.StraightThrough,
+    ],
+)
+def test_unknown_partitions_are_refused(policy):
+    with pytest.raises(ValueError, match="partition"):
+        policy(partition="nonsense")
+
+
 @pytest.mark.parametrize("noise", NOISES)
 def test_straight_through_is_hard_with_constant_backward_noise(noise):
     policy = policies.StraightThrough(0.6, 0.9, noise=noise)

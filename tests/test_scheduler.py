@@ -1107,6 +1107,74 @@ def test_a_second_scheduler_takes_over_a_free_model():
     ls.integer_weights(model)
 
 
+def test_a_scheduler_whose_place_another_took_is_silent_and_does_not_step():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    first = ls.QuantizationScheduler(
+        model, policies.Relaxed(noise="uniform"), 2, steps_per_epoch=2, optimizer=optimizer
+    )
+    second = ls.QuantizationScheduler(
+        model, policies.StraightThrough(), 9, steps_per_epoch=2, optimizer=optimizer
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(8):
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(torch.randn(8, 8)).sum().backward()
+                optimizer.step()
+            second.step()
+    with pytest.raises(RuntimeError, match="another scheduler has been made for this model"):
+        first.step()
+    assert second.epoch == 8
+
+
+def test_a_copy_of_model_and_scheduler_goes_on_by_itself():
+    model = network()
+    scheduler = ls.QuantizationScheduler(model, policies.StraightThrough(), 3)
+    _, other = copy.deepcopy((model, scheduler))
+    other.step()
+    scheduler.step()
+    pickled = pickle.loads(pickle.dumps(scheduler))
+    pickled.step()
+    assert other.epoch == 1 and pickled.epoch == 2 and scheduler.epoch == 1
+
+
+@pytest.mark.parametrize("mode", ["expectation", "mode"])
+def test_a_state_in_mid_run_tells_the_kind_of_noise_without_a_scheduler(mode):
+    model, x = network(), torch.randn(32, 8)
+    policy = policies.AdditiveNoiseAnnealing(noise="uniform", mode=mode)
+    ls.QuantizationScheduler(model, policy, 4)
+    fresh = network()
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh.eval()(x), model.eval()(x))
+    older = {n: t[:-1] if n.endswith("_extra_state") else t for n, t in model.state_dict().items()}
+    network().load_state_dict(older)
+
+
+def test_uneven_levels_are_warned_of_where_noise_is_to_leave_weights_real():
+    for policy in (policies.IncrementalQuantization(4), policies.PiecewiseAffine()):
+        with pytest.warns(UserWarning, match=r"those of \['0', '3'\] are further apart elsewhere"):
+            ls.QuantizationScheduler(network(weight=ls.power_of_two(4)), policy, 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ls.QuantizationScheduler(network(weight=ls.power_of_two(3)), policy, 4)
+            ls.QuantizationScheduler(
+                network(weight=ls.power_of_two(4)), policies.AdditiveNoiseAnnealing(), 4
+            )
+
+
+def test_a_policy_may_replace_what_it_is_shown():
+    class Replacing(policies.StraightThrough):
+        def settings(self, run, epoch, telemetry, state):
+            given = telemetry.weight_error + 1
+            shown = dataclasses.replace(telemetry, weight_error=given)
+            assert torch.equal(shown.weight_error, given) and shown.loss is telemetry.loss
+            return super().settings(run, epoch, telemetry, state)
+
+    ls.QuantizationScheduler(network(), Replacing(), 2).step()
+
+
 def test_half_precision_models_are_scheduled_and_finished():
     model = network().to(torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)

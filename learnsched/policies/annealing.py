@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from learnsched.annealed import MODES
 from learnsched.choices import check_choice
+from learnsched.incremental import PARTITIONS
 from learnsched.noise import noise_shape
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
@@ -74,6 +75,7 @@ class AdditiveNoiseAnnealing:
 
     def __post_init__(self) -> None:
         noise_shape(self.noise)
+        check_choice("partition", self.partition, PARTITIONS)
         check_choice("mode", self.mode, MODES)
         check_choice("annealed", self.annealed, ANNEALED)
         check_choice("interval", self.interval, INTERVALS)

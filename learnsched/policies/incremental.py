@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
+
 from learnsched.choices import check_choice
 from learnsched.incremental import PARTITIONS, check_fraction
 from learnsched.learning_rate import warm_cosine
@@ -22,16 +24,19 @@ PUBLISHED_FRACTIONS: dict[int, tuple[float, ...]] = {
     2: (0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.975, 1.0),
 }
 
-# Uniform noise one step wide: the expectation of the staircase is the identity inside its range.
-IDENTITY_STD = 1 / math.sqrt(12)
+# Uniform noise one step wide: the expectation of the staircase is the identity inside its range. Rounded
+# up in single precision, so that windows of neighbouring thresholds meet: a weight on a level, as the
+# zeros that a layer may start from, has a gradient.
+IDENTITY_STD = float(np.nextafter(np.float32(1 / math.sqrt(12)), np.float32(1)))
 
 
 @dataclass(frozen=True)
 class IncrementalQuantization:
     """INQ: freeze the given cumulative fractions, one after the other, over the run.
 
-    Free weights stay real inside the range of their level set, by uniform noise one step wide.
-    Activations are hard, with backward noise of fixed std.
+    Free weights stay real inside the range of their level set, by uniform noise one step wide; of
+    unevenly spaced levels (powers of two of 4 bits and more) only around the smallest ones, and the
+    scheduler warns. Activations are hard, with backward noise of fixed std.
 
     Args:
         fractions: non-decreasing, ending at 1; or the number of bits (2 to 5) for the paper's.
@@ -68,6 +73,8 @@ class IncrementalQuantization:
     noise: str = "uniform"
     metrics: tuple[str, ...] = ()
     restarts: bool = False
+
+    evenly_spaced = True
 
     def __post_init__(self) -> None:
         check_choice("partition", self.partition, PARTITIONS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from learnsched.choices import check_choice
+from learnsched.incremental import PARTITIONS
 from learnsched.policies.incremental import IDENTITY_STD
 from learnsched.policies.same_for_all_layers import SameForAllLayers
 from learnsched.schedule import Setting
@@ -15,7 +17,8 @@ class PiecewiseAffine(SameForAllLayers):
     """PARQ's map of the weights: plateaus at the levels, straight lines of growing slope between.
 
     Uniform noise of width w steps has an expectation of slope 1/w around each threshold, and flat
-    beyond. The width falls from 1 (the identity) to 0 (the staircase) along a normalized sigmoid::
+    beyond. The width falls from 1 (the identity, where levels are evenly spaced) to 0 (the staircase)
+    along a normalized sigmoid::
 
         w = (s(c - f) - s(-1/2)) / (s(1/2) - s(-1/2)),  s(x) = 1 / (1 + exp(-steepness x))
 
@@ -54,8 +57,10 @@ class PiecewiseAffine(SameForAllLayers):
     metrics: tuple[str, ...] = ()
 
     noise = "uniform"
+    evenly_spaced = True
 
     def __post_init__(self) -> None:
+        check_choice("partition", self.partition, PARTITIONS)
         if not 0 <= self.start < self.end <= 1:
             raise ValueError(
                 f"start and end are shares of the run, 0 <= start < end <= 1, got {self.start} and "

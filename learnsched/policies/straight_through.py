@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from learnsched.choices import check_choice
+from learnsched.incremental import PARTITIONS
 from learnsched.noise import noise_shape
 from learnsched.policies.geometric import geometric
 from learnsched.policies.same_for_all_layers import SameForAllLayers
@@ -29,7 +31,7 @@ class StraightThrough(SameForAllLayers):
 
     Raises:
         ValueError: a std is negative or not finite, one of a pair of start and end is 0, or the noise
-            is unknown.
+            or partition is unknown.
 
     Source:
         Bengio et al. 2013 (arXiv:1308.3432); with other level sets and scales BinaryConnect
@@ -56,6 +58,7 @@ class StraightThrough(SameForAllLayers):
 
     def __post_init__(self) -> None:
         noise_shape(self.noise)
+        check_choice("partition", self.partition, PARTITIONS)
         for start, end in (self._weight, self._activation):
             if end is not None and not (start > 0 and end > 0):
                 raise ValueError(
