@@ -144,6 +144,7 @@ def long(bits: str) -> tuple[Task, ...]:
 _RANDOM_MIX = Mix(
     architectures=(
         ("mnist1d", "cnn1d", (8, 12, 16), (3, 4, 6)),
+        ("mnist1d", "cnn1d_wide", (8, 12, 16), (3, 4, 6)),
         ("noisy_digits", "cnn2d", (6, 10), (3, 4, 6)),
         ("noisy_digits", "residual", (6, 10), (5, 7, 9)),
         ("mnist1d", "mlp", (24, 32, 64), (3, 4, 6)),

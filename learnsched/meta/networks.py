@@ -75,15 +75,23 @@ def mlp(inputs: int, width: int, depth: int, classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(size, classes))
 
 
-def cnn1d(length: int, width: int, depth: int, classes: int) -> nn.Module:
-    """``depth - 1`` convolutions, the first two with stride 2, and a linear layer."""
+def cnn1d(length: int, width: int, depth: int, classes: int, kernel: int = 5) -> nn.Module:
+    """``depth - 1`` convolutions, the first two with stride 2, and a linear layer.
+
+    Args:
+        length: of the signals.
+        width: channels.
+        depth: weight layers.
+        classes: of the data.
+        kernel: of the first convolution, an odd number; those of the others are half as wide.
+    """
     layers: list[nn.Module] = [nn.Unflatten(1, (1, length))]
     channels = 1
     for index in range(depth - 1):
         stride = 2 if index < 2 else 1
-        kernel = 5 if index == 0 else 3
+        taps = kernel if index == 0 else kernel // 2 + 1
         layers += [
-            nn.Conv1d(channels, width, kernel, stride, kernel // 2, bias=False),
+            nn.Conv1d(channels, width, taps, stride, taps // 2, bias=False),
             nn.BatchNorm1d(width),
             nn.ReLU(),
         ]
@@ -190,6 +198,7 @@ _IMAGE = (1, "side", "side")
 FAMILIES: Mapping[str, Family] = {
     "mlp": Family(lambda shape, *sizes: mlp(math.prod(shape), *sizes)),
     "cnn1d": Family(lambda shape, *sizes: cnn1d(shape[0], *sizes), ("features",)),
+    "cnn1d_wide": Family(lambda shape, *sizes: cnn1d(shape[0], *sizes, kernel=9), ("features",)),
     "cnn2d": Family(lambda shape, *sizes: cnn2d(shape[-1], *sizes), _IMAGE),
     "residual": Family(lambda shape, *sizes: residual(shape[-1], *sizes), _IMAGE, least=5, more=2),
     "vgg": Family(lambda shape, *sizes: vgg(shape[-1], *sizes), _IMAGE, least=6, more=2),

@@ -68,7 +68,7 @@ class Task:
     """Members of one architecture, data set and horizon; they differ in seed and learning rate.
 
     Attributes:
-        family: ``mlp``, ``cnn1d``, ``cnn2d``, ``residual`` or ``vgg``, see
+        family: ``mlp``, ``cnn1d``, ``cnn1d_wide``, ``cnn2d``, ``residual`` or ``vgg``, see
             :mod:`learnsched.meta.networks`, or the name of one of your own.
         data: ``mnist1d``, ``digits`` or ``noisy_digits`` in meta-training.
         width: units or channels of the hidden layers.
