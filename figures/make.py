@@ -19,7 +19,7 @@ from learnsched import load_pretrained, plan, plot_comparison, plot_schedule  # 
 from learnsched.benchmarks.comparison import by_task, table  # noqa: E402
 from learnsched.figure_style import DASHES, MARKERS, paper_style, save_figure  # noqa: E402
 from learnsched.files import write_text  # noqa: E402
-from learnsched.meta.trainer import read_log  # noqa: E402
+from learnsched.meta.run_folder import read_log  # noqa: E402
 from learnsched.plotting import plot_learning_curve  # noqa: E402
 from meta_train import example_run  # noqa: E402
 

@@ -23,7 +23,7 @@ from typing import Any
 from learnsched.benchmarks.gradient import BUDGET
 from learnsched.benchmarks.records import HAND_CODED, LEARNED, read
 from learnsched.benchmarks.statistics import Record, by_cell
-from learnsched.meta.trainer import read_log
+from learnsched.meta.run_folder import read_log
 
 # The estimator of preset standard, and one whose cost is that of ordinary runs.
 _UNROLLED, _ORDINARY = "unrolled, damped by ½", "evolution, 8 pairs"

@@ -45,8 +45,9 @@ from learnsched.meta.estimators import Estimator
 from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.mix import Mix
 from learnsched.meta.presets import PRESETS
+from learnsched.meta.run_folder import read_log
 from learnsched.meta.tasks import Task, task_of
-from learnsched.meta.trainer import MetaTrainer, TrainerConfig, read_log
+from learnsched.meta.trainer import MetaTrainer, TrainerConfig
 from learnsched.meta.unrolled import Unrolled
 from learnsched.meta.validation import hard_errors
 from learnsched.policies import LearnedPolicy, MetaNetwork

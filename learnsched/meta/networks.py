@@ -198,7 +198,10 @@ _IMAGE = (1, "side", "side")
 FAMILIES: Mapping[str, Family] = {
     "mlp": Family(lambda shape, *sizes: mlp(math.prod(shape), *sizes)),
     "cnn1d": Family(lambda shape, *sizes: cnn1d(shape[0], *sizes), ("features",)),
-    "cnn1d_wide": Family(lambda shape, *sizes: cnn1d(shape[0], *sizes, kernel=9), ("features",)),
+    "cnn1d_wide": Family(
+        lambda shape, width, depth, classes: cnn1d(shape[0], width, depth, classes, kernel=9),
+        ("features",),
+    ),
     "cnn2d": Family(lambda shape, *sizes: cnn2d(shape[-1], *sizes), _IMAGE),
     "residual": Family(lambda shape, *sizes: residual(shape[-1], *sizes), _IMAGE, least=5, more=2),
     "vgg": Family(lambda shape, *sizes: vgg(shape[-1], *sizes), _IMAGE, least=6, more=2),

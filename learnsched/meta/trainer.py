@@ -6,37 +6,30 @@ would have seen, and a run on several processes what a run on one would have.
 
 from __future__ import annotations
 
-import json
 import math
-import operator
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from learnsched.choices import check_choice, whole_number
 from learnsched.data import DataSet, load
-from learnsched.differences import differences
 from learnsched.digest import digest
-from learnsched.files import write, write_text
-from learnsched.json_numbers import as_json, from_json
 from learnsched.meta import processes
 from learnsched.meta.estimators import Estimator
 from learnsched.meta.mix import Mix
 from learnsched.meta.networks import FAMILIES, Family, check_depth
 from learnsched.meta.rollout import begin
+from learnsched.meta.run_folder import has_run, load_checkpoint, save_checkpoint, write_config
 from learnsched.meta.tasks import Task, layer_of
 from learnsched.meta.unrolled import Unrolled
 from learnsched.meta.validation import hard_errors
-from learnsched.policies.domain import LATER_RANGES
-from learnsched.policies.learned import LATER_CHOICES, LearnedPolicy
+from learnsched.policies.learned import LearnedPolicy
 from learnsched.schedule import RunInfo
 
 
@@ -226,7 +219,8 @@ class MetaTrainer:
                 entry["validation_error"] = self._validate()
             self._log.append(entry)
             state = self._copied()
-            self._save(*state)
+            if processes.rank() == 0:
+                save_checkpoint(self.folder, *state)
             self._kept = state
             if progress is not None:
                 progress(entry)
@@ -328,22 +322,13 @@ class MetaTrainer:
 
     def _open(self) -> None:
         """Start a run in the folder, or take up the one that is there."""
-        path, checkpoint = (
-            self.folder / name for name in ("config.json", "checkpoint.safetensors")
-        )
-        if path.exists():
-            self._check_config(path)
-        elif checkpoint.exists():
-            raise FileNotFoundError(
-                f"{checkpoint} is there and its configuration {path} is not, without which nobody knows "
-                "which run it belongs to; put it back, or choose another folder"
-            )
-        elif processes.rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(self._config(), indent=1, default=operator.index))
+        if not has_run(self.folder, self._config()) and processes.rank() == 0:
+            write_config(self.folder, self._config())
         processes.barrier()
-        if checkpoint.exists():
-            self._load(checkpoint)
+        tensors, scalars = self._kept
+        if found := load_checkpoint(self.folder, tensors, scalars):
+            self._restore(*found)
+            self._kept = self._copied()
 
     def _config(self) -> dict[str, Any]:
         """What tells this run from others."""
@@ -354,33 +339,6 @@ class MetaTrainer:
             "data": {name: _sizes(self.data[name]) for name in sorted(self.config.data_names)},
             "start": digest(self._parameters),
         }
-
-    def _check_config(self, path: Path) -> None:
-        """Refuse a folder whose run is another one."""
-        config = json.loads(json.dumps(self._config(), default=operator.index))
-        try:
-            stored = json.loads(path.read_text())
-            # The run may have begun before policies had all their choices and ranges, and tasks all
-            # their fields. Its mix, which tells the ranges, is checked anyway.
-            stored["policy"] = dict.fromkeys(LATER_CHOICES, False) | stored["policy"]
-            ranges = {name: config["policy"]["domain"][name] for name in LATER_RANGES}
-            stored["policy"]["domain"] = ranges | stored["policy"]["domain"]
-            later = {f.name: f.default for f in fields(Task) if f.default is not MISSING}
-            tasks = stored["trainer"]["validation"]
-            stored["trainer"]["validation"] = [later | task for task in tasks]
-            stored = {part: config[part] for part in ("data", "start")} | stored
-            stored["data"] = {
-                name: {"validation": config["data"].get(name, {}).get("validation")} | sizes
-                for name, sizes in stored["data"].items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged ({error!r}); choose another folder") from error
-        found = ", ".join(key for key, _, _ in differences(stored, config))
-        if found:
-            raise FileExistsError(
-                f"{self.folder} holds a run of another configuration: {path} differs in {found}; "
-                "choose another folder, or the same preset, seed and options as before"
-            )
 
     def _tensors(self) -> dict[str, Tensor]:
         """All tensors that training changes, by name."""
@@ -412,74 +370,6 @@ class MetaTrainer:
         self.step, self.seconds = scalars["step"], scalars["seconds"]
         self.best_error, self.best_step = scalars["best_error"], scalars["best_step"]
         self._typical_norm, self._log = scalars["typical_norm"], list(scalars["log"])
-
-    def _save(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        if processes.rank() != 0:
-            return
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        told = {"trainer": json.dumps(scalars), "digest": digest(contiguous)}
-        data = save(contiguous, metadata=told)
-        # The checkpoint comes last: once the last one is there, so is the whole log.
-        lines = "".join(json.dumps(as_json(e), allow_nan=False) + "\n" for e in scalars["log"])
-        write_text(self.folder / "log.jsonl", lines)
-        write(self.folder / "checkpoint.safetensors", lambda temporary: temporary.write_bytes(data))
-
-    def _load(self, path: Path) -> None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                told = file.metadata()
-                stored, written = json.loads(told["trainer"]), told.get("digest")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            scalars = {name: stored[name] for name in self._kept[1]}
-            _check_scalars(scalars)
-            if _shapes(tensors) != _shapes(self._tensors()):
-                raise ValueError("its tensors are not those of this network")
-            if written not in (None, digest(tensors)):
-                raise ValueError("its tensors are not what was written")
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error}); remove it to start this run again"
-            ) from error
-        self._restore(tensors, scalars)
-        self._kept = self._copied()
-
-
-def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The entries of a run's ``log.jsonl``, as :attr:`MetaTrainer.log` has them.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: a line is no JSON.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "log.jsonl"
-        >>> _ = path.write_text('{"step": 1, "outer_loss": "nan"}\\n')
-        >>> read_log(path)
-        [{'step': 1, 'outer_loss': nan}]
-    """
-    entries = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    return [from_json(entry) for entry in entries]
-
-
-def _check_scalars(scalars: Mapping[str, Any]) -> None:
-    """Refuse what no run writes beside its tensors.
-
-    Raises:
-        TypeError, ValueError: a number is none or out of its range, or the log is no list of entries.
-    """
-    for name in ("step", "best_step"):
-        whole_number(name, scalars[name], least=0)
-    for name in ("seconds", "best_error", "typical_norm"):
-        if not isinstance(scalars[name], float | int) or scalars[name] < 0:
-            raise ValueError(f"{name} must be a number of at least 0, got {scalars[name]!r}")
-    log = scalars["log"]
-    if not (isinstance(log, list) and all(isinstance(entry, dict) for entry in log)):
-        raise ValueError(f"log must be a list of entries, got {log!r}")
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _sizes(data: DataSet) -> dict[str, Any]:
