@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from learnsched.activation_quantizer import ActivationQuantizer
 from learnsched.batch_norm import batch_norms
 from learnsched.batches import (
     Forward,
@@ -21,7 +22,6 @@ from learnsched.batches import (
 )
 from learnsched.execution import hooked
 from learnsched.layers import quantized_activations
-from learnsched.quantizers import ActivationQuantizer
 
 # What a rule is fitted to: least squares goes over it a hundred times.
 _LARGEST_SAMPLE = 2**18

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from learnsched.activation_quantizer import ActivationQuantizer
 from learnsched.modules import KNOWN, QUANTIZED_LAYERS, REAL, check_module, matrices
-from learnsched.quantizers import ActivationQuantizer
 from learnsched.tables import aligned
 
 

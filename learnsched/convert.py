@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from learnsched.activation_quantizer import ActivationQuantizer, PReLUQuantizer
 from learnsched.choose import Chosen, LayerConfig, choose
 from learnsched.conversion_notes import notes_ahead
 from learnsched.execution import Example, Execution, reached
@@ -21,8 +22,8 @@ from learnsched.modules import (
     CopiedDecoderLayer,
     channel_dim,
 )
-from learnsched.quantizers import ActivationQuantizer, PReLUQuantizer, WeightQuantizer
 from learnsched.scales import LeastSquares, ScaleRule, default_weight_rule, unit_normal_scale
+from learnsched.weight_quantizer import WeightQuantizer
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

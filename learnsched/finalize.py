@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from learnsched.activation_quantizer import ActivationQuantizer
 from learnsched.batch_norm import moved, reestimate_, statistics
 from learnsched.batches import (
     Forward,
@@ -21,7 +22,7 @@ from learnsched.batches import (
 )
 from learnsched.layers import Layer, quantized_layers
 from learnsched.modules import QUANTIZED_TYPES, QuantizedLayer
-from learnsched.quantizers import NOISE_BUFFERS, ActivationQuantizer
+from learnsched.quantizer import NOISE_BUFFERS
 from learnsched.weight_warnings import has_lost_noise
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from learnsched.activation_quantizer import ActivationQuantizer
 from learnsched.modules import QUANTIZED_LAYERS, QuantizedLayer, check_module, fan_in
-from learnsched.quantizers import ActivationQuantizer, WeightQuantizer
 from learnsched.schedule import LayerInfo
+from learnsched.weight_quantizer import WeightQuantizer
 
 # The field of a setting for each noise buffer: both passes have one mean.
 _FIELD_OF = {

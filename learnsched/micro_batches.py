@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from learnsched.modules import QUANTIZED_LAYERS
-from learnsched.quantizers import WeightQuantizer
+from learnsched.weight_quantizer import WeightQuantizer
 
 _LEAVE = "leave the context before the optimizer's step"
 

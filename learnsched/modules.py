@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from learnsched.quantizers import WeightQuantizer
+from learnsched.weight_quantizer import WeightQuantizer
 
 
 class _OwnsQuantizer(nn.Module):

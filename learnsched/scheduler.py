@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from learnsched.activation_quantizer import ActivationQuantizer
 from learnsched.annealed import MODES
 from learnsched.apply_settings import (
     check_fractions,
@@ -28,12 +29,12 @@ from learnsched.layers import quantized_layers
 from learnsched.learning_rate import learning_rate_factor
 from learnsched.noise import NoiseShape, noise_shape
 from learnsched.optimizer_checks import own_optimizer, warn_of_strangers, warn_of_untrained
-from learnsched.quantizers import ActivationQuantizer, WeightQuantizer
 from learnsched.ranks import over_ranks, several_ranks
 from learnsched.schedule import Policy, RunInfo, Setting, ask, check_policy, terminal
 from learnsched.scheduler_state import as_own, check_complete, description, snapshot, spelled
 from learnsched.step_counter import StepCounter
 from learnsched.telemetry import telemetry_of
+from learnsched.weight_quantizer import WeightQuantizer
 from learnsched.weight_warnings import warn_of_gaps, warn_of_weights
 
 _STATE_VERSION = 2

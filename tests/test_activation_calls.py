@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from learnsched.activation_calls import activations_to_modules_
+from learnsched.activation_quantizer import ActivationQuantizer
 from learnsched.convert import quantize_
 from learnsched.export.trace import trace
 from learnsched.finalize import finalize_
 from learnsched.layers import quantized_layers
 from learnsched.levels import ternary, unsigned
-from learnsched.quantizers import ActivationQuantizer
 
 X = torch.linspace(-3, 3, 4 * 3 * 8 * 8).sin().view(4, 3, 8, 8)
 

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import learnsched as ls
+from learnsched.activation_quantizer import ActivationQuantizer
 from learnsched.layers import quantized_layers
 from learnsched.modules import QuantizedLinear
-from learnsched.quantizers import ActivationQuantizer
 from learnsched.scales import AbsoluteMean, Fixed, Maximum
 
 pytestmark = pytest.mark.filterwarnings("ignore:no batch norm precedes")

@@ -13,16 +13,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import learnsched as ls
+from learnsched.activation_quantizer import ActivationQuantizer, PReLUQuantizer
 from learnsched.annealed import annealed_quantize
 from learnsched.modules import QuantizedConv1d, QuantizedConv2d, QuantizedLinear
 from learnsched.noise import NOISES, noise_shape
-from learnsched.quantizers import (
-    NOISE_BUFFERS,
-    ActivationQuantizer,
-    PReLUQuantizer,
-    WeightQuantizer,
-)
+from learnsched.quantizer import NOISE_BUFFERS
 from learnsched.scales import AbsoluteMean, Fixed, LeastSquares, Maximum, default_weight_rule
+from learnsched.weight_quantizer import WeightQuantizer
 
 LEVELS = {
     "ternary": ls.ternary(),

@@ -1204,7 +1204,7 @@ def test_history_is_a_schedule():
 
 @pytest.mark.parametrize("open_loop", [True, False])
 def test_weights_are_measured_only_for_policies_that_read_their_error(monkeypatch, open_loop):
-    from learnsched.quantizers import WeightQuantizer
+    from learnsched.weight_quantizer import WeightQuantizer
 
     measured = []
     error = WeightQuantizer.error

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from learnsched.activation_quantizer import ActivationQuantizer
 from learnsched.modules import QUANTIZED_LAYERS, QuantizedConv1d, QuantizedConv2d, QuantizedLinear
-from learnsched.quantizers import ActivationQuantizer
 
 # What leaves the magnitudes of an input where a layer after it finds them.
 _RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity)

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from learnsched.activation_quantizer import PReLUQuantizer
 from learnsched.export import graph as g
 from learnsched.export.errors import ExportError
 from learnsched.export.operations import RISING, Operation, shape_of
 from learnsched.export.values import Doubles, Integer, Pending, Value
 from learnsched.levels import LevelSet
-from learnsched.quantizers import PReLUQuantizer
 
 
 class Calls:

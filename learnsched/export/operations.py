@@ -10,11 +10,11 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from learnsched.activation_quantizer import ActivationQuantizer
 from learnsched.export.errors import ExportError
 from learnsched.export.graph import Window
 from learnsched.export.quantized_input import QuantizedInput
 from learnsched.modules import QUANTIZED_LAYERS, TRANSPOSED
-from learnsched.quantizers import ActivationQuantizer
 
 QUANTIZERS = (ActivationQuantizer, QuantizedInput)
 PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)

@@ -20,8 +20,8 @@ from learnsched.incremental import any_per_channel, hold, priority, soft_members
 from learnsched.learning_rate import warm_cosine
 from learnsched.meta.inner_optimizers import Adam, InnerOptimizer
 from learnsched.meta.population import CARRIED, Population
-from learnsched.quantizers import WeightQuantizer
 from learnsched.schedule import FIELDS, FRACTION, RunInfo, Telemetry
+from learnsched.weight_quantizer import WeightQuantizer
 
 _WEIGHT_BACKWARD = FIELDS.index("weight_backward_std")
 

@@ -17,8 +17,8 @@ from torch.func import functional_call, stack_module_state, vmap
 from learnsched.layers import noise_fields, quantized_layers
 from learnsched.meta.convolution import ConvolutionsAsProducts
 from learnsched.modules import BATCH_NORMS
-from learnsched.quantizers import WeightQuantizer
 from learnsched.schedule import FIELDS, LayerInfo
+from learnsched.weight_quantizer import WeightQuantizer
 
 # Buffers that the inner loop carries itself, as part of its state.
 CARRIED = ("membership", "held", "held_scale", "scale_held")
