@@ -208,6 +208,27 @@ def test_stratified_choices_are_disjoint_complete_and_proportional() -> None:
         stratified(y, (-1, 3), seed=0)
 
 
+def test_shifted_digits_hold_the_digits_somewhere(digits: DataSet) -> None:
+    shifted = load("shifted_digits")
+    assert shifted.shape == (1, 16, 16) and shifted.classes == 10
+    assert [len(s) for s in (shifted.train, shifted.validation, shifted.test)] == [4000, 297, 500]
+    places = set()
+    for copy in range(4):
+        part = shifted.train.y[1000 * copy : 1000 * (copy + 1)]
+        assert torch.equal(part, digits.train.y)
+    for index in range(40):
+        image, digit = shifted.train.x[index], digits.train.x[index]
+        # The place where image and digit agree best, by brute force.
+        score = torch.nn.functional.conv2d(image[None], digit[None])[0, 0]
+        top, left = divmod(int(score.argmax()), 9)
+        window = image[0, top : top + 8, left : left + 8].flatten()
+        found = torch.corrcoef(torch.stack([window, digit.flatten()]))[0, 1]
+        assert float(found) > 0.85
+        places.add((top, left))
+    assert len(places) > 20
+    assert load("shifted_digits").sha256 == shifted.sha256
+
+
 def test_noisy_digits_are_the_digits_under_noise(digits: DataSet) -> None:
     noisy = load("noisy_digits")
     assert_standardised(noisy, (0, 1, 2, 3))
@@ -228,7 +249,9 @@ def test_unknown_names_and_useless_folders_are_refused(tmp_path: Path) -> None:
         load("mnist")
     with pytest.raises(ValueError, match="digits is not read from files"):
         load("digits", tmp_path)
-    assert set(DATA_SETS) == {"mnist1d", "digits", "noisy_digits", "fashion_mnist", "cifar10"}
+    assert set(DATA_SETS) == {
+        "mnist1d", "digits", "noisy_digits", "shifted_digits", "fashion_mnist", "cifar10",
+    }  # fmt: skip
 
 
 def test_fashion_mnist_is_read_from_idx_files(

@@ -10,7 +10,12 @@ from learnsched.data.splits import DataSet, Split, reduced, standardised, strati
 
 __all__ = ["DATA_SETS", "DataSet", "Split", "load", "reduced", "standardised", "stratified"]
 
-_WITH_PACKAGE = {"mnist1d": mnist1d.load, "digits": digits.load, "noisy_digits": digits.load_noisy}
+_WITH_PACKAGE = {
+    "mnist1d": mnist1d.load,
+    "digits": digits.load,
+    "noisy_digits": digits.load_noisy,
+    "shifted_digits": digits.load_shifted,
+}
 _FROM_FOLDER = {"fashion_mnist": fashion_mnist.load, "cifar10": cifar10.load}
 
 DATA_SETS = (*_WITH_PACKAGE, *_FROM_FOLDER)

@@ -70,7 +70,8 @@ class Task:
     Attributes:
         family: ``mlp``, ``cnn1d``, ``cnn1d_wide``, ``cnn2d``, ``residual`` or ``vgg``, see
             :mod:`learnsched.meta.networks`, or the name of one of your own.
-        data: ``mnist1d``, ``digits`` or ``noisy_digits`` in meta-training.
+        data: a name of :data:`learnsched.data.DATA_SETS`; ``mnist1d``, ``digits`` or ``noisy_digits`` in
+            the meta-training of the default.
         width: units or channels of the hidden layers.
         depth: layers with weights, at least 2.
         horizon: epochs.
