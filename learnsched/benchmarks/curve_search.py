@@ -1,8 +1,8 @@
 """Which fixed curve is best? A search over a family of schedules, for each pair of level sets.
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.curve_search [--bits BITS]
-                               [--fine-tuning | --warm-up | --long | --random [FAMILY ...]]
-                               [--quick] [--seed N] [--json PATH]
+                               [--fine-tuning | --warm-up | --long | --mixed | --random [FAMILY ...]]
+                               [--near SHARE] [--quick] [--seed N] [--json PATH]
 
 The rival of meta-training, and what gives it a base to start from. Random curves train on every task
 of a list, each with a learning rate of its own; a quadratic in all coordinates is fitted to their
@@ -170,6 +170,30 @@ def random(bits: str, families: Sequence[str]) -> tuple[Task, ...]:
     return tuple(drawn(mix, {Regime(bits, False): _RANDOM_COUNT}, _RANDOM_SEED))
 
 
+# Of signals and images whose first layer has more than a few inputs; some are easy to learn, under
+# noise, and some are hard.
+_MIXED_MIX = replace(
+    _RANDOM_MIX,
+    architectures=(
+        ("mnist1d", "cnn1d_wide", (8, 12, 16), (3, 4, 6)),
+        ("mnist1d", "cnn1d_wide", (8, 12, 16), (3, 4, 6)),
+        ("shifted_digits", "cnn2d", (8, 12, 16), (3, 4, 6)),
+        ("shifted_digits", "cnn2d", (8, 12, 16), (3, 4, 6)),
+        ("shifted_digits", "residual", (6, 10), (5, 7)),
+        ("noisy_digits", "cnn2d", (6, 10, 16), (3, 4, 6)),
+        ("noisy_digits", "residual", (6, 10), (5, 7, 9)),
+        ("mnist1d", "mlp", (24, 32, 64), (3, 4, 6)),
+        ("noisy_digits", "mlp", (24, 32, 64), (3, 4, 6)),
+    ),
+)
+_MIXED_COUNT, _MIXED_SEED = 24, 795_000
+
+
+def mixed(bits: str) -> tuple[Task, ...]:
+    """Networks drawn at random, from scratch, of easy and of hard problems."""
+    return tuple(drawn(_MIXED_MIX, {Regime(bits, False): _MIXED_COUNT}, _MIXED_SEED))
+
+
 def _of_one_regime(
     rows: Sequence[tuple[str, str, int, int, int, int]], bits: str, *, fine_tuning: bool, seed: int
 ) -> tuple[Task, ...]:
@@ -193,6 +217,40 @@ def curves(points: Tensor, box: Box) -> tuple[list[BaseCurve], list[float]]:
         rates.append(numbers.pop("learning_rate"))
         found.append(BaseCurve(**numbers))
     return found, rates
+
+
+def around(curve: BaseCurve, box: Box, share: float) -> tuple[Tensor, Tensor]:
+    """The lowest and highest corner of a smaller box in the unit cube, with a curve in its middle.
+
+    As far as the box goes; for the learning rate, which a curve does not have, it is the whole side.
+
+    Args:
+        curve: whose numbers belong in the middle.
+        box: the sides of the unit cube.
+        share: of each side, in (0, 1].
+
+    Raises:
+        ValueError: the share leaves its range.
+
+    Example:
+        >>> low, high = around(BaseCurve(freeze_from=0.5), {"freeze_from": (0.0, 1.0, False)}, 0.2)
+        >>> [round(float(end), 3) for end in (low, high)]
+        [0.4, 0.6]
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"a share of the box lies in (0, 1], got {share}")
+    middle = []
+    for name, (low, high, logarithmic) in box.items():
+        value = getattr(curve, name, None)
+        if value is None:
+            middle.append(math.nan)
+        elif logarithmic:
+            middle.append(math.log(value / low) / math.log(high / low))
+        else:
+            middle.append((value - low) / (high - low))
+    places = torch.tensor(middle, dtype=torch.double).clamp(0, 1)
+    lowest = (places - share / 2).clamp(min=0).nan_to_num(nan=0.0)
+    return lowest, (places + share / 2).clamp(max=1).nan_to_num(nan=1.0)
 
 
 def accuracies(task: Task, data: DataSet, points: Tensor, box: Box, seed: int) -> Tensor:
@@ -248,7 +306,14 @@ def maximum(coefficients: Tensor, low: Tensor, high: Tensor, seed: int) -> tuple
     return points[best].detach(), float(value[best])
 
 
-def search(box: Box, count: int, rounds: int, seed: int, rows: Sequence[Task]) -> dict[str, Any]:
+def search(
+    box: Box,
+    count: int,
+    rounds: int,
+    seed: int,
+    rows: Sequence[Task],
+    within: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, Any]:
     """All rounds over all tasks; what each found.
 
     Args:
@@ -257,9 +322,11 @@ def search(box: Box, count: int, rounds: int, seed: int, rows: Sequence[Task]) -
         rounds: each but the first in half the box of the one before.
         seed: of the curves and their runs.
         rows: what to train on.
+        within: lowest and highest corner, in the unit cube, of what the first round draws from; the
+            whole cube if None.
     """
     data = _data()
-    low, high = torch.zeros(len(box)).double(), torch.ones(len(box)).double()
+    low, high = within or (torch.zeros(len(box)).double(), torch.ones(len(box)).double())
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     found = []
 
@@ -340,7 +407,7 @@ def at_best_rate(
 
 
 def _data() -> dict[str, DataSet]:
-    return {name: load(name) for name in ("digits", "mnist1d", "noisy_digits")}
+    return {name: load(name) for name in ("digits", "mnist1d", "noisy_digits", "shifted_digits")}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -364,6 +431,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="networks drawn at random, of these families or all",
     )
     regime.add_argument("--long", action="store_true", help="runs of 1000 to 1440 steps")
+    regime.add_argument(
+        "--mixed",
+        action="store_true",
+        help="networks drawn at random, of easy and of hard problems",
+    )
+    parser.add_argument(
+        "--near",
+        type=float,
+        metavar="SHARE",
+        help="of each side of the box, around the shipped curve",
+    )
     parser.add_argument("--count", type=int, default=256, help="curves for each task and round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="two tasks, few curves and seeds")
@@ -386,9 +464,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             families = options.random or _RANDOM_FAMILIES
             name, rows = f"{name}, random {' '.join(families)}", random(options.bits, families)
             box = {**box, "warm_until": (0.0, 0.3, False)}
+        elif options.mixed:
+            name, rows = f"{name}, mixed", mixed(options.bits)
+            box = {**box, "warm_until": (0.0, 0.3, False)}
         elif options.long:
             name, rows, rates = f"{name}, long", long(options.bits), _LONG_RATES
             box = {**box, "learning_rate": (0.005, 0.05, True)}
+        shipped, within = PRESETS["standard"].base, None
+        if options.near is not None:
+            name = f"{name}, near"
+            start = shipped.nearest(rows[0].run_of(load(rows[0].data)))
+            within = around(start, box, options.near)
         rows = rows[-2:] if options.quick else rows
         stored: dict[str, Any] = {}
         if options.json and options.json.exists():
@@ -403,10 +489,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         content = stored.get(name) or {
             "environment": describe(),
             "seed": options.seed,
-            **search(box, count, rounds, options.seed, rows),
+            **search(box, count, rounds, options.seed, rows, within),
         }
         last = BaseCurve(**content["rounds"][-1]["curve"])
-        shipped = PRESETS["standard"].base
         compared: dict[str, BaseCurve | BaseCurves] = {
             "plain": BaseCurve(), "shipped": shipped, "found": last,
         }  # fmt: skip

@@ -66,8 +66,9 @@ def load_shifted() -> DataSet:
     """The same digits, each somewhere in an image of 16 × 16 pixels of noise.
 
     As in natural images, a network needs features that do not depend on the place: in 600 steps a small
-    convolutional float network gets 72 to 80 % right, an MLP half. Each of the 1000 training images comes at four places; places and noise are
-    fixed, and the splits have the images and the sizes of :func:`load` otherwise.
+    convolutional float network gets 72 to 80 % right, an MLP half. Each of the 1000 training images
+    comes at four places; places and noise are fixed, and the splits have the images and the sizes of
+    :func:`load` otherwise.
 
     Raises:
         ImportError: the package ``scikit-learn`` is missing.

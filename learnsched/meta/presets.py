@@ -89,22 +89,8 @@ _TERNARY = BaseCurve(
     weight_backward_tilt=-1.2,
     activation_backward_tilt=1.17,
 )
-# Of networks whose first layer has more than a few inputs: of images and of vectors.
-_TERNARY_WIDE = BaseCurve(
-    weight_forward_std=0.0,
-    activation_forward_std=0.1,
-    weight_hard_from=0.6,
-    activation_hard_from=0.5,
-    power=1.5,
-    weight_backward_std=4.0,
-    weight_backward_end=0.34,
-    activation_backward_std=1.2,
-    activation_backward_end=0.22,
-    freeze_from=0.4,
-    hard_tilt=-0.4,
-    weight_backward_tilt=-1.2,
-    activation_backward_tilt=-1.0,
-)
+# Of networks whose first layer has more than a few inputs: of images, of vectors and of other signals.
+_TERNARY_WIDE = replace(_TERNARY, activation_backward_std=0.45, activation_backward_end=0.12)
 _TERNARY_TUNED = BaseCurve(
     weight_forward_std=0.3,
     activation_forward_std=0.1,
@@ -128,18 +114,11 @@ _BINARY = BaseCurve(
     activation_backward_end=0.1,
     freeze_from=0.9,
 )
-_BINARY_WIDE = BaseCurve(
-    weight_forward_std=0.0,
+_BINARY_WIDE = replace(
+    _BINARY,
     activation_forward_std=0.25,
-    activation_hard_from=0.3,
-    power=0.85,
-    weight_backward_std=0.8,
-    weight_backward_end=0.33,
     activation_backward_std=1.0,
     activation_backward_end=0.18,
-    freeze_from=0.5,
-    hard_tilt=-0.8,
-    weight_backward_tilt=0.5,
     activation_backward_tilt=1.2,
 )
 # Weights alone: what concerns activations has no effect.
