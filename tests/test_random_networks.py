@@ -12,6 +12,8 @@ from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.cells import GRIDS
 from learnsched.benchmarks.random_networks import (
     COUNTS,
+    OTHER_COUNTS,
+    OTHER_KINDS,
     SHORTER,
     by_group,
     cells,
@@ -23,6 +25,7 @@ from learnsched.benchmarks.random_networks import (
     tables,
 )
 from learnsched.benchmarks.regimes import Regime, drawn
+from learnsched.benchmarks.tuned_once import practice
 from learnsched.meta.presets import PRESETS
 from learnsched.pretrained import load_pretrained
 
@@ -42,6 +45,17 @@ def test_networks_are_new_and_half_of_their_data():
     assert 0.4 < len(new) / len(tasks) < 0.6
     seen = {kind[0] for preset in PRESETS.values() for kind in preset.trainer.mix.architectures}
     assert "fashion_mnist" not in seen
+
+
+def test_other_kinds_are_in_no_meta_training_and_in_the_tuning_of_no_method():
+    tasks = [cell.task for cell in cells(0, OTHER_KINDS, OTHER_COUNTS)]
+    assert Counter(map(Regime.of, tasks)) == OTHER_COUNTS
+    kinds = {(task.data, task.family) for task in tasks}
+    assert len(kinds) == 3
+    seen = {kind[:2] for preset in PRESETS.values() for kind in preset.trainer.mix.architectures}
+    seen |= {kind[:2] for kind in learning_rates.MIX.architectures}
+    tuned_on = {(t.data, t.family) for t in practice(Regime("ternary/2-bit", fine_tuning=False))}
+    assert not kinds & (seen | tuned_on)
 
 
 def test_fewer_epochs_are_those_of_the_same_network():

@@ -1,14 +1,16 @@
 """What a schedule is worth on networks drawn at random, where nobody searches for anything.
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.random_networks
-        [--artefact default] [--bits BITS ...] [--recipes PATH] [--advised PATH] [--quick] [--seed N]
-        [--json PATH] [--plot PATH]
+        [--other-kinds] [--artefact default] [--bits BITS ...] [--recipes PATH] [--advised PATH]
+        [--quick] [--seed N] [--json PATH] [--plot PATH]
 
 Every network trains under the learned schedule, its start and the hand-coded methods of
 :mod:`learnsched.benchmarks.tuned_once`, with the parameters that were found there: once at the learning
 rate that was found with them, and once at the one that :mod:`learnsched.benchmarks.learning_rates`
 advises for the learned schedule. About half of the networks are for Fashion-MNIST, which nothing of all
-this has seen; none has been drawn before.
+this has seen; none has been drawn before. With ``--other-kinds`` they are of two kinds that neither
+meta-training nor the tuning of any method has seen: images in which the place of what is to be told
+differs, and signals under wide kernels.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from learnsched.benchmarks.tuned_once import (
     table,
 )
 from learnsched.meta import processes
+from learnsched.meta.mix import Mix
 from learnsched.tables import markdown
 
 MIX = replace(
@@ -59,6 +62,15 @@ MIX = replace(
     batches=(16, 32, 64),
 )
 
+OTHER_KINDS = replace(
+    MIX,
+    architectures=(
+        ("shifted_digits", "cnn2d", (6, 10, 16), (3, 4, 6)),
+        ("shifted_digits", "residual", (6, 10), (5, 7, 9)),
+        ("mnist1d", "cnn1d_wide", (8, 12, 16, 32), (3, 4, 6, 8)),
+    ),
+)
+
 COUNTS: dict[Regime, int] = {
     Regime("ternary/2-bit", False): 18,
     Regime("ternary/2-bit", True): 8,
@@ -67,6 +79,14 @@ COUNTS: dict[Regime, int] = {
     Regime("binary/2-bit", False): 4,
     Regime("ternary/real", False): 4,
     Regime("ternary/real", True): 4,
+}
+OTHER_COUNTS: dict[Regime, int] = {
+    Regime("ternary/2-bit", False): 10,
+    Regime("ternary/2-bit", True): 4,
+    Regime("ternary/ternary", False): 5,
+    Regime("binary/binary", False): 5,
+    Regime("binary/2-bit", False): 3,
+    Regime("ternary/real", False): 3,
 }
 # Of the learned schedule alone: what it reaches in fewer epochs.
 SHORTER = {
@@ -78,11 +98,11 @@ _RUNS = 3
 _SEED = 780_000
 
 
-def cells(seed: int) -> list[Cell]:
-    """The networks with their data, named apart."""
+def cells(seed: int, mix: Mix = MIX, counts: Mapping[Regime, int] = COUNTS) -> list[Cell]:
+    """The networks of a mix with their data, named apart, so many of each regime."""
     return [
         Cell(f"{task.name}, batches of {task.batch}, no. {task.seed}", task)
-        for task in drawn(MIX, COUNTS, _SEED + seed)
+        for task in drawn(mix, counts, _SEED + seed)
     ]
 
 
@@ -110,6 +130,8 @@ def by_group(records: Sequence[Record], cells: Sequence[Cell], rival: str) -> st
     groups = {
         "Fashion-MNIST": [cell for cell in cells if cell.task.data == "fashion_mnist"],
         "MNIST-1D and digits": [cell for cell in cells if cell.task.data != "fashion_mnist"],
+        "shifted digits": [cell for cell in cells if cell.task.data == "shifted_digits"],
+        "signals, wide kernels": [cell for cell in cells if cell.task.family == "cnn1d_wide"],
         "convolutional": [cell for cell in cells if cell.task.family != "mlp"],
         "MLPs": [cell for cell in cells if cell.task.family == "mlp"],
         "runs of at most 320 steps": [cell for cell in cells if _steps(cell) <= 320],
@@ -195,6 +217,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--other-kinds", action="store_true", help="shifted digits, and signals under wide kernels"
+    )
     parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
     parser.add_argument(
         "--bits",
@@ -215,7 +240,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="draw the margins at the advised rate")
     options = parser.parse_args(arguments)
     learned = load_pretrained(options.artefact)
-    networks = [c for c in cells(options.seed) if not options.bits or c.task.bits in options.bits]
+    mix, counts = (OTHER_KINDS, OTHER_COUNTS) if options.other_kinds else (MIX, COUNTS)
+    networks = [
+        cell
+        for cell in cells(options.seed, mix, counts)
+        if not options.bits or cell.task.bits in options.bits
+    ]
     stored = json.loads(options.recipes.read_text())["records"]
     recipes = {(r["regime"], r["method"]): r for r in stored if r["stage"] == RECIPE}
     names = list(dict.fromkeys(name for _, name in recipes))
@@ -247,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{r['cell']}, {r['method']}, {r['stage']}: {100 * mean(r):.1f}", flush=True
             ),
             seed=options.seed,
+            other_kinds=options.other_kinds,
             quick=options.quick,
         )
         if processes.rank() == 0:
