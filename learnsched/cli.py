@@ -82,11 +82,18 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--epochs", type=_count, default=12, help="epochs of the run (12)")
     verb.add_argument("--steps", type=_count, help="optimizer steps an epoch; unknown if omitted")
     verb.add_argument("--fan-in", type=_count, default=50, help="weights of one output unit (50)")
+    verb.add_argument(
+        "--spatial-dims",
+        type=int,
+        choices=range(4),
+        default=0,
+        help="along which weights slide: 1 for signals, 2 for images, 0 for vectors (0)",
+    )
     verb.add_argument("--levels", type=_levels, nargs=2, default=(3, 4), metavar=("W", "A"),
                       help="number of levels of weights and of activations, 0: real (3 4)")  # fmt: skip
     verb.add_argument("--fine-tuning", action="store_true", help="start from a float network")
     verb.add_argument("--out", type=Path, default=Path("schedule.png"), help="file (schedule.png)")
-    of_run = ("layers", "epochs", "steps", "fan_in", "levels", "fine_tuning")
+    of_run = ("layers", "epochs", "steps", "fan_in", "spatial_dims", "levels", "fine_tuning")
     verb.set_defaults(verb=_plot, usual={name: verb.get_default(name) for name in of_run})
 
     verb = verbs.add_parser(
@@ -147,8 +154,9 @@ def _plot(options: argparse.Namespace) -> None:
     else:
         if options.layers * options.epochs > _LARGEST_PLAN:
             raise ValueError(f"a schedule of more than {_LARGEST_PLAN:,} settings is not drawn")
+        weights, activations = options.levels
         layers = tuple(
-            LayerInfo(f"layer {i + 1}", options.fan_in, *options.levels)
+            LayerInfo(f"layer {i + 1}", options.fan_in, weights, activations, options.spatial_dims)
             for i in range(options.layers)
         )
         run = RunInfo(layers, options.epochs, options.steps, options.fine_tuning)

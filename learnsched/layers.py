@@ -137,6 +137,7 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
             fan_in=0 if weight is None else fan_in(weight),
             weight_levels=0 if weight is None else len(weight.weight_quantizer.levels.values),
             activation_levels=len(after[0].levels.values) if after else 0,
+            spatial_dims=0 if weight is None else weight.weight.dim() - 2,
         )
         result.append(Layer(info, weight, after))
     return tuple(result)

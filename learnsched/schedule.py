@@ -158,6 +158,8 @@ class LayerInfo:
         fan_in: inputs of one output unit; 0 for a layer without quantized weights.
         weight_levels: number of levels of its weights; 0 if they stay real.
         activation_levels: number of levels of its activation; 0 if it stays real.
+        spatial_dims: dimensions along which its weights slide over the input: 1 to 3 for convolutions,
+            0 for a matrix.
 
     Example:
         >>> LayerInfo("fc", fan_in=10, weight_levels=3, activation_levels=4).name
@@ -168,6 +170,7 @@ class LayerInfo:
     fan_in: int
     weight_levels: int
     activation_levels: int
+    spatial_dims: int = 0
 
 
 @dataclass(frozen=True)

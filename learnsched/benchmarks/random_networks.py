@@ -81,12 +81,12 @@ COUNTS: dict[Regime, int] = {
     Regime("ternary/real", True): 4,
 }
 OTHER_COUNTS: dict[Regime, int] = {
-    Regime("ternary/2-bit", False): 10,
-    Regime("ternary/2-bit", True): 4,
-    Regime("ternary/ternary", False): 5,
-    Regime("binary/binary", False): 5,
-    Regime("binary/2-bit", False): 3,
-    Regime("ternary/real", False): 3,
+    Regime("ternary/2-bit", False): 6,
+    Regime("ternary/2-bit", True): 3,
+    Regime("ternary/ternary", False): 4,
+    Regime("binary/binary", False): 4,
+    Regime("binary/2-bit", False): 2,
+    Regime("ternary/real", False): 2,
 }
 # Of the learned schedule alone: what it reaches in fewer epochs.
 SHORTER = {

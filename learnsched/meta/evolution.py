@@ -2,8 +2,8 @@
 
 Every member of a task trains under its own schedule and many perturbed copies of it, all as one
 population. The perturbations live on a few knots per output and layer, so that hundreds of runs, not
-hundreds of thousands, give a gradient; they come in antithetic pairs that share weights, data and
-random numbers.
+hundreds of thousands, give a gradient; they come in antithetic pairs that share weights and data.
+Random partitions, which meta-training does not use, draw for each copy anew.
 """
 
 from __future__ import annotations

@@ -74,7 +74,23 @@ _TWO_BIT = BaseCurve(
     loss_power=1.0,
     loss_from=540.0,
 )
+# Hard problems want narrow backward noise of signed activations, easy ones wide: something in between,
+# for all but signals under 1-d convolutions, with which the first searches were made.
 _TERNARY = BaseCurve(
+    weight_forward_std=0.55,
+    activation_forward_std=0.27,
+    weight_hard_from=1.0,
+    activation_hard_from=1.0,
+    power=2.5,
+    weight_backward_std=4.0,
+    weight_backward_end=0.45,
+    activation_backward_std=0.6,
+    activation_backward_end=0.14,
+    freeze_from=0.95,
+    weight_backward_tilt=-1.2,
+    activation_backward_tilt=1.0,
+)
+_TERNARY_SIGNALS = BaseCurve(
     weight_forward_std=0.6,
     activation_forward_std=0.19,
     weight_hard_from=0.93,
@@ -89,9 +105,7 @@ _TERNARY = BaseCurve(
     weight_backward_tilt=-1.2,
     activation_backward_tilt=1.17,
 )
-# Of networks whose first layer has more than a few inputs: of images, of vectors and of other signals.
-_TERNARY_WIDE = replace(_TERNARY, activation_backward_std=0.45, activation_backward_end=0.12)
-_TERNARY_TUNED = BaseCurve(
+_TERNARY_SIGNALS_TUNED = BaseCurve(
     weight_forward_std=0.3,
     activation_forward_std=0.1,
     weight_hard_from=0.7,
@@ -104,6 +118,19 @@ _TERNARY_TUNED = BaseCurve(
 )
 _BINARY = BaseCurve(
     weight_forward_std=0.0,
+    activation_forward_std=0.25,
+    weight_hard_from=0.4,
+    activation_hard_from=0.9,
+    power=0.9,
+    weight_backward_std=2.7,
+    weight_backward_end=0.5,
+    activation_backward_std=1.0,
+    activation_backward_end=0.18,
+    freeze_from=0.9,
+    activation_backward_tilt=1.2,
+)
+_BINARY_SIGNALS = BaseCurve(
+    weight_forward_std=0.0,
     activation_forward_std=0.4,
     weight_hard_from=0.4,
     activation_hard_from=0.9,
@@ -113,13 +140,6 @@ _BINARY = BaseCurve(
     activation_backward_std=0.6,
     activation_backward_end=0.1,
     freeze_from=0.9,
-)
-_BINARY_WIDE = replace(
-    _BINARY,
-    activation_forward_std=0.25,
-    activation_backward_std=1.0,
-    activation_backward_end=0.18,
-    activation_backward_tilt=1.2,
 )
 # Weights alone: what concerns activations has no effect.
 _WEIGHTS = BaseCurve(
@@ -160,18 +180,21 @@ def _warmed(curve: BaseCurve) -> BaseCurve:
     return replace(curve, warm_until=WARM_UNTIL)
 
 
+# Signals, and all else with signed activations.
+_SIGNALS = 1
+
 _BASE = BaseCurves(
     (
         Case(3, 4, False, _warmed(_TWO_BIT)),
         Case(3, 4, True, _tuned(_TWO_BIT)),
         Case(3, 3, False, _TERNARY),
-        Case(3, 3, False, _TERNARY_WIDE, first_fan_in_above=FEW_INPUTS),
-        Case(3, 3, True, _tuned(_TERNARY_TUNED)),
-        Case(3, 3, True, _TERNARY_WIDE, first_fan_in_above=FEW_INPUTS),
+        Case(3, 3, False, _TERNARY_SIGNALS, spatial_dims=_SIGNALS),
+        Case(3, 3, True, _tuned(_TERNARY)),
+        Case(3, 3, True, _tuned(_TERNARY_SIGNALS_TUNED), spatial_dims=_SIGNALS),
         Case(2, 2, False, _BINARY),
-        Case(2, 2, False, _BINARY_WIDE, first_fan_in_above=FEW_INPUTS),
-        Case(2, 2, True, _tuned(_BINARY)),
-        Case(2, 2, True, _BINARY_WIDE, first_fan_in_above=FEW_INPUTS),
+        Case(2, 2, False, _BINARY_SIGNALS, spatial_dims=_SIGNALS),
+        Case(2, 2, True, _tuned(replace(_BINARY, freeze_from=0.5))),
+        Case(2, 2, True, _tuned(_BINARY_SIGNALS), spatial_dims=_SIGNALS),
         Case(3, 0, False, _warmed(_WEIGHTS)),
         Case(3, 0, True, _tuned(_WEIGHTS)),
     )

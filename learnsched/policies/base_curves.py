@@ -23,10 +23,12 @@ class Case:
         activation_levels: how many levels activations have, the same, or 0 where they are real.
         fine_tuning: whether runs start from a float network.
         curve: what to do there.
-        first_fan_in_above: that it is for networks whose first quantized weight has a larger fan-in.
+        spatial_dims: along how many dimensions the first quantized weight slides in the networks that
+            it is for: 1 for signals, 2 for images, 0 for vectors; None for all without a case of their
+            own.
 
     Raises:
-        ValueError: a number of levels or the fan-in is out of range.
+        ValueError: a number of levels or of dimensions is out of range.
 
     Example:
         >>> Case(3, 4, False, BaseCurve()).activation_levels
@@ -37,17 +39,15 @@ class Case:
     activation_levels: int
     fine_tuning: bool
     curve: BaseCurve
-    first_fan_in_above: float = 0.0
+    spatial_dims: int | None = None
 
     def __post_init__(self) -> None:
         # A case without levels of weights would be one of nothing to schedule.
         for levels in (self.weight_levels, self.activation_levels or 2):
             if not 2 <= levels <= _MOST_LEVELS:
                 raise ValueError(f"a quantizer has 2 to {_MOST_LEVELS} levels, not {levels}")
-        if not 0 <= self.first_fan_in_above < math.inf:
-            raise ValueError(
-                f"first_fan_in_above must be at least 0 and finite, got {self.first_fan_in_above!r}"
-            )
+        if self.spatial_dims not in (None, 0, 1, 2, 3):
+            raise ValueError(f"weights slide along 0 to 3 dimensions, not {self.spatial_dims!r}")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class BaseCurves:
 
     Nearest in the logarithm of the numbers of levels, averaged over the layers that have them (real
     activations count as 8 bits if all are real); among equals, of the same regime; among these, the one
-    for the largest fan-ins that the network's first is above; then the first.
+    for the dimensions of the network's first weight, then the one for any, then the first.
 
     Attributes:
         cases: at least one.
@@ -97,11 +97,11 @@ class BaseCurves:
         return cls(tuple(Case(**{**c, "curve": BaseCurve(**c["curve"])}) for c in config))
 
     def config(self) -> list[dict[str, Any]]:
-        """The cases as JSON data, as the first artefacts name them: a fan-in only where it matters."""
+        """The cases as JSON data, as in the first artefacts: dimensions only where they matter."""
         cases = [asdict(case) for case in self.cases]
         for case in cases:
-            if not case["first_fan_in_above"]:
-                del case["first_fan_in_above"]
+            if case["spatial_dims"] is None:
+                del case["spatial_dims"]
         return cases
 
     @property
@@ -114,9 +114,9 @@ class BaseCurves:
         weights = _mean_log([layer.weight_levels for layer in run.layers])
         activations = _mean_log(activation_levels(run))
 
-        fan_in = next((layer.fan_in for layer in run.layers if layer.fan_in), 0)
+        dims = next((layer.spatial_dims for layer in run.layers if layer.fan_in), 0)
 
-        def distance(case: Case) -> tuple[float, bool, float]:
+        def distance(case: Case) -> tuple[float, bool, int]:
             gaps = [
                 0.0 if mean is None else abs(mean - math.log2(levels))
                 for mean, levels in (
@@ -124,13 +124,11 @@ class BaseCurves:
                     (activations, case.activation_levels or REAL_LEVELS),
                 )
             ]
-            above = case.first_fan_in_above
-            applies = not above or fan_in > above
             # Rounded: what is equally near must tie.
             return (
                 round(sum(gaps), 6),
                 case.fine_tuning != run.fine_tuning,
-                -above if applies else math.inf,
+                {dims: 0, None: 1}.get(case.spatial_dims, 2),
             )
 
         return min(self.cases, key=distance).curve
