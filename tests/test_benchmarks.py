@@ -55,6 +55,7 @@ def run(name, *arguments):
         "first_layer",
         "follow_loss",
         "warm_up",
+        "activation_width",
         "selection",
         "without_batch_norm",
         "other_problems",

@@ -107,6 +107,7 @@ SLOW = {
     "full_size": benchmark("full_size"),
     "first_layer": benchmark("first_layer"),
     "follow_loss": benchmark("follow_loss"),
+    "activation_width": benchmark("activation_width"),
     "warm_up": benchmark("warm_up"),
     "stability": benchmark("stability"),
     "selection": benchmark("selection"),
