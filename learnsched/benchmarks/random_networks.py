@@ -1,8 +1,8 @@
 """What a schedule is worth on networks drawn at random, where nobody searches for anything.
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.random_networks
-        [--other-kinds] [--artefact default] [--bits BITS ...] [--recipes PATH] [--advised PATH]
-        [--quick] [--seed N] [--json PATH] [--plot PATH]
+        [--other-kinds] [--rate RATE] [--networks N] [--artefact default] [--bits BITS ...]
+        [--recipes PATH] [--advised PATH] [--quick] [--seed N] [--json PATH] [--plot PATH]
 
 Every network trains under the learned schedule, its start and the hand-coded methods of
 :mod:`learnsched.benchmarks.tuned_once`, with the parameters that were found there: once at the learning
@@ -10,7 +10,8 @@ rate that was found with them, and once at the one that :mod:`learnsched.benchma
 advises for the learned schedule. About half of the networks are for Fashion-MNIST, which nothing of all
 this has seen; none has been drawn before. With ``--other-kinds`` they are of two kinds that neither
 meta-training nor the tuning of any method has seen: images in which the place of what is to be told
-differs, and signals under wide kernels.
+differs, and signals under wide kernels. With ``--rate`` all train at that learning rate instead, as
+where somebody takes Adam's customary one.
 """
 
 from __future__ import annotations
@@ -94,6 +95,9 @@ SHORTER = {
     f"{LEARNED}, half of the epochs": 0.5,
 }
 
+# The stage of records at the one rate that was asked for.
+GIVEN = "given"
+
 _RUNS = 3
 _SEED = 780_000
 
@@ -163,7 +167,12 @@ def _steps(cell: Cell) -> int:
 def tables(records: Sequence[Record], recipes: Sequence[Record], cells: Sequence[Cell]) -> str:
     """Markdown: all methods at either rate, fewer epochs, and groups of networks."""
     parts = []
-    for stage, heading in ((ADVISED, "At the advised rate"), (TEST, "Each at its own rate")):
+    headings = {
+        ADVISED: "At the advised rate",
+        TEST: "Each at its own rate",
+        GIVEN: "At the given rate",
+    }
+    for stage, heading in headings.items():
         found = [record for record in records if record["stage"] == stage]
         if not found:
             continue
@@ -220,6 +229,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--other-kinds", action="store_true", help="shifted digits, and signals under wide kernels"
     )
+    parser.add_argument(
+        "--rate", type=float, help="one learning rate for all, in place of those two"
+    )
+    parser.add_argument("--networks", type=int, help="at most so many; all if omitted")
     parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
     parser.add_argument(
         "--bits",
@@ -245,14 +258,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cell
         for cell in cells(options.seed, mix, counts)
         if not options.bits or cell.task.bits in options.bits
-    ]
+    ][: options.networks]
     stored = json.loads(options.recipes.read_text())["records"]
     recipes = {(r["regime"], r["method"]): r for r in stored if r["stage"] == RECIPE}
     names = list(dict.fromkeys(name for _, name in recipes))
     if options.quick:
         networks, names = networks[:1], names[:3]
     rates = advice(options.advised)
-    jobs = {(cell.name, name): (cell, name) for cell in networks for name in (*names, *SHORTER)}
+    shorter = SHORTER if options.rate is None else {}
+    jobs = {(cell.name, name): (cell, name) for cell in networks for name in (*names, *shorter)}
 
     def work(job: tuple[Cell, str]) -> list[dict[str, Any]]:
         cell, name = job
@@ -264,6 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             [method] = compared(learned, cell.task.bits, [name])
             recipe = recipes[regime, name]
             stages = {TEST: recipe["learning_rate"], **stages}
+            if options.rate is not None:
+                stages = {GIVEN: options.rate}
             made = measured(method, cell, stages, carried.tuned(method.suggest, recipe))
         return [{**record, "method": name, "commit": describe()["commit"]} for record in made]
 
@@ -278,6 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ),
             seed=options.seed,
             other_kinds=options.other_kinds,
+            rate=options.rate,
             quick=options.quick,
         )
         if processes.rank() == 0:
