@@ -10,7 +10,8 @@ rate that was found with them, and once at the one that :mod:`learnsched.benchma
 advises for the learned schedule. About half of the networks are for Fashion-MNIST, which nothing of all
 this has seen; none has been drawn before. With ``--other-kinds`` they are of two kinds that neither
 meta-training nor the tuning of any method has seen: images in which the place of what is to be told
-differs, and signals under wide kernels. With ``--rate`` all train at that learning rate instead, as
+differs, and signals under wide kernels. (Between curves for ternary and binary activations the
+validation data of such networks have decided, of others than these.) With ``--rate`` all train at that learning rate instead, as
 where somebody takes Adam's customary one.
 """
 
