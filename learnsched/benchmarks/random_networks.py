@@ -11,8 +11,8 @@ advises for the learned schedule. About half of the networks are for Fashion-MNI
 this has seen; none has been drawn before. With ``--other-kinds`` they are of two kinds that neither
 meta-training nor the tuning of any method has seen: images in which the place of what is to be told
 differs, and signals under wide kernels. (Between curves for ternary and binary activations the
-validation data of such networks have decided, of others than these.) With ``--rate`` all train at that learning rate instead, as
-where somebody takes Adam's customary one.
+validation data of such networks have decided, of others than these.) With ``--rate`` all train at that
+learning rate instead, as where somebody takes Adam's customary one.
 """
 
 from __future__ import annotations
