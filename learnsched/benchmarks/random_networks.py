@@ -2,7 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.random_networks
         [--other-kinds] [--rate RATE] [--networks N] [--artefact default] [--bits BITS ...]
-        [--recipes PATH] [--advised PATH] [--quick] [--seed N] [--json PATH] [--plot PATH]
+        [--recipes PATH] [--advised PATH] [--quick] [--seed N] [--json PATH] [--pooled-with PATH]
+        [--plot PATH]
 
 Every network trains under the learned schedule, its start and the hand-coded methods of
 :mod:`learnsched.benchmarks.tuned_once`, with the parameters that were found there: once at the learning
@@ -251,15 +252,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one network, three methods")
     parser.add_argument("--seed", type=int, default=0, help="of the networks")
     parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
+    parser.add_argument(
+        "--pooled-with",
+        type=Path,
+        help="count records of another seed's networks, too, in what is told",
+    )
     parser.add_argument("--plot", type=Path, help="draw the margins at the advised rate")
     options = parser.parse_args(arguments)
     learned = load_pretrained(options.artefact)
     mix, counts = (OTHER_KINDS, OTHER_COUNTS) if options.other_kinds else (MIX, COUNTS)
-    networks = [
-        cell
-        for cell in cells(options.seed, mix, counts)
-        if not options.bits or cell.task.bits in options.bits
-    ][: options.networks]
+
+    def chosen(seed: int) -> list[Cell]:
+        found = cells(seed, mix, counts)
+        return [cell for cell in found if not options.bits or cell.task.bits in options.bits]
+
+    networks = chosen(options.seed)[: options.networks]
     stored = json.loads(options.recipes.read_text())["records"]
     recipes = {(r["regime"], r["method"]): r for r in stored if r["stage"] == RECIPE}
     names = list(dict.fromkeys(name for _, name in recipes))
@@ -298,6 +305,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rate=options.rate,
             quick=options.quick,
         )
+        if options.pooled_with:
+            others = json.loads(options.pooled_with.read_text())
+            records += others["records"]
+            networks += chosen(others["seed"])
         if processes.rank() == 0:
             print(f"\n{tables(records, list(recipes.values()), networks)}")
             if options.plot:
