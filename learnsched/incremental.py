@@ -18,6 +18,15 @@ from learnsched.levels import LevelSet
 PARTITIONS = ("magnitude", "random", "redraw", "settled")
 
 
+def check_partition(name: str) -> None:
+    """Refuse what names no order in which INQ takes weights.
+
+    Raises:
+        ValueError: the partition is unknown.
+    """
+    check_choice("partition", name, PARTITIONS)
+
+
 def priority(
     x: Tensor, levels: LevelSet, partition: str, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -44,7 +53,7 @@ def priority(
         >>> priority(x, ternary(), "settled").argsort(descending=True).tolist()
         [2, 1, 0]
     """
-    check_choice("partition", partition, PARTITIONS)
+    check_partition(partition)
     if partition == "magnitude":
         return x.abs()
     if partition == "settled":

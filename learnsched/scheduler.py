@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from learnsched.activation_quantizer import ActivationQuantizer
 from learnsched.annealed import MODES
 from learnsched.apply_settings import (
     check_fractions,
@@ -24,17 +23,17 @@ from learnsched.apply_settings import (
 )
 from learnsched.choices import check_choice, whole_number
 from learnsched.history import History, as_numbers
-from learnsched.incremental import PARTITIONS
+from learnsched.incremental import check_partition
 from learnsched.layers import quantized_layers
 from learnsched.learning_rate import learning_rate_factor
 from learnsched.noise import NoiseShape, noise_shape
 from learnsched.optimizer_checks import own_optimizer, warn_of_strangers, warn_of_untrained
+from learnsched.quantizer import Quantizer
 from learnsched.ranks import over_ranks, several_ranks
 from learnsched.schedule import Policy, RunInfo, Setting, ask, check_policy, terminal
 from learnsched.scheduler_state import as_own, check_complete, description, snapshot, spelled
 from learnsched.step_counter import StepCounter
 from learnsched.telemetry import telemetry_of
-from learnsched.weight_quantizer import WeightQuantizer
 from learnsched.weight_warnings import warn_of_gaps, warn_of_weights
 
 _STATE_VERSION = 2
@@ -377,7 +376,7 @@ class QuantizationScheduler:
         set_noise_(self._layers, settings)
         self._freeze()
 
-    def _quantizers(self) -> Iterator[WeightQuantizer | ActivationQuantizer]:
+    def _quantizers(self) -> Iterator[Quantizer]:
         return (quantizer for layer in self._layers for quantizer in layer.quantizers)
 
     def _is_displaced(self) -> bool:
@@ -401,15 +400,13 @@ class QuantizationScheduler:
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         restore_(self._layers)
         told = self._run.steps_per_epoch
-        if self.epoch or told is None or self._counter.total != 2 * told + _FEW_STEPS:
-            return
-        if self._is_displaced():
-            return
-        warnings.warn(
-            f"the optimizer has taken {self._counter.total} steps, an epoch has {told}, and the "
-            "schedule is at its first: call scheduler.step() after every epoch",
-            stacklevel=3,
-        )
+        late = not self.epoch and told is not None and self._counter.total == 2 * told + _FEW_STEPS
+        if late and not self._is_displaced():
+            warnings.warn(
+                f"the optimizer has taken {self._counter.total} steps, an epoch has {told}, and the "
+                "schedule is at its first: call scheduler.step() after every epoch",
+                stacklevel=3,
+            )
 
 
 def _differ(told: int, counted: int) -> bool:
@@ -431,6 +428,6 @@ def _checked(policy: Policy) -> tuple[NoiseShape, str]:
         )
     noise = noise_shape(policy.noise)
     mode = getattr(policy, "mode", "expectation")
-    check_choice("partition", policy.partition, PARTITIONS)
+    check_partition(policy.partition)
     check_choice("mode", mode, MODES)
     return noise, mode

@@ -77,5 +77,5 @@ def warn_of_gaps(layers: Sequence[Layer], policy: Policy) -> None:
             f"levels, and those of {uneven} are further apart elsewhere: there weights are on a level "
             "from the start, without a gradient. Take evenly spaced levels, or a policy whose backward "
             "noise is wider, such as AdditiveNoiseAnnealing",
-            stacklevel=4,
+            stacklevel=3,
         )

@@ -325,7 +325,7 @@ def search(
         within: lowest and highest corner, in the unit cube, of what the first round draws from; the
             whole cube if None.
     """
-    data = _data()
+    data = _data(rows)
     low, high = within or (torch.zeros(len(box)).double(), torch.ones(len(box)).double())
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     found = []
@@ -377,7 +377,7 @@ def verify(
         seeds: runs of each curve, task and learning rate.
         seed: of the runs.
     """
-    data = _data()
+    data = _data(rows)
 
     def work(task: Task) -> dict[str, Any]:
         task = replace(task, seed=31_337 + seed)
@@ -406,8 +406,8 @@ def at_best_rate(
     return accuracy[torch.arange(len(compared)), best]
 
 
-def _data() -> dict[str, DataSet]:
-    return {name: load(name) for name in ("digits", "mnist1d", "noisy_digits", "shifted_digits")}
+def _data(rows: Sequence[Task]) -> dict[str, DataSet]:
+    return {name: load(name) for name in {task.data for task in rows}}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -279,15 +279,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def work(job: tuple[Cell, str]) -> list[dict[str, Any]]:
         cell, name = job
         regime = str(Regime.of(cell.task))
-        stages = {ADVISED: rates[regime]}
+        advised = {ADVISED: rates[regime]}
         if name in SHORTER:
-            made = measured(field.learned(learned), shortened(cell, SHORTER[name]), stages, None)
+            made = measured(field.learned(learned), shortened(cell, SHORTER[name]), advised, None)
         else:
             [method] = compared(learned, cell.task.bits, [name])
             recipe = recipes[regime, name]
-            stages = {TEST: recipe["learning_rate"], **stages}
-            if options.rate is not None:
-                stages = {GIVEN: options.rate}
+            usual = {TEST: recipe["learning_rate"], **advised}
+            stages = usual if options.rate is None else {GIVEN: options.rate}
             made = measured(method, cell, stages, carried.tuned(method.suggest, recipe))
         return [{**record, "method": name, "commit": describe()["commit"]} for record in made]
 

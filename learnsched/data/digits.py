@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from learnsched.data.splits import DataSet, Split, standardised, stratified
 
@@ -46,20 +49,11 @@ def load_noisy() -> DataSet:
     Raises:
         ImportError: the package ``scikit-learn`` is missing.
     """
-    clean = load()
-    generator = torch.Generator().manual_seed(_SEED)
 
-    def noisy(split: Split, copies: int = 1) -> Split:
-        x = split.x.repeat(copies, 1, 1, 1)
-        return Split(x + _NOISE * torch.randn(x.shape, generator=generator), split.y.repeat(copies))
+    def noisy(digits: Tensor, generator: torch.Generator) -> Tensor:
+        return digits + _NOISE * torch.randn(digits.shape, generator=generator)
 
-    return standardised(
-        "noisy_digits",
-        noisy(clean.train, _COPIES),
-        noisy(clean.validation),
-        noisy(clean.test),
-        classes=10,
-    )
+    return _changed("noisy_digits", noisy)
 
 
 def load_shifted() -> DataSet:
@@ -73,22 +67,27 @@ def load_shifted() -> DataSet:
     Raises:
         ImportError: the package ``scikit-learn`` is missing.
     """
-    clean = load()
-    generator = torch.Generator().manual_seed(_SEED)
 
-    def shifted(split: Split, copies: int = 1) -> Split:
-        digits = split.x.repeat(copies, 1, 1, 1)
+    def shifted(digits: Tensor, generator: torch.Generator) -> Tensor:
         count, _, _, side = digits.shape
         x = _CLUTTER * torch.randn(count, 1, _SIDE, _SIDE, generator=generator)
         corners = torch.randint(_SIDE - side + 1, (count, 2), generator=generator).tolist()
         for image, digit, (top, left) in zip(x, digits, corners, strict=True):
             image[:, top : top + side, left : left + side] += digit
-        return Split(x, split.y.repeat(copies))
+        return x
+
+    return _changed("shifted_digits", shifted)
+
+
+def _changed(name: str, change: Callable[[Tensor, torch.Generator], Tensor]) -> DataSet:
+    """The digits, changed at random once and for all, and the training images in several copies."""
+    clean = load()
+    generator = torch.Generator().manual_seed(_SEED)
+
+    def split(source: Split, copies: int = 1) -> Split:
+        digits = source.x.repeat(copies, 1, 1, 1)
+        return Split(change(digits, generator), source.y.repeat(copies))
 
     return standardised(
-        "shifted_digits",
-        shifted(clean.train, _COPIES),
-        shifted(clean.validation),
-        shifted(clean.test),
-        classes=10,
+        name, split(clean.train, _COPIES), split(clean.validation), split(clean.test), classes=10
     )

@@ -116,19 +116,6 @@ _TERNARY_SIGNALS_TUNED = BaseCurve(
     activation_backward_end=0.12,
     freeze_from=0.9,
 )
-_BINARY = BaseCurve(
-    weight_forward_std=0.0,
-    activation_forward_std=0.25,
-    weight_hard_from=0.4,
-    activation_hard_from=0.9,
-    power=0.9,
-    weight_backward_std=2.7,
-    weight_backward_end=0.5,
-    activation_backward_std=1.0,
-    activation_backward_end=0.18,
-    freeze_from=0.9,
-    activation_backward_tilt=1.2,
-)
 _BINARY_SIGNALS = BaseCurve(
     weight_forward_std=0.0,
     activation_forward_std=0.4,
@@ -140,6 +127,13 @@ _BINARY_SIGNALS = BaseCurve(
     activation_backward_std=0.6,
     activation_backward_end=0.1,
     freeze_from=0.9,
+)
+_BINARY = replace(
+    _BINARY_SIGNALS,
+    activation_forward_std=0.25,
+    activation_backward_std=1.0,
+    activation_backward_end=0.18,
+    activation_backward_tilt=1.2,
 )
 # Weights alone: what concerns activations has no effect.
 _WEIGHTS = BaseCurve(
@@ -180,7 +174,7 @@ def _warmed(curve: BaseCurve) -> BaseCurve:
     return replace(curve, warm_until=WARM_UNTIL)
 
 
-# Signals, and all else with signed activations.
+# Along which a signal's kernel slides.
 _SIGNALS = 1
 
 _BASE = BaseCurves(

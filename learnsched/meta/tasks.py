@@ -19,7 +19,7 @@ from learnsched.choices import check_choice, whole_number
 from learnsched.choose import LayerConfig
 from learnsched.convert import quantize_
 from learnsched.data import DataSet
-from learnsched.incremental import PARTITIONS
+from learnsched.incremental import check_partition
 from learnsched.layers import quantized_layers
 from learnsched.levels import LevelSet, binary, ternary, unsigned
 from learnsched.meta.inner import Batches, InnerLoop
@@ -171,7 +171,7 @@ class Task:
                 this depth, or the data are not float32 of a shape that it takes.
         """
         shape = noise_shape(noise)
-        check_choice("partition", partition, PARTITIONS)
+        check_partition(partition)
         check_choice("mode", mode, MODES)
         if not self.learning_rates:
             raise ValueError(f"{self.name} has no members: learning_rates is empty")

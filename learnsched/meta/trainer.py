@@ -322,8 +322,9 @@ class MetaTrainer:
 
     def _open(self) -> None:
         """Start a run in the folder, or take up the one that is there."""
-        if not has_run(self.folder, self._config()) and processes.rank() == 0:
-            write_config(self.folder, self._config())
+        config = self._config()
+        if not has_run(self.folder, config) and processes.rank() == 0:
+            write_config(self.folder, config)
         processes.barrier()
         tensors, scalars = self._kept
         if found := load_checkpoint(self.folder, tensors, scalars):

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from learnsched.annealed import MODES
 from learnsched.choices import check_choice
-from learnsched.incremental import PARTITIONS
+from learnsched.incremental import check_partition
 from learnsched.noise import noise_shape
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
@@ -75,7 +75,7 @@ class AdditiveNoiseAnnealing:
 
     def __post_init__(self) -> None:
         noise_shape(self.noise)
-        check_choice("partition", self.partition, PARTITIONS)
+        check_partition(self.partition)
         check_choice("mode", self.mode, MODES)
         check_choice("annealed", self.annealed, ANNEALED)
         check_choice("interval", self.interval, INTERVALS)

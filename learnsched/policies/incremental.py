@@ -10,8 +10,7 @@ from typing import cast
 
 import numpy as np
 
-from learnsched.choices import check_choice
-from learnsched.incremental import PARTITIONS, check_fraction
+from learnsched.incremental import check_fraction, check_partition
 from learnsched.learning_rate import warm_cosine
 from learnsched.noise import noise_shape
 from learnsched.schedule import RunInfo, Setting, Telemetry
@@ -77,7 +76,7 @@ class IncrementalQuantization:
     evenly_spaced = True
 
     def __post_init__(self) -> None:
-        check_choice("partition", self.partition, PARTITIONS)
+        check_partition(self.partition)
         if self._bits is not None and self._bits not in PUBLISHED_FRACTIONS:
             raise ValueError(
                 f"the paper has fractions for 2, 3, 4 and 5 bits, not {self.fractions}; "

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from learnsched.choices import check_choice
-from learnsched.incremental import PARTITIONS
+from learnsched.incremental import check_partition
 from learnsched.policies.incremental import IDENTITY_STD
 from learnsched.policies.same_for_all_layers import SameForAllLayers
 from learnsched.schedule import Setting
@@ -60,7 +59,7 @@ class PiecewiseAffine(SameForAllLayers):
     evenly_spaced = True
 
     def __post_init__(self) -> None:
-        check_choice("partition", self.partition, PARTITIONS)
+        check_partition(self.partition)
         if not 0 <= self.start < self.end <= 1:
             raise ValueError(
                 f"start and end are shares of the run, 0 <= start < end <= 1, got {self.start} and "

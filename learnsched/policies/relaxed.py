@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from learnsched.choices import check_choice
-from learnsched.incremental import PARTITIONS
+from learnsched.incremental import check_partition
 from learnsched.noise import noise_shape
 from learnsched.schedule import RunInfo, Setting, Telemetry
 
@@ -23,8 +22,7 @@ class Relaxed:
         noise: shape of the noise.
 
     Raises:
-        ValueError: the std is not positive and finite, or the noise or
-            partition is unknown.
+        ValueError: the std is not positive and finite, or the noise or partition is unknown.
 
     Example:
         >>> from learnsched.schedule import LayerInfo, plan
@@ -40,7 +38,7 @@ class Relaxed:
 
     def __post_init__(self) -> None:
         noise_shape(self.noise)
-        check_choice("partition", self.partition, PARTITIONS)
+        check_partition(self.partition)
         if not 0 < self.std < math.inf:
             raise ValueError(f"std must be positive and finite, got {self.std}")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from learnsched.annealed import MODES
 from learnsched.choices import check_choice
-from learnsched.incremental import PARTITIONS
+from learnsched.incremental import check_partition
 from learnsched.noise import noise_shape
 from learnsched.policies.geometric import geometric
 from learnsched.policies.same_for_all_layers import SameForAllLayers
@@ -38,8 +38,7 @@ class RelaxedQuantization(SameForAllLayers):
         noise: shape of the noise.
 
     Raises:
-        ValueError: an argument is out of range, or the noise, mode or partition is
-            unknown.
+        ValueError: an argument is out of range, or the noise, mode or partition is unknown.
 
     Source:
         Louizos et al. 2019 (arXiv:1810.01875), algorithm 1 and section 2.1.
@@ -62,7 +61,7 @@ class RelaxedQuantization(SameForAllLayers):
 
     def __post_init__(self) -> None:
         noise_shape(self.noise)
-        check_choice("partition", self.partition, PARTITIONS)
+        check_partition(self.partition)
         check_choice("mode", self.mode, MODES)
         for name in ("std", "std_end"):
             if not 0 < getattr(self, name) < math.inf:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from learnsched.choices import check_choice
-from learnsched.incremental import PARTITIONS
+from learnsched.incremental import check_partition
 from learnsched.noise import noise_shape
 from learnsched.policies.geometric import geometric
 from learnsched.policies.same_for_all_layers import SameForAllLayers
@@ -58,7 +57,7 @@ class StraightThrough(SameForAllLayers):
 
     def __post_init__(self) -> None:
         noise_shape(self.noise)
-        check_choice("partition", self.partition, PARTITIONS)
+        check_partition(self.partition)
         for start, end in (self._weight, self._activation):
             if end is not None and not (start > 0 and end > 0):
                 raise ValueError(
