@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learnsched.execution import ACTIVATION_FUNCTIONS, Example, hooked, varied
+from learnsched.activation_functions import ACTIVATION_FUNCTIONS
+from learnsched.example import Example, hooked, varied
 from learnsched.function_traces import WAY_OUT, Looking, first_line, traced
 from learnsched.modules import ACTIVATIONS
 from learnsched.same_results import Way, all_same, results
@@ -64,7 +65,8 @@ def activations_to_modules_(model: nn.Module, example_input: Example) -> nn.Modu
     if not callers:
         raise ValueError(
             "the model calls no activation functions itself; quantize_ takes it as it is, if its "
-            "activations are modules"
+            "activations are modules of torch.nn. One that is written out, as x * torch.sigmoid(x) or a "
+            "GELU by tanh, is not recognised: put nn.SiLU() or nn.GELU('tanh') in its place"
         )
     if not before:
         raise ValueError(

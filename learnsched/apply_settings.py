@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -75,14 +76,35 @@ def freeze_(
         layer.weight.weight_quantizer.freeze_(weight, setting.fraction, partition, generator)
 
 
-def restore_(layers: Sequence[Layer]) -> None:
-    """Put frozen weights and learned scales in their place, as after an optimizer's step."""
+def restore_(layers: Sequence[Layer], optimizer: torch.optim.Optimizer) -> None:
+    """Put frozen weights and learned scales in their place where an optimizer has moved them.
+
+    Others are left alone: to write to them would spoil a backward pass under way, as that of a second
+    optimizer's part of the model.
+    """
+    moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for layer in layers:
         for activation in layer.activations:
-            activation.restore_scale_()
+            if id(activation.scale) in moved:
+                activation.restore_scale_()
         # remove_quantizers_ may have finished one of the models that an optimizer trains.
-        if isinstance(layer.weight, QUANTIZED_LAYERS):
+        if isinstance(layer.weight, QUANTIZED_LAYERS) and id(layer.weight.weight) in moved:
             layer.weight.weight_quantizer.restore_(layer.weight.weight)
+
+
+def has_noise_of(layers: Sequence[Layer], settings: Sequence[Setting]) -> bool:
+    """Whether the model holds the noise of these settings, but for what its dtype has rounded."""
+    return all(
+        math.isclose(
+            float(getattr(quantizer, buffer)),
+            getattr(setting, field),
+            rel_tol=0.01,
+            abs_tol=_VISIBLE,
+        )
+        for layer, setting in zip(layers, settings, strict=True)
+        for quantizer in layer.quantizers
+        for buffer, field in noise_fields(quantizer).items()
+    )
 
 
 def is_finalized(layers: Sequence[Layer], settings: Sequence[Setting]) -> bool:

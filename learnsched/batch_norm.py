@@ -18,7 +18,7 @@ from learnsched.batches import (
     put_back_on_failure,
     run_with_batch_statistics,
 )
-from learnsched.execution import hooked
+from learnsched.example import hooked
 from learnsched.modules import BATCH_NORMS
 
 # Beyond, statistics are of other data or of another network: in stds, and as a logarithm of variances,

@@ -20,7 +20,7 @@ from learnsched.batches import (
     put_back_on_failure,
     run_with_batch_statistics,
 )
-from learnsched.execution import hooked
+from learnsched.example import hooked
 from learnsched.layers import quantized_activations
 
 # What a rule is fitted to: least squares goes over it a hundred times.

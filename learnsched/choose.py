@@ -11,8 +11,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
-from learnsched.execution import RECURRENT, Example, Execution, execution
+from learnsched.example import Example
+from learnsched.execution import RECURRENT, Execution, execution
 from learnsched.layers import is_quantized
+from learnsched.left_real import notes_on_what_stays_real
 from learnsched.levels import LevelSet, check_level_set
 from learnsched.modules import ACTIVATIONS, BATCH_NORMS, QUANTIZED_TYPES, check_module, stays_real
 from learnsched.scales import ScaleRule
@@ -64,9 +66,9 @@ def choose(
             f"{type(example_input).__name__}"
         )
     found = execution(model, example_input)
-    _check_overrides(found.order, overrides)
+    _check_overrides(model, found.order, overrides)
     chosen = _configure(found, base, skip, overrides, ordered=example_input is not None)
-    _check_found(found.order, chosen, base, overrides)
+    _check_found(model, found, chosen, base, overrides)
     return found, chosen
 
 
@@ -129,7 +131,9 @@ def _check_request(
 
 
 def _check_overrides(
-    order: list[tuple[str, nn.Module]], overrides: Mapping[str, LayerConfig | None]
+    model: nn.Module,
+    order: list[tuple[str, nn.Module]],
+    overrides: Mapping[str, LayerConfig | None],
 ) -> None:
     """Refuse patterns that match nothing, and warn of those whose configuration would change nothing."""
     known = [(name, module) for name, module in order if not isinstance(module, BATCH_NORMS)]
@@ -154,9 +158,16 @@ def _check_overrides(
                 stacklevel=4,
             )
     if unmatched:
+        names = {module: name for name, module in known}
+        others = [
+            f"{alias!r} is {names[module]!r}, by its first name"
+            for alias, module in model.named_modules(remove_duplicate=False)
+            if module in names and any(fnmatch.fnmatchcase(alias, p) for p in unmatched)
+        ]
         raise ValueError(
             f"no module matches {sorted(unmatched)}; the modules that can be quantized are "
             f"{[name for name, module in known if not stays_real(module)]}"
+            f"{'; ' if others else ''}{', '.join(others)}"
         )
 
 
@@ -180,6 +191,8 @@ def _configure(
     ]
     real = {weights[0 if end == "first" else -1] for end in skip if weights}
     ends = weights[-1:] if ordered and "last" in skip else []
+    if "last" in skip:  # each of several heads is one
+        real |= {*found.heads} & {*weights}
     configs: Chosen = {}
     following = base
     behind: dict[str, LayerConfig] = {}  # what the activations get that follow a weight
@@ -254,25 +267,33 @@ def _warn_of_shared(
 
 
 def _check_found(
-    order: list[tuple[str, nn.Module]],
+    model: nn.Module,
+    found: Execution,
     configs: Chosen,
     base: LayerConfig,
     overrides: Mapping[str, LayerConfig | None],
 ) -> None:
     """Refuse what was asked for and would change nothing."""
-    quantized = [type(module) in QUANTIZED_TYPES for name, module in order if name in configs]
+    quantized = [type(module) in QUANTIZED_TYPES for name, module in found.order if name in configs]
     asked = [base, *(c for c in overrides.values() if c is not None)]
     if any(c.weight is not None for c in asked) and True not in quantized:
+        others = notes_on_what_stays_real(model, found.products, weights=True)
         raise ValueError(
-            f"no weight is left to quantize: no {_names(QUANTIZED_TYPES)} "
-            "remains after skip and overrides"
+            "; ".join(
+                (
+                    f"no weight is left to quantize: no {_names(QUANTIZED_TYPES)} of torch.nn remains "
+                    "after skip and overrides",
+                    *others,
+                )
+            )
         )
     if any(c.activation is not None for c in asked) and False not in quantized:
         raise ValueError(
             f"no activation is left to quantize: the model holds none of {_names(ACTIVATIONS)}, or none "
             "remains after overrides. Activations called as functions (F.relu) are not modules: call "
             "learnsched.activations_to_modules_(model, example_input) first, use nn.ReLU instead, or "
-            "leave activation= out"
+            "leave activation= out. One that is written out, as x * torch.sigmoid(x) or a GELU by tanh, "
+            "is not recognised: put nn.SiLU() or nn.GELU('tanh') in its place"
         )
 
 

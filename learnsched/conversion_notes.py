@@ -10,19 +10,13 @@ from torch import nn
 
 from learnsched.choose import Chosen
 from learnsched.execution import Execution
-from learnsched.modules import (
-    ACTIVATIONS,
-    BATCH_NORMS,
-    CLIPPING,
-    KNOWN,
-    QUANTIZED_LAYERS,
-    QUANTIZED_TYPES,
-    REAL,
-    matrices,
-)
+from learnsched.left_real import notes_on_what_stays_real
+from learnsched.modules import ACTIVATIONS, CLIPPING, QUANTIZED_TYPES
 
 # Root mean squares of what a batch norm puts out for which the initial scale is good enough.
 _USUAL_SIZES = (0.5, 2.0)
+# So many times as many weights a row as levels: that few values are no accident.
+_MANY = 4
 
 
 def notes_ahead(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[str]:
@@ -30,19 +24,14 @@ def notes_ahead(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[
     order = found.order
     activations = [n for n, module in order if n in chosen and type(module) in ACTIVATIONS]
     modules = dict(order)
-    normalized = {
-        name: before
-        for (_, before), (name, _) in zip(order, order[1:], strict=False)
-        if isinstance(before, BATCH_NORMS)
-    }
-    sizes = {n: _size(normalized[n]) for n in activations if n in normalized}
+    sizes = {n: _size(found.normalized[n]) for n in activations if n in found.normalized}
     low, high = _USUAL_SIZES
     if unusual := [f"{n} ({size:.2g})" for n, size in sizes.items() if not low < size < high]:
         yield (
             f"the batch norms ahead of {unusual} put out values of that root mean square, and scales "
             "are made for 1: call learnsched.calibrate_(model, batches) before training goes on"
         )
-    uncalibrated = [name for name in activations if name not in normalized]
+    uncalibrated = [name for name in activations if name not in found.normalized]
     if uncalibrated:
         yield (
             f"no batch norm precedes {uncalibrated}: their scale is a guess until "
@@ -102,8 +91,19 @@ def notes_ahead(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[
             f"{hooked} have hooks, which stay with the modules that are replaced; register them after "
             "quantize_"
         )
+    if finished := [
+        name
+        for name, (levels, _) in chosen.items()
+        if type(module := modules[name]) in QUANTIZED_TYPES
+        and _has_few_values(getattr(module, "weight", None), len(levels.values))
+    ]:
+        yield (
+            f"the weights of {finished} have no more different values than there are levels, as those "
+            "that finalize_ has put there; quantized anew they get the scale that its rule gives, which "
+            "is another. Keep finished layers real, with overrides={name: None}"
+        )
     weights = any(type(modules[name]) in QUANTIZED_TYPES for name in chosen)
-    yield from _notes_on_what_stays_real(model, weights=weights)
+    yield from notes_on_what_stays_real(model, found.products, weights=weights)
 
 
 def _size(norm: Any) -> float:
@@ -117,54 +117,17 @@ def _size(norm: Any) -> float:
     return float(squares.mean().sqrt())
 
 
-def _notes_on_what_stays_real(model: nn.Module, *, weights: bool) -> Iterator[str]:
-    """Modules that hold products or activations of no quantized kind.
-
-    Args:
-        model: before it is converted.
-        weights: whether any weight is quantized; else those that are not need no word.
-    """
-    attention = {n: m for n, m in model.named_modules() if type(m) is nn.MultiheadAttention}
-    if weights and attention:
-        yield (
-            f"{[*attention]} stay real: they are nn.MultiheadAttention, whose projections are bare "
-            "parameters; call learnsched.attention_to_linears_(model) first"
-        )
-    told = {module.out_proj for module in attention.values()}
-    named = [
-        (f"{name} ({type(module).__name__})", module)
-        for name, module in model.named_modules()
-        if module not in told
-    ]
-    if foreign := [
-        n for n, module in named if isinstance(module, KNOWN) and type(module) not in KNOWN
-    ]:
-        yield (
-            f"{foreign} stay real: what a subclass computes is not known (a parametrization makes one, "
-            "too)"
-        )
-    if weights and (real := [n for n, module in named if isinstance(module, REAL)]):
-        yield f"{real} stay real: of such layers no quantized kind is known"
-    bare = [
-        f"{f'{name}.{parameter}'.lstrip('.')} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if _is_a_layer_of_ones_own(module)
-        for parameter in matrices(module)
-    ]
-    if weights and bare:
-        yield (
-            f"{bare} stay real: they are parameters of no layer of torch's; where products are formed "
-            "with them, let an nn.Linear or a convolution hold them. What is looked up or added, as "
-            "tables and positions are, is right as it is"
-        )
-
-
-def _is_a_layer_of_ones_own(module: nn.Module) -> bool:
-    """Whether a module is not torch's, and leaves products to no layers inside of it, as blocks do."""
-    known = (*KNOWN, *QUANTIZED_LAYERS, nn.Embedding, nn.EmbeddingBag)
-    foreign = not type(module).__module__.startswith("torch.") and not isinstance(module, known)
-    inside = (m for m in module.modules() if m is not module)
-    return foreign and not any(isinstance(m, (*QUANTIZED_TYPES, *REAL)) for m in inside)
+def _has_few_values(weight: Any, levels: int) -> bool:
+    """Whether some row of a weight, and every row, has at most so many different values, of many."""
+    if not isinstance(weight, nn.Parameter) or weight.numel() == 0:
+        return False
+    rows = weight.detach().flatten(1)
+    if rows.shape[1] < _MANY * levels:
+        return False
+    for row in (rows[0], *rows):  # the first alone tells of most networks that they are not
+        if len(row.unique()) > levels:
+            return False
+    return bool((rows != rows[:, :1]).any())
 
 
 def _has_hooks(module: nn.Module) -> bool:

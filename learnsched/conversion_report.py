@@ -29,7 +29,7 @@ class Report:
 
 def report(model: nn.Module) -> Report:
     """What is quantized in a model, and what is not: every module with a matrix or kernel of its own,
-    and every activation function that is a module.
+    and every activation function that is a module of ``torch.nn``.
 
     Raises:
         TypeError: it is no module.

@@ -14,7 +14,8 @@ from torch import nn
 from learnsched.activation_quantizer import ActivationQuantizer, PReLUQuantizer
 from learnsched.choose import Chosen, LayerConfig, choose
 from learnsched.conversion_notes import notes_ahead
-from learnsched.execution import Example, Execution, reached
+from learnsched.example import Example, reached
+from learnsched.execution import Execution
 from learnsched.levels import LevelSet
 from learnsched.modules import (
     CLIPPING,
@@ -58,10 +59,12 @@ def quantize_(
         weight_scale: scale rule of the weights; by default the level set's customary one.
         activation_scale: scale rule that calibration uses; by default least squares.
         skip: ``"first"``, ``"last"`` or both: weight layers to keep real, by order of execution. With
-            an example input, activations behind the last one, which the model puts out, stay real too.
+            an example input, all layers whose results the model puts out as they are count as last, as
+            several heads do, and activations behind the last one stay real too.
         overrides: from a pattern of module names (as in :mod:`fnmatch`) to the configuration of the
             weight layers that match, and of the activations after them, or to None to keep those
-            weights real. The first match decides. Activations can be matched by their own names.
+            weights real. The first match decides. Activations can be matched by their own names, and
+            those that a pattern with None matches stay real as well.
         example_input: one input, a tuple of inputs, or inputs by name, to find the order of execution
             with, and what the model computes past its modules; without it the order of registration
             is taken, and nothing is found.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,29 +12,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from learnsched.modules import ACTIVATIONS, BATCH_NORMS, QUANTIZED_TYPES, stays_real
+from learnsched.activation_functions import ACTIVATION_FUNCTIONS, rectifies
+from learnsched.example import Example, hooked, run_example, tensors
+from learnsched.modules import ACTIVATIONS, BATCH_NORMS, QUANTIZED_TYPES, REAL, stays_real
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
-# And the modules that compute the same; None where a module would need more than the call tells.
-ACTIVATION_FUNCTIONS: Mapping[Callable[..., Any], type[nn.Module] | None] = {
-    F.relu: nn.ReLU, F.relu_: nn.ReLU, torch.relu: nn.ReLU, torch.relu_: nn.ReLU,
-    Tensor.relu: nn.ReLU, Tensor.relu_: nn.ReLU, F.relu6: nn.ReLU6,
-    F.hardtanh: nn.Hardtanh, F.hardtanh_: nn.Hardtanh,
-    F.leaky_relu: nn.LeakyReLU, F.leaky_relu_: nn.LeakyReLU,
-    F.prelu: None, Tensor.prelu: None, F.rrelu: None, torch.rrelu: None, torch.rrelu_: None,
-    F.elu: nn.ELU, F.elu_: nn.ELU, F.celu: nn.CELU, torch.celu: nn.CELU, torch.celu_: nn.CELU,
-    F.selu: nn.SELU, torch.selu: nn.SELU, torch.selu_: nn.SELU, F.gelu: nn.GELU,
-    F.silu: nn.SiLU, F.mish: nn.Mish, F.hardswish: nn.Hardswish, F.softplus: nn.Softplus,
+# What forms products with weights, as layers do.
+_PRODUCTS = frozenset((
+    F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d,
+    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+    torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.addmv, torch.baddbmm,
+    torch.addbmm, torch.einsum, torch.tensordot, torch.inner,
+    Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.mv,
+    Tensor.addmm, Tensor.addmv, Tensor.baddbmm, Tensor.addbmm, Tensor.inner,
+))  # fmt: skip
+# After which numbers are of another size than a batch norm has made them. (Sums, as of a residual
+# branch and what it is added to, are taken to be of about the same, and what activations make, too.)
+_RESCALING = _PRODUCTS | {
+    torch.mul, torch.multiply, Tensor.mul, Tensor.mul_, Tensor.multiply, Tensor.__mul__,
+    Tensor.__rmul__, Tensor.__imul__, torch.div, torch.divide, torch.true_divide, Tensor.div,
+    Tensor.div_, Tensor.divide, Tensor.true_divide, Tensor.__truediv__, Tensor.__rtruediv__,
+    Tensor.__itruediv__, torch.addcmul, torch.addcdiv, F.scaled_dot_product_attention,
 }  # fmt: skip
 
-# That are ReLUs where the number is 0, and much else where it is not.
-_CLAMPS = (
-    torch.clamp, torch.clamp_, torch.clamp_min, torch.clamp_min_, torch.clip, torch.clip_,
-    Tensor.clamp, Tensor.clamp_, Tensor.clamp_min, Tensor.clamp_min_, Tensor.clip, Tensor.clip_,
-)  # fmt: skip
-_MAXIMA = (torch.maximum, Tensor.maximum)
-_THRESHOLDS = (F.threshold, torch.threshold)
+# Modules that tensors come from, by the tensor's id.
+_Sources = dict[int, tuple[nn.Module, weakref.ref[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class Execution:
         unused: names of in-place activations that the model calls without using what they return.
         overwritten: names of in-place activations whose input the model uses again, as they left it.
         outputs: names of activations whose result the model puts out.
+        heads: names of layers whose result it puts out as it is.
+        normalized: of activations that are given what a batch norm has made at each of their calls, by
+            name, the batch norm; what comes between the two keeps its size. Without an example, where a
+            batch norm is registered just ahead.
+        products: names of parameters of no layer with which the model forms products.
     """
 
     order: list[tuple[str, nn.Module]]
@@ -64,10 +71,9 @@ class Execution:
     unused: tuple[str, ...] = ()
     overwritten: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
-
-
-# One input, a tuple of inputs, or inputs by name.
-Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
+    heads: tuple[str, ...] = ()
+    normalized: Mapping[str, nn.Module] = field(default_factory=dict)
+    products: tuple[str, ...] = ()
 
 
 def execution(model: nn.Module, example_input: Example | None) -> Execution:
@@ -77,7 +83,7 @@ def execution(model: nn.Module, example_input: Example | None) -> Execution:
         model: any module.
         example_input: what it takes; None takes the order of registration.
     """
-    wanted = {
+    names = {
         module: name
         for name, module in model.named_modules()
         # Only a parent can put something in the place of an activation.
@@ -87,173 +93,133 @@ def execution(model: nn.Module, example_input: Example | None) -> Execution:
         or stays_real(module)
     }
     if example_input is None:
-        return Execution([(name, module) for module, name in wanted.items()], len(wanted))
+        order = [(name, module) for module, name in names.items()]
+        pairs = zip(order, order[1:], strict=False)
+        norms = {name: norm for (_, norm), (name, _) in pairs if isinstance(norm, BATCH_NORMS)}
+        return Execution(order, len(names), normalized=norms)
     weights = {
         weight: name
-        for module, name in wanted.items()
+        for module, name in names.items()
         if type(module) in QUANTIZED_TYPES
         and isinstance(weight := getattr(module, "weight", None), nn.Parameter)
     }
-    seen = _Calls(weights)
-    calls: list[nn.Module] = []
-    made: dict[int, tuple[str, weakref.ref[Tensor]]] = {}  # by activations
-    in_place: dict[nn.Module, str] = {
-        m: n for m, n in wanted.items() if getattr(m, "inplace", False)
-    }
-
-    def enter(module: nn.Module, *_: Any) -> None:
-        calls.append(module)
-        seen.inside += _is_torchs(module)
-
-    def leave(module: nn.Module, _: Any, output: Any) -> Any:
-        seen.inside -= _is_torchs(module)
-        if type(module) not in ACTIVATIONS:
-            return None
-        if module not in in_place:
-            made[id(output)] = wanted[module], weakref.ref(output)
-            return None
-        # What is returned is the input itself; only as another object can its uses be told apart.
-        returned = output.view_as(output)
-        made[id(returned)] = wanted[module], weakref.ref(returned)
-        seen.returned[id(returned)] = (in_place[module], returned)
-        if id(output) not in seen.rectified:  # which a second ReLU does not change
-            seen.inputs[id(output)] = (in_place[module], output)
-        seen.rectified[id(returned)] = returned
-        return returned
-
-    with hooked(wanted, enter, leave), seen:
+    watch = _Watch(names, weights, _of_no_layer(model))
+    with hooked(names, watch.enter, watch.leave), watch:
         result = run_example(model, example_input)
-        seen.use(result)
-    outputs = (made[id(t)] for t in tensors(result) if id(t) in made and made[id(t)][1]() is t)
-    names = tuple(wanted[module] for module in calls)
-    executed = dict.fromkeys(calls)
+        watch.use(result)
+    last = dict.fromkeys(watch.makers(result))
+    calls = tuple(names[module] for module in watch.calls)
+    executed = dict.fromkeys(watch.calls)
     return Execution(
-        order=[(wanted[module], module) for module in {**executed, **dict.fromkeys(wanted)}],
+        order=[(names[module], module) for module in {**executed, **dict.fromkeys(names)}],
         executed=len(executed),
-        calls=names,
-        functions=tuple(dict.fromkeys(seen.functions)),
-        clamps=tuple(dict.fromkeys(seen.clamps)),
-        borrowed=tuple(name for name in seen.borrowed if name in names),
-        unused=tuple(dict.fromkeys(name for name, _ in seen.returned.values())),
-        overwritten=tuple(seen.overwritten),
-        outputs=tuple(dict.fromkeys(name for name, _ in outputs)),
+        calls=calls,
+        functions=tuple(watch.functions),
+        clamps=tuple(watch.clamps),
+        borrowed=tuple(name for name in watch.borrowed if name in calls),
+        unused=tuple(dict.fromkeys(name for name, _ in watch.returned.values())),
+        overwritten=tuple(watch.overwritten),
+        outputs=tuple(names[module] for module in last if type(module) in ACTIVATIONS),
+        heads=tuple(names[module] for module in last if type(module) in QUANTIZED_TYPES),
+        normalized={name: norm for name, norm in watch.norms.items() if norm is not None},
+        products=tuple(watch.products),
     )
 
 
-def _is_torchs(module: nn.Module) -> bool:
-    """Whether what its forward calls is no call of the user's, as in a subclass of a batch norm."""
-    return type(module).__module__.startswith("torch.")
+def _of_no_layer(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Matrices and kernels outside of torch's layers, with their names and the kinds of their owners."""
+    layers = (*QUANTIZED_TYPES, *REAL, nn.MultiheadAttention)
+    return {
+        parameter: f"{f'{name}.{own}'.lstrip('.')} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if not isinstance(module, layers)
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() >= 2
+    }
 
 
-def reached(
-    model: nn.Module, example_input: Example, modules: Iterable[nn.Module]
-) -> set[nn.Module]:
-    """Which of the modules the example input reaches; the model stays as it is."""
-    found: set[nn.Module] = set()
-    with hooked(modules, lambda module, *_: found.add(module)):
-        run_example(model, example_input)
-    return found
+class _Watch(TorchFunctionMode):
+    """Notes which modules are called, what is computed past them, and what comes of their results.
 
-
-@contextmanager
-def hooked(
-    modules: Iterable[nn.Module],
-    enter: Callable[[nn.Module, Any, Any], None],
-    leave: Callable[[nn.Module, Any, Any], Any] | None = None,
-) -> Iterator[None]:
-    """Hooks ahead of (with arguments by name) and behind the modules' forward, within the block."""
-    modules = list(modules)
-    handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules]
-    if leave is not None:
-        handles += [module.register_forward_hook(leave) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def run_example(model: nn.Module, example_input: Example) -> Any:
-    """What the model makes of the example input, in evaluation and without a graph."""
-    with in_evaluation(model), torch.no_grad():
-        return call(model, example_input)
-
-
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in evaluation, and is not compiled."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        # Compiled, the model would hand its weights to a graph, outside of its modules.
-        with (
-            torch.random.fork_rng(devices=[]),  # what it draws is not missed in training
-            torch.compiler.set_stance("force_eager"),
-        ):
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def varied(example_input: Example) -> Example | None:
-    """The example with random numbers where its tensors are constant; None where none of them is.
-
-    Of zeros alone all networks make the same, so that nothing can be told from what they make.
+    Args:
+        names: of the modules of interest.
+        weights: names of the layers whose weights the keys are.
+        others: names of matrices and kernels that no layer forms products with.
     """
-    constant = False
 
-    def vary(value: Any) -> Any:
-        nonlocal constant
-        of_numbers = isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1
-        if not of_numbers or not bool((value == value.flatten()[0]).all()):
-            return value
-        constant = True
-        generator = torch.Generator("cpu").manual_seed(0)
-        drawn = torch.randn(value.shape, generator=generator, device="cpu")
-        return value + drawn.to(value)
-
-    if isinstance(example_input, Mapping):
-        found: Example = {name: vary(value) for name, value in example_input.items()}
-    elif isinstance(example_input, tuple):
-        found = tuple(map(vary, example_input))
-    else:
-        found = vary(example_input)
-    return found if constant else None
-
-
-def call(model: nn.Module, example_input: Example) -> Any:
-    """What the model makes of the example input."""
-    if isinstance(example_input, Mapping):
-        return model(**example_input)
-    return model(*example_input if isinstance(example_input, tuple) else (example_input,))
-
-
-class _Calls(TorchFunctionMode):
-    """Notes what is computed outside of the modules of interest, and what comes of their results."""
-
-    def __init__(self, weights: Mapping[nn.Parameter, str]) -> None:
+    def __init__(
+        self,
+        names: Mapping[nn.Module, str],
+        weights: Mapping[nn.Parameter, str],
+        others: Mapping[nn.Parameter, str],
+    ) -> None:
         super().__init__()
-        self.inside = 0
-        self.functions: list[str] = []
-        self.clamps: list[str] = []
+        self.calls: list[nn.Module] = []
+        self.functions: dict[str, None] = {}
+        self.clamps: dict[str, None] = {}
         self.borrowed: dict[str, None] = {}
         self.returned: dict[int, tuple[str, Tensor]] = {}  # by in-place activations, unused so far
-        self.inputs: dict[int, tuple[str, Tensor]] = {}  # of in-place activations
-        self.rectified: dict[int, Tensor] = {}  # what they returned
         self.overwritten: dict[str, None] = {}
-        self._weights = weights
+        self.products: dict[str, None] = {}
+        self.norms: dict[str, nn.Module | None] = {}  # ahead of activations
+        self._names, self._weights, self._others = names, weights, others
+        self._inside = 0
+        self._made: _Sources = {}  # by modules of interest
+        self._sized: _Sources = {}  # by batch norms
+        self._inputs: dict[int, tuple[str, Tensor]] = {}  # of in-place activations
+        self._rectified: dict[int, Tensor] = {}  # what they returned
+
+    def enter(self, module: nn.Module, *given: Any) -> None:
+        """Ahead of a module's forward."""
+        self.calls.append(module)
+        self._inside += _is_torchs(module)
+        if type(module) in ACTIVATIONS:
+            norm = next((_source(self._sized, tensor) for tensor in tensors(given)), None)
+            name = self._names[module]
+            # With a call that no batch norm precedes there is none.
+            self.norms[name] = norm if self.norms.get(name, norm) is not None else None
+
+    def leave(self, module: nn.Module, _: Any, output: Any) -> Any:
+        """Behind a module's forward; what its caller gets in place of the output, if not None."""
+        self._inside -= _is_torchs(module)
+        if not isinstance(output, Tensor):
+            return None
+        if isinstance(module, BATCH_NORMS):
+            self._sized[id(output)] = module, weakref.ref(output)
+        if not getattr(module, "inplace", False):
+            self._made[id(output)] = module, weakref.ref(output)
+            return None
+        # What is returned is the input itself; only as another object can its uses be told apart.
+        name, returned = self._names[module], output.view_as(output)
+        self._made[id(returned)] = module, weakref.ref(returned)
+        self.returned[id(returned)] = name, returned
+        if id(output) not in self._rectified:  # which a second ReLU does not change
+            self._inputs[id(output)] = name, output
+        self._rectified[id(returned)] = returned
+        return returned
+
+    def makers(self, value: Any) -> Iterator[nn.Module]:
+        """The modules that have made tensors of a value."""
+        return filter(None, (_source(self._made, tensor) for tensor in tensors(value)))
 
     def use(self, value: Any) -> None:
         """Note that what is returned by in-place activations is used, alone or in a collection."""
         for tensor in tensors(value):
             self.returned.pop(id(tensor), None)
 
-    def use_again(self, value: Any) -> None:
-        """Note that inputs of in-place activations are used after these, alone or in a collection."""
-        for tensor in tensors(value):
-            if id(tensor) in self.inputs:
-                self.overwritten[self.inputs[id(tensor)][0]] = None
+    def _use_again(self, tensor: Tensor) -> None:
+        """Note that the input of an in-place activation is used after that."""
+        if id(tensor) in self._inputs:
+            self.overwritten[self._inputs[id(tensor)][0]] = None
+
+    def _follow(self, func: Callable[..., Any], operands: Sequence[Tensor], result: Any) -> None:
+        """Note the batch norm, if one, that results have their size from."""
+        norms = filter(None, (_source(self._sized, tensor) for tensor in operands))
+        norm = None if func in _RESCALING else next(norms, None)
+        for tensor in tensors(result):
+            self._sized.pop(id(tensor), None)
+            if norm is not None:
+                self._sized[id(tensor)] = norm, weakref.ref(tensor)
 
     def __torch_function__(
         self,
@@ -262,52 +228,34 @@ class _Calls(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.use((args, kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        operands: list[Any] = [*tensors((args, kwargs))]
+        self.use(operands)
         if isinstance(result, Tensor | tuple | list):  # not a shape or a dtype
-            self.use_again((args, kwargs or {}))
-        if not self.inside:
+            for tensor in operands:
+                self._use_again(tensor)
+            self._follow(func, operands, result)
+        if func in _PRODUCTS:
+            # Of a part of a parameter, as of one expert's, it is the whole.
+            whole = (t if t._base is None else t._base for t in operands)
+            self.products |= {self._others[t]: None for t in whole if t in self._others}
+        if not self._inside:
             if func in ACTIVATION_FUNCTIONS:
-                self.functions.append(func.__name__)
-            elif _rectifies(func, *args, **(kwargs or {})):
-                self.clamps.append(func.__name__.strip("_"))
-            if isinstance(result, Tensor):  # not a shape or a dtype
-                used = (a for a in (*args, *(kwargs or {}).values()) if isinstance(a, nn.Parameter))
-                self.borrowed |= {self._weights[w]: None for w in used if w in self._weights}
+                self.functions[func.__name__] = None
+            elif rectifies(func, *args, **kwargs):
+                self.clamps[func.__name__.strip("_")] = None
+            if isinstance(result, Tensor):
+                self.borrowed |= {self._weights[t]: None for t in operands if t in self._weights}
         return result
 
 
-def _rectifies(func: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
-    """Whether a call computes a ReLU under another name."""
-    if func in _CLAMPS:
-        low = kwargs.get("min", args[1] if len(args) > 1 else None)
-        return isinstance(low, int | float) and low == 0
-    if func in _MAXIMA:
-        other = kwargs.get("other", args[-1])
-        return isinstance(other, Tensor) and not bool(other.any())
-    return func in _THRESHOLDS and not any((*args[1:3], *kwargs.values()))
+def _source(sources: _Sources, tensor: Tensor) -> nn.Module | None:
+    """The module that a tensor is noted with, which may have taken the place of another in memory."""
+    module, made = sources.get(id(tensor), (None, None))
+    return module if made is not None and made() is tensor else None
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of a value: alone, in nested collections, in attributes of plain objects."""
-    seen: set[int] = set()
-    pending = [value]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, Tensor):
-            yield value
-        elif id(value) not in seen:
-            seen.add(id(value))
-            pending += reversed(_parts(value))
-
-
-def _parts(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, list | tuple):
-        return list(value)
-    if isinstance(value, type | nn.Module | Callable):  # type: ignore[arg-type]
-        return []
-    if is_dataclass(value):
-        return [getattr(value, field.name) for field in fields(value)]
-    return list(getattr(value, "__dict__", {}).values())
+def _is_torchs(module: nn.Module) -> bool:
+    """Whether what its forward calls is no call of the user's, as in a subclass of a batch norm."""
+    return type(module).__module__.startswith("torch.")

@@ -14,8 +14,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from learnsched.activation_functions import ACTIVATION_FUNCTIONS
 from learnsched.attributes import Attributes
-from learnsched.execution import ACTIVATION_FUNCTIONS
 from learnsched.traced_forward import restore_arguments
 
 _METHODS: Mapping[str, type[nn.Module] | None] = {

@@ -115,9 +115,12 @@ class Quantizer(nn.Module):
         )
 
     def get_extra_state(self) -> Tensor:
-        """Levels and thresholds, which states must have alike to be exchanged, and the kind of noise."""
+        """Levels and thresholds, which states must have alike to be exchanged, and the kind of noise.
+
+        The latter is a number of its shape and mode, and the temperature of concrete samples, 0 without.
+        """
         kind = NOISE_CODES[self.noise.name] * len(MODES) + MODES.index(self.mode)
-        numbers = [*self.levels.values, *self.levels.thresholds, kind]
+        numbers = [*self.levels.values, *self.levels.thresholds, kind, self.temperature or 0.0]
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -126,22 +129,23 @@ class Quantizer(nn.Module):
         Raises:
             ValueError: the state belongs to another level set.
         """
-        own = self.get_extra_state()[:-1]
-        # Older states do not know the kind of noise: without it, theirs is an odd number of numbers.
-        knows = len(state) % 2 == 0
-        sets = state[:-1] if knows else state
-        # A state may have been cast with all its tensors.
-        if sets.shape != own.shape or not torch.equal(sets, own.to(sets)):
-            count = len(sets) // 2 + 1
+        # Levels rise, and the first threshold lies below the last of them.
+        count = 1 + int((state.diff() < 0).nonzero()[0])
+        sets, kind = state[: 2 * count - 1], state[2 * count - 1 :].tolist()
+        own = self.get_extra_state()[: len(sets)].to(sets)  # which may have been cast
+        if count != len(self.levels.values) or not torch.equal(sets, own):
             raise ValueError(
                 f"this state was saved with the levels {sets[:count].tolist()} and thresholds "
                 f"{sets[count:].tolist()}, the quantizer of {self.layer_name!r} has "
                 f"{list(self.levels.values)} and {list(self.levels.thresholds)}; quantize the model "
                 "with the same level sets as before, then load it"
             )
-        if knows:
-            noise, mode = divmod(int(state[-1]), len(MODES))
+        # Older states do not know the kind of noise, and somewhat older ones its temperature.
+        if kind:
+            noise, mode = divmod(int(kind[0]), len(MODES))
             self.noise, self.mode = noise_shape(list(NOISE_CODES)[noise]), MODES[mode]
+        if kind[1:]:
+            self.temperature = kind[1] or None
 
     def extra_repr(self) -> str:
         return f"levels={self.levels.name}, noise={self.noise.name}"

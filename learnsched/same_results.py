@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learnsched.execution import Example, call, in_evaluation, tensors
+from learnsched.example import Example, call, in_evaluation, tensors
 from learnsched.function_traces import first_line
 
 Way = Callable[[], AbstractContextManager[Any]]

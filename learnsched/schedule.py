@@ -260,7 +260,8 @@ class Policy(Protocol):
     come from the global generator, as those of dropout do. It may also have a method
     ``learning_rate_factor(run, progress)``, see :func:`learnsched.learning_rate.learning_rate_factor`,
     and ``evenly_spaced = True`` where it takes the levels of weights to be so, as one does whose noise
-    leaves weights real.
+    leaves weights real. Let its ``repr`` show its parameters, as that of a dataclass does: by it a
+    scheduler's state tells whether it belongs to the same policy; without one, by the class alone.
 
     Example:
         >>> class Hard:

@@ -17,6 +17,7 @@ from learnsched.annealed import MODES
 from learnsched.apply_settings import (
     check_fractions,
     freeze_,
+    has_noise_of,
     is_finalized,
     restore_,
     set_noise_,
@@ -307,6 +308,13 @@ class QuantizationScheduler:
                 "finalize_ was called, which belongs after the last step(), or another state was loaded "
                 "into the model; load the scheduler's state with it"
             )
+        if not has_noise_of(self._layers, self.history.settings[-1]):
+            warnings.warn(
+                f"in epoch {self.epoch} the model had other noise than its settings say: another state "
+                "was loaded into it, as of an interrupted run. Load the scheduler's state with it, or "
+                "the schedule goes on where the scheduler is",
+                stacklevel=3,
+            )
 
     def _check_metrics(self, numbers: Mapping[str, float]) -> None:
         missing = [name for name in self.policy.metrics if name not in numbers]
@@ -398,7 +406,7 @@ class QuantizationScheduler:
         optimizer.register_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        restore_(self._layers)
+        restore_(self._layers, optimizer)
         told = self._run.steps_per_epoch
         late = not self.epoch and told is not None and self._counter.total == 2 * told + _FEW_STEPS
         if late and not self._is_displaced():

@@ -46,7 +46,7 @@ class WeightQuantizer(Quantizer):
         self.channel_dim = channel_dim
         self.register_parameter("log_scale", None)
         detached = weight.detach()
-        scale = self._fitted_scale(detached)
+        scale = self.fitted_scale(detached)
         self.register_buffer("membership", torch.zeros_like(detached))
         self.register_buffer("held", torch.zeros_like(detached))
         self.register_buffer("held_scale", torch.ones_like(scale))
@@ -57,19 +57,19 @@ class WeightQuantizer(Quantizer):
         # Behind a rule there may be a search: a finished network is spared it.
         if not self.training and can_look(self.scale_held) and bool(self.scale_held.all()):
             return self.held_scale
-        return torch.where(self.scale_held > 0, self.held_scale, self._fitted_scale(weight))
+        return torch.where(
+            self.scale_held > 0, self.held_scale, self.fitted_scale(weight, self.log_scale)
+        )
 
-    def _fitted_scale(self, weight: Tensor) -> Tensor:
-        scale = self._rule_scale(weight)
-        return scale if self.log_scale is None else scale * self.log_scale.exp()
-
-    def _rule_scale(self, weight: Tensor) -> Tensor:
+    def fitted_scale(self, weight: Tensor, log_scale: Tensor | None = None) -> Tensor:
+        """The scale that the rule gives a weight, times the exponential of what is learned."""
         # Rules take the first dimension for the channels.
         moved = self.channel_dim != 0
         scale = self.rule(weight.transpose(0, self.channel_dim) if moved else weight, self.levels)
         if 0 < scale.dim() < weight.dim():  # what broadcasts may lack the first ones
             scale = scale.reshape((1,) * (weight.dim() - scale.dim()) + scale.shape)
-        return scale.transpose(0, self.channel_dim) if moved and scale.dim() else scale
+        scale = scale.transpose(0, self.channel_dim) if moved and scale.dim() else scale
+        return scale if log_scale is None else scale * log_scale.exp()
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.shared is not None:

@@ -1225,3 +1225,123 @@ def test_weights_with_a_scale_each_are_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ls.quantize_(model, ls.signed(4), weight_scale=AbsoluteMean("tensor"))
+
+
+def all_notes(model, **arguments):
+    """What is warned of, as one text."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ls.quantize_(model, ls.ternary(), **arguments)
+    return "\n".join(str(warning.message) for warning in caught)
+
+
+def test_parameters_that_a_model_multiplies_itself_are_named():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router, self.table = nn.Linear(8, 2), nn.Embedding(5, 8)
+            self.first = nn.Parameter(torch.randn(2, 8, 4))
+            self.second = nn.Parameter(torch.randn(2, 4, 8))
+            self.lists = nn.ParameterList([torch.randn(8, 8)])
+            self.place = nn.Parameter(torch.randn(3, 8))
+
+        def forward(self, x):
+            x = x + self.place
+            hidden = torch.einsum("bnd,edh->benh", x, self.first)
+            each = torch.stack([hidden[:, e] @ self.second[e] for e in range(2)], -1)
+            x = (each * self.router(x).softmax(-1).unsqueeze(2)).sum(-1) @ self.lists[0]
+            return x @ self.table.weight.t()
+
+    text = all_notes(Experts(), example_input=torch.randn(4, 3, 8))
+    for name in ("first", "second", "lists.0", "table.weight"):
+        assert f"'{name} (" in text
+    assert "place" not in text
+    assert "router" not in text
+
+
+@pytest.mark.parametrize(
+    ("gain", "warned"),
+    [
+        (lambda x: x, False),
+        (lambda x: F.dropout(x.flatten(1), 0.5).view_as(x) + torch.ones_like(x), False),
+        (lambda x: 0.05 * x, True),
+        (lambda x: x / 20, True),
+        (lambda x: x @ torch.eye(6), True),
+    ],
+)
+def test_what_comes_between_a_batch_norm_and_an_activation_matters(gain, warned):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.act = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+
+        def forward(self, x):
+            return self.act(gain(self.norm(self.conv(x)))) + 0
+
+    text = all_notes(Net(), activation=ls.unsigned(2), example_input=torch.randn(2, 1, 8, 8))
+    assert ("no batch norm precedes ['act']" in text) == warned
+
+
+def test_a_shared_activation_is_normalized_only_if_it_is_so_at_every_call():
+    class Net(nn.Module):
+        def __init__(self, again):
+            super().__init__()
+            self.first, self.norm, self.act = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()
+            self.second, self.again, self.last = nn.Linear(8, 8), again, nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = self.act(self.norm(self.first(x)))
+            return self.last(self.act(self.again(self.second(x))))
+
+    x = torch.randn(4, 8)
+    assert "precedes ['act']" in all_notes(
+        Net(nn.Identity()), activation=ls.unsigned(2), example_input=x
+    )
+    assert not all_notes(Net(nn.BatchNorm1d(8)), activation=ls.unsigned(2), example_input=x)
+
+
+def test_every_head_is_a_last_layer():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.norm, self.act = nn.BatchNorm1d(8), nn.ReLU()
+            self.a, self.b = nn.Linear(8, 3), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = self.act(self.norm(self.second(self.first(x))))
+            return {"a": self.a(x), "b": [self.b(x)]}
+
+    net = ls.quantize_(Heads(), ls.ternary(), skip=("last",), example_input=torch.randn(2, 8))
+    assert [layer.info.name for layer in quantized_layers(net)] == ["first", "second"]
+
+
+def test_a_second_name_in_overrides_is_answered_with_the_first():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    net.head = net[2]
+    with pytest.raises(ValueError, match=r"'head' is '2', by its first name"):
+        ls.quantize_(net, ls.ternary(), overrides={"head": None})
+
+
+def test_layers_of_other_kinds_are_named_where_nothing_is_left_to_quantize():
+    class Conv1D(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 4))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    with pytest.raises(ValueError, match=r"'0\.weight \(Conv1D\)'\] stay real"):
+        ls.quantize_(nn.Sequential(Conv1D()), ls.ternary(), example_input=torch.randn(2, 8))
+
+
+def test_weights_that_are_on_levels_already_get_a_word():
+    net = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert not all_notes(net)
+    ls.remove_quantizers_(ls.finalize_(net))
+    with pytest.warns(UserWarning, match=r"the weights of \['0'\] have no more different values"):
+        ls.quantize_(net, ls.ternary())  # of the other layer there are too few to tell
+    zeros = nn.Linear(64, 8)
+    nn.init.zeros_(zeros.weight)
+    assert not all_notes(nn.Sequential(zeros))

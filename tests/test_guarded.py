@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from small_task import SMALL as TWO_MEMBERS
 from small_task import THREE_MEMBERS as SMALL
 
 from learnsched.data import load
@@ -45,6 +46,23 @@ def test_gradients_that_are_not_finite_have_exploded(lost):
 
     found = gradient(Guarded(Lost(damping=0.5), EVOLUTION, limit=1e9))
     assert torch.equal(found.gradient, gradient(EVOLUTION).gradient)
+
+
+def test_half_of_an_even_number_of_members_is_enough():
+    @dataclasses.dataclass(frozen=True)
+    class Lost(Unrolled):
+        def __call__(self, inner, rollout):
+            estimate = super().__call__(inner, rollout)
+            broken = estimate.gradient.clone()
+            broken[:, 0] = math.nan
+            return dataclasses.replace(estimate, gradient=broken)
+
+    def found(estimator):
+        inner = TWO_MEMBERS.build(DIGITS)
+        return estimator(inner, PolicyRollout(LearnedPolicy(MetaNetwork()), inner.run, 2)).gradient
+
+    guarded = Guarded(Lost(damping=0.5), EVOLUTION, limit=1e9)
+    assert torch.equal(found(guarded), found(EVOLUTION))
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, math.nan])

@@ -1417,3 +1417,69 @@ def test_a_learning_rate_of_ones_own_or_one_that_steps_with_the_optimizer_is_not
             optimizer.step()
             decay.step()
         scheduler.step({"train_loss": 1.0})
+
+
+def test_two_optimizers_of_two_parts_take_turns():
+    parts = [nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 2)) for _ in range(2)]
+    model = ls.quantize_(nn.ModuleList(parts), ls.ternary())
+    both = [torch.optim.SGD(half.parameters(), 0.1) for half in model]
+    scheduler = ls.QuantizationScheduler(model, fractions(0.5, 1), 2, optimizer=both[0])
+    scheduler.watch(both[1])
+    x = torch.randn(4, 8)
+    before = [half[0].weight.detach().clone() for half in model]
+    losses = [half(x).square().mean() for half in model]
+    for loss, optimizer in zip(losses, both, strict=True):
+        optimizer.zero_grad()
+        loss.backward()  # of the second part, after the first has moved
+        optimizer.step()
+    for half, old in zip(model, before, strict=True):
+        frozen = half[0].weight_quantizer.membership > 0
+        assert torch.equal(half[0].weight[frozen], half[0].weight_quantizer.held[frozen])
+        assert not torch.equal(half[0].weight[~frozen], old[~frozen])
+
+
+def test_a_model_in_another_epoch_than_its_scheduler_is_warned_of():
+    def made():
+        torch.manual_seed(0)
+        model = ls.quantize_(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), ls.ternary())
+        return model, ls.QuantizationScheduler(model, policies.AdditiveNoiseAnnealing(), 10)
+
+    model, scheduler = made()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            scheduler.step()
+        model.bfloat16()
+        scheduler.step()
+    again, other = made()
+    again.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match="in epoch 0 the model had other noise than its settings"):
+        other.step()
+    resumed, loaded = made()
+    resumed.load_state_dict(model.state_dict())
+    loaded.load_state_dict(scheduler.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded.step()
+
+
+@pytest.mark.parametrize("temperature", [None, 0.5])
+def test_the_temperature_of_samples_travels_with_the_model(temperature):
+    def made():
+        torch.manual_seed(0)
+        return ls.quantize_(nn.Sequential(nn.Linear(8, 4)), ls.ternary())
+
+    model, again = made(), made()
+    if temperature is not None:
+        ls.sample_concrete_(model, temperature)
+    else:
+        ls.sample_concrete_(again, 2.0)
+    again.load_state_dict(model.state_dict())
+    assert again[0].weight_quantizer.temperature == temperature
+    # States of before know no temperature, older ones no kind of noise.
+    name = "0.weight_quantizer._extra_state"
+    for length in (6, 5):
+        older = model.state_dict()
+        older[name] = older[name][:length]
+        again.load_state_dict(older)
+        assert again[0].weight_quantizer.temperature == temperature

@@ -92,24 +92,22 @@ def search(
     study = optuna.create_study(
         direction="maximize", storage=_storage(journal), study_name="search", load_if_exists=True
     )
-    for cut_off in study.get_trials(states=(TrialState.RUNNING,)):
-        study.tell(cut_off.number, state=TrialState.FAIL)
-    done = len(study.get_trials(states=(TrialState.COMPLETE,)))
-    for turn in range(done // budget.trials, budget.rounds):
-        study.sampler = optuna.samplers.TPESampler(
+    kept = study.get_trials(states=(TrialState.COMPLETE,))
+    for turn in range(len(kept) // budget.trials, budget.rounds):
+        # Of a round that was cut off while it was written down, the sampler must not know a part.
+        sampler = optuna.samplers.TPESampler(
             seed=1000 * seed + turn, n_startup_trials=budget.trials
         )
-        # A round is told trial by trial: those told before a cut come again and are asked in vain.
-        told = done - turn * budget.trials if turn == done // budget.trials else 0
-        trials = [study.ask() for _ in range(budget.trials)]
+        asked = optuna.create_study(direction="maximize", sampler=sampler)
+        asked.add_trials(kept[: turn * budget.trials])
+        trials = [asked.ask() for _ in range(budget.trials)]
         rates = [t.suggest_float("learning_rate", *LEARNING_RATES, log=True) for t in trials]
         policies = [suggest(t) if suggest else None for t in trials]
         accuracies = evaluate(rates, policies)
-        for index, (trial, accuracy) in enumerate(zip(trials, accuracies, strict=True)):
-            if index < told:
-                study.tell(trial, state=TrialState.FAIL)
-            else:
-                study.tell(trial, float(accuracy))
+        for trial, accuracy in zip(trials, accuracies, strict=True):
+            asked.tell(trial, float(accuracy))
+        study.add_trials(asked.trials[len(kept) :])
+        kept = study.get_trials(states=(TrialState.COMPLETE,))
     return _best(study, suggest)
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from learnsched.execution import varied
+from learnsched.example import varied
 from learnsched.export import graph as g
 from learnsched.export.errors import ExportError
 from learnsched.export.operations import QUANTIZERS

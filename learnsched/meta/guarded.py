@@ -51,7 +51,7 @@ class Guarded:
 
     def __call__(self, inner: Inner, rollout: Rollout) -> ScheduleEstimate:
         estimate = self.unrolled(inner, rollout)
-        norms = estimate.norms.nan_to_num(nan=math.inf)
-        if float(norms.median()) <= self.limit:
+        norms = estimate.norms.nan_to_num(nan=math.inf).sort().values
+        if float(norms[len(norms) // 2]) <= self.limit:  # of two in the middle, the larger
             return estimate
         return self.evolution(inner, rollout)

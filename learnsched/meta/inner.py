@@ -6,7 +6,7 @@ recompute it, or ask for no graph at all, without knowing what is trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import higher
@@ -79,9 +79,11 @@ class InnerLoop:
         partition: the order in which INQ takes weights.
         membership_width: width of the soft INQ membership; 0 freezes whole weights.
         optimizer: what trains the networks; Adam if None.
-        seed: of what an estimator draws.
+        seed: of what an estimator draws, and of random partitions.
         rates: factor on the learning rate in place of a cosine, shape ``(horizon * steps, members)``,
             or one column for all.
+        member_run: which run each member belongs to, counted from 0, shape ``(members,)``: those of one
+            run get the same random partitions. Each has one of its own if None.
     """
 
     def __init__(
@@ -96,10 +98,14 @@ class InnerLoop:
         optimizer: InnerOptimizer | None = None,
         seed: int = 0,
         rates: Tensor | None = None,
+        member_run: Tensor | None = None,
     ) -> None:
         self.seed = seed
         self.rates = rates
         self.population = population
+        if member_run is None:
+            member_run = torch.arange(population.members, device=learning_rate.device)
+        self.member_run = member_run
         self.batches = batches
         self.learning_rate = learning_rate
         self.partition = partition
@@ -127,6 +133,7 @@ class InnerLoop:
             optimizer=self.optimizer,
             seed=self.seed,
             rates=rates,
+            member_run=self.member_run.repeat(count),
         )
 
     def initial(self) -> InnerState:
@@ -212,9 +219,9 @@ class InnerLoop:
                 moved = [p + (m - s) for p, m, s in zip(parameters, moved, seen, strict=True)]
             if decay:
                 moved = [m - decay * r * p for m, r, p in zip(moved, rate, parameters, strict=True)]
-                if not track:
-                    moved = [m.detach().requires_grad_() for m in moved]
-            parameters = list(moved)
+            parameters = self._restored(moved, carried)
+            if not track and (decay or self.partition == "redraw"):
+                parameters = [p.detach().requires_grad_() for p in parameters]
             losses.append(loss.detach())
         moments = [optimizer.state[i][0][name] for name in names for i in range(count)]
         tensors = (*parameters, *moments, *carried)
@@ -313,8 +320,11 @@ class InnerLoop:
     ) -> tuple[Tensor, ...]:
         """The carried buffers after the settings' fractions, by soft membership."""
         result: list[Tensor] = []
-        generator = torch.Generator(settings.device).manual_seed(epoch)
+        generator = torch.Generator(settings.device)
+        generator.manual_seed((1_000_003 * self.seed + 1_009 * epoch) % 2**63)
         redraw = self.partition == "redraw"
+        drawn = self.partition in ("random", "redraw")
+        runs = int(self.member_run.max()) + 1
         for quantizer, layer, weight, scale, (membership, held, _, scale_held) in self._quantized(
             parameters, carried
         ):
@@ -324,7 +334,14 @@ class InnerLoop:
                 x, quantizer.levels, 0.0, 0.0, backward * quantizer.levels.step, 0.0,
                 quantizer.noise,
             )  # fmt: skip
-            order = priority(x.detach(), quantizer.levels, self.partition, generator)
+            order = priority(
+                x.detach()[:runs] if drawn else x.detach(),
+                quantizer.levels,
+                self.partition,
+                generator,
+            )
+            if drawn:
+                order = order[self.member_run]
             width = max(self.membership_width, 1e-9)
             fraction = settings[:, layer, FRACTION]
             if redraw:  # what was frozen goes on from where it was
@@ -343,6 +360,19 @@ class InnerLoop:
                 torch.maximum(scale_held, started.to(scale.dtype).expand_as(scale_held)),
             ]
         return tuple(result)
+
+    def _restored(self, parameters: Sequence[Tensor], carried: tuple[Tensor, ...]) -> list[Tensor]:
+        """Parameters whose frozen entries are back where the optimizer has moved them from.
+
+        It matters only where weights are released again: these go on from their levels.
+        """
+        result = list(parameters)
+        if self.partition == "redraw":
+            for place, weight in enumerate(self.population.weights):
+                membership, held, *_ = carried[len(CARRIED) * place :]
+                index = self._position[self.population.key(weight.name)]
+                result[index] = torch.where(membership >= 1, held, result[index])
+        return result
 
     @torch.no_grad()
     def _weight_error(self, state: InnerState) -> Tensor:
@@ -370,9 +400,9 @@ class InnerLoop:
         for place, (name, key, quantizer, layer) in enumerate(self.population.weights):
             own = carried[size * place : size * (place + 1)]
             weight = self._parameter(parameters, name)
-            scale = vmap(lambda w, q=quantizer: q.rule(w, q.levels))(weight)
-            if quantizer.log_scale is not None:
-                scale = scale * self._parameter(parameters, f"{key}.log_scale").exp()
+            learned = [] if quantizer.log_scale is None else [f"{key}.log_scale"]
+            factors = (self._parameter(parameters, name) for name in learned)
+            scale = vmap(quantizer.fitted_scale)(weight, *factors)
             _, _, held_scale, scale_held = own
             yield quantizer, layer, weight, torch.where(scale_held > 0, held_scale, scale), own
 

@@ -217,6 +217,7 @@ class Task:
             membership_width=membership_width,
             optimizer=OPTIMIZERS[self.optimizer](eps),
             seed=self.seed,
+            member_run=member_run.to(device),
         )
 
     def floats(self, data: DataSet) -> tuple[list[nn.Module], Tensor]:
@@ -300,7 +301,7 @@ def _check_ranks(model: nn.Module) -> None:
     for layer in quantized_layers(model):
         if layer.weight is not None:
             weight, quantizer = layer.weight.weight, layer.weight.weight_quantizer
-            scale = quantizer.rule(weight.detach(), quantizer.levels)
+            scale = quantizer.fitted_scale(weight.detach())
             if scale.dim() != weight.dim():
                 raise ValueError(
                     f"a population needs scales with as many dimensions as their weight, got "

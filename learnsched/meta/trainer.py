@@ -249,10 +249,10 @@ class MetaTrainer:
         norms = torch.cat([r["norms"] for r in results])
         losses = torch.cat([r["losses"] for r in results])
         used = norms.isfinite()
-        self._apply(gradient)
-        # Of none, mean and median are NaN.
+        # Of none, mean and median are NaN, and momentum alone would move the network.
         median = float(norms[used].median())
         if bool(used.any()):
+            self._apply(gradient)
             old = median if math.isnan(self._typical_norm) else self._typical_norm
             self._typical_norm = 0.9 * old + 0.1 * median
         self.step += 1
