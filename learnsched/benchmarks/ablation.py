@@ -9,10 +9,8 @@ learn. The learning rate of every variant is searched on validation data, with t
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, stored_records
+from learnsched.benchmarks.command_line import GOES_ON, command_line
 from learnsched.benchmarks.environment import write_results
 from learnsched.benchmarks.held_out import HELD_OUT
 from learnsched.benchmarks.methods import Method
@@ -149,12 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     from learnsched.pretrained import load_pretrained
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__, quick="one task, few trials and seeds", json=GOES_ON, seed=None, artefact=True
     )
-    parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
-    parser.add_argument("--quick", action="store_true", help="one task, few trials and seeds")
-    parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     options = parser.parse_args(arguments)
     with one_of_the_ranks():
         tasks = TASKS[:1] if options.quick else TASKS

@@ -14,19 +14,18 @@ best of three learning rates.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from learnsched.benchmarks.campaign import one_of_the_ranks
+from learnsched.benchmarks.command_line import command_line
 from learnsched.benchmarks.environment import describe, write_results
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.regimes import Regime, drawn
@@ -412,8 +411,10 @@ def _data(rows: Sequence[Task]) -> dict[str, DataSet]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__,
+        quick="two tasks, few curves and seeds",
+        json="write what was found here, by bits; a search that is there is not repeated",
     )
     parser.add_argument("--bits", choices=BOXES, default="ternary/2-bit")
     regime = parser.add_mutually_exclusive_group()
@@ -444,13 +445,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--count", type=int, default=256, help="curves for each task and round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="two tasks, few curves and seeds")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--json",
-        type=Path,
-        help="write what was found here, by bits; a search that is there is not repeated",
-    )
     options = parser.parse_args(arguments)
     with one_of_the_ranks():
         count, rounds, seeds = (4, 1, 2) if options.quick else (options.count, options.rounds, 6)

@@ -7,15 +7,14 @@ learning rates by mean validation accuracy.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
+from learnsched.benchmarks.command_line import KEEPS, command_line
 from learnsched.benchmarks.curve_search import at_best_rate
 from learnsched.data import load
 from learnsched.intervals import interval
@@ -80,15 +79,8 @@ class Study:
 
     def main(self, description: str | None, arguments: Sequence[str] | None = None) -> None:
         """The command line."""
-        parser = argparse.ArgumentParser(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        parser = command_line(description, quick="one task, two seeds", json=KEEPS)
         parser.add_argument("--bits", nargs="*", choices=BITS, default=list(BITS))
-        parser.add_argument("--quick", action="store_true", help="one task, two seeds")
-        parser.add_argument("--seed", type=int, default=0)
-        parser.add_argument(
-            "--json", type=Path, help="write records here; tasks that are there are kept"
-        )
         options = parser.parse_args(arguments)
         tasks = [task for bits in options.bits for task in self.tasks(bits)]
         runs = self.runs

@@ -12,7 +12,6 @@ that makes something of it.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import logging
 import statistics
@@ -30,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import learnsched as ls
+from learnsched.benchmarks.command_line import RESULTS, command_line
 from learnsched.benchmarks.environment import describe, write_results
 from learnsched.data import DataSet, load
 from learnsched.export import QuantizedInput
@@ -255,15 +255,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="two networks on digits, 6 × 10 steps")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = command_line(__doc__, quick="two networks on digits, 6 × 10 steps", json=RESULTS)
     parser.add_argument(
         "--data", choices=("fashion_mnist", "digits"), help="fashion_mnist if omitted"
     )
-    parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     data = load(options.data or ("digits" if options.quick else "fashion_mnist"))

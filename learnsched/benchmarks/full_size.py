@@ -13,10 +13,8 @@ the environment of :mod:`learnsched.benchmarks.peers`.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ import numpy as np
 from learnsched.benchmarks import carried
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
+from learnsched.benchmarks.command_line import GOES_ON, command_line
 from learnsched.benchmarks.environment import describe
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.rate_choice import EXTENSIONS, measure
@@ -184,16 +183,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     from learnsched.pretrained import load_pretrained
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__, quick="a small network on digits instead", json=GOES_ON, seed="added to the tasks'"
     )
     carried.add_options(parser)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], help="which; all")
     parser.add_argument("--peers", action="store_true", help="torchao's PARQ and Brevitas, too")
     parser.add_argument("--methods", nargs="+", help="by their names in the table; all")
-    parser.add_argument("--quick", action="store_true", help="a small network on digits instead")
-    parser.add_argument("--seed", type=int, default=0, help="added to the tasks'")
-    parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     options = parser.parse_args(arguments)
     chosen = {"quick": QUICK} if options.quick else {name: TASKS[name] for name in options.tasks}
     learned, tuned = load_pretrained(options.artefact), read(options.known)

@@ -22,7 +22,6 @@ reference had not converged is replaced.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
@@ -35,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from learnsched.benchmarks.command_line import command_line
 from learnsched.benchmarks.environment import describe, write_results
 from learnsched.data import DataSet, load
 from learnsched.figure_style import paper_style, save_figure
@@ -329,10 +329,9 @@ def _read(path: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__, quick="short runs, few seeds and pairs", json="write the rows here, after each one"
     )
-    parser.add_argument("--quick", action="store_true", help="short runs, few seeds and pairs")
     parser.add_argument("--noise", nargs="+", default=["normal", "logistic", "triangular"])
     parser.add_argument(
         "--optimizer", nargs="+", choices=RATES, default=["adam", "momentum", "sgd"]
@@ -344,9 +343,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=48)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="where inner runs train")
-    parser.add_argument("--json", type=Path, help="write the rows here, after each one")
     parser.add_argument("--plot", type=Path, help="draw the rows here")
     options = parser.parse_args()
     if options.quick:

@@ -10,16 +10,15 @@ round train as one population.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import completed, one_of_the_ranks, stored_records
+from learnsched.benchmarks.command_line import GOES_ON, command_line
 from learnsched.benchmarks.comparison import table
 from learnsched.benchmarks.environment import describe, write_results
 from learnsched.benchmarks.methods import Method
@@ -130,15 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     from learnsched.pretrained import load_pretrained
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = command_line(
+        __doc__, quick="one task, a small budget", json=GOES_ON, seed="of the search", artefact=True
     )
-    parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
     parser.add_argument("--tasks", nargs="*", choices=list(HELD_OUT), help="all of them if omitted")
     parser.add_argument("--hand-coded", action="store_true", help="leave the learned schedule out")
-    parser.add_argument("--quick", action="store_true", help="one task, a small budget")
-    parser.add_argument("--seed", type=int, default=0, help="of the search")
-    parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     options = parser.parse_args(arguments)
     with one_of_the_ranks():
         names = options.tasks or list(QUICK_TASKS if options.quick else HELD_OUT)

@@ -11,10 +11,8 @@ benchmark's. Optimizers other than Adam train the same networks, at rates of the
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -22,6 +20,7 @@ import torch
 
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
+from learnsched.benchmarks.command_line import GOES_ON, command_line
 from learnsched.benchmarks.environment import describe
 from learnsched.benchmarks.rate_choice import smoothed
 from learnsched.benchmarks.regimes import Regime, drawn
@@ -153,15 +152,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     from learnsched.pretrained import load_pretrained
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__,
+        quick="one network, two rates and runs",
+        json=GOES_ON,
+        seed="of the networks",
+        artefact=True,
     )
-    parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
     parser.add_argument("--optimizer", choices=_FACTORS, default="adam", help="of all networks")
     parser.add_argument("--networks", type=int, help="at most so many; all if omitted")
-    parser.add_argument("--quick", action="store_true", help="one network, two rates and runs")
-    parser.add_argument("--seed", type=int, default=0, help="of the networks")
-    parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     options = parser.parse_args(arguments)
     learned = load_pretrained(options.artefact)
     networks = drawn(MIX, COUNTS, _SEED + options.seed)[: options.networks]

@@ -13,7 +13,6 @@ goes on where its best is at an end.
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ import learnsched as ls
 from learnsched.benchmarks import carried
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded, stored_records
+from learnsched.benchmarks.command_line import KEEPS, command_line
 from learnsched.benchmarks.environment import describe
 from learnsched.benchmarks.problems import PROBLEMS, Problem, Split
 from learnsched.benchmarks.rate_choice import EXTENSIONS, choose
@@ -162,14 +162,9 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, quick="regression in six epochs, two rates", json=KEEPS)
     carried.add_options(parser)
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=[*PROBLEMS])
-    parser.add_argument("--quick", action="store_true", help="regression in six epochs, two rates")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write records here; those there are kept")
     parser.add_argument(
         "--pooled-with",
         nargs="+",

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from learnsched.benchmarks.command_line import RESULTS, command_line
 from learnsched.benchmarks.environment import write_results
 from learnsched.files import write_text
 from learnsched.meta import processes
@@ -124,14 +125,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="one step of the preset quick")
+    parser = command_line(__doc__, quick="one step of the preset quick", json=RESULTS)
     parser.add_argument("--preset", choices=PRESETS, default="standard")
     parser.add_argument("--steps", type=int, default=12, help="outer steps of each variant")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--step", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)

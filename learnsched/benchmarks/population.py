@@ -10,16 +10,15 @@ are CPU seconds of one thread a network, of the fastest round.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from learnsched.benchmarks.command_line import command_line
 from learnsched.benchmarks.environment import write_results
 from learnsched.convert import quantize_
 from learnsched.data import DataSet, load
@@ -130,13 +129,10 @@ def table(rows: Sequence[dict[str, Any]], *, head: bool = True) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__, quick="two networks, few steps", json="write the rows here, after each one"
     )
-    parser.add_argument("--quick", action="store_true", help="two networks, few steps")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the rows here, after each one")
     options = parser.parse_args()
     torch.set_num_threads(1)
     networks = NETWORKS[1:3] if options.quick else NETWORKS

@@ -18,7 +18,6 @@ learning rate instead, as where somebody takes Adam's customary one.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from learnsched.benchmarks import carried, learning_rates
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.benchmarks.cells import Cell
+from learnsched.benchmarks.command_line import GOES_ON, command_line
 from learnsched.benchmarks.environment import describe
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.records import LEARNED
@@ -225,8 +225,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     from learnsched.pretrained import load_pretrained
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__,
+        quick="one network, three methods",
+        json=GOES_ON,
+        seed="of the networks",
+        artefact=True,
     )
     parser.add_argument(
         "--other-kinds", action="store_true", help="shifted digits, and signals under wide kernels"
@@ -235,7 +239,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--rate", type=float, help="one learning rate for all, in place of those two"
     )
     parser.add_argument("--networks", type=int, help="at most so many; all if omitted")
-    parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
     parser.add_argument(
         "--bits",
         nargs="+",
@@ -249,9 +252,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="records of the benchmark of methods that were tuned once",
     )
     add_advised(parser)
-    parser.add_argument("--quick", action="store_true", help="one network, three methods")
-    parser.add_argument("--seed", type=int, default=0, help="of the networks")
-    parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     parser.add_argument(
         "--pooled-with",
         type=Path,

@@ -12,10 +12,8 @@ fresh seeds. The result is compared on further seeds, each schedule at its best 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
+from learnsched.benchmarks.command_line import KEEPS, command_line
 from learnsched.benchmarks.held_out import HELD_OUT
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.rate_choice import measure, rates_of
@@ -185,19 +184,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     from learnsched.pretrained import load_pretrained
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
+    parser = command_line(__doc__, quick="one task, few steps and seeds", json=KEEPS, artefact=True)
     parser.add_argument("--tasks", nargs="*", choices=list(HELD_OUT), default=list(TASKS))
     parser.add_argument("--bits", nargs="*", choices=BITS, default=["ternary/2-bit"])
     parser.add_argument("--steps", type=int, default=60, help="of the optimization")
     parser.add_argument("--pairs", type=int, default=12, help="of each network")
-    parser.add_argument("--quick", action="store_true", help="one task, few steps and seeds")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--json", type=Path, help="write records here; tasks that are there are kept"
-    )
     options = parser.parse_args(arguments)
     policy = load_pretrained(options.artefact)
     steps, pairs, budget = (

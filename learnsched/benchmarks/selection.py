@@ -11,17 +11,16 @@ taking both; ``--change as-made further`` whether its network should put out mor
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
+from learnsched.benchmarks.command_line import KEEPS, command_line
 from learnsched.data import load
 from learnsched.intervals import interval
 from learnsched.meta import processes
@@ -105,17 +104,13 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, quick="two runs of one task", json=KEEPS, seed=None)
     parser.add_argument("artefacts", nargs="*", default=["default"], help="names or paths")
     parser.add_argument(
         "--change", nargs="+", choices=_CHANGES, default=["as-made"], help="of what they are"
     )
     parser.add_argument("--preset", choices=PRESETS, default="standard", help="whose tasks")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the tasks")
-    parser.add_argument("--quick", action="store_true", help="two runs of one task")
-    parser.add_argument("--json", type=Path, help="write records here; those there are kept")
     options = parser.parse_args(arguments)
     policies = candidates(options.artefacts, options.change)
     tasks = PRESETS[options.preset].trainer.validation

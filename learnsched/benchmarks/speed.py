@@ -14,7 +14,6 @@ gradient and writes one, five.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import time
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 import learnsched as ls
+from learnsched.benchmarks.command_line import RESULTS, command_line
 from learnsched.benchmarks.environment import write_results
 from learnsched.benchmarks.speed_networks import (
     Action,
@@ -354,13 +354,8 @@ def _no_grad(function: Operation, x: Tensor) -> Tensor:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, under a minute")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = command_line(__doc__, quick="fewer rounds, under a minute", json=RESULTS)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--plot", type=Path, help="draw them here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -37,6 +37,7 @@ import torch
 
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks import training
+from learnsched.benchmarks.command_line import command_line
 from learnsched.benchmarks.environment import write_results
 from learnsched.benchmarks.search import Budget
 from learnsched.data import DataSet
@@ -296,20 +297,18 @@ def plot(rows: Sequence[Mapping[str, Any]], bound: Mapping[str, Any] | None) -> 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__,
+        quick="all variants, 2 outer steps in seconds",
+        json="write the logs here",
+        seed="of tasks, meta-network and search",
     )
     parser.add_argument("--variant", choices=VARIANTS, help="train this one")
-    parser.add_argument("--seed", type=int, default=0, help="of tasks, meta-network and search")
     parser.add_argument("--steps", type=int, default=200, help="outer steps in all")
     parser.add_argument("--hand-coded", action="store_true", help="tune the bound to beat")
     parser.add_argument("--cure", action="store_true", help="validate the last network, cured")
     parser.add_argument("--folder", type=Path, default=Path("runs/stability"))
-    parser.add_argument(
-        "--quick", action="store_true", help="all variants, 2 outer steps in seconds"
-    )
     parser.add_argument("--device", default="cpu", help="where inner runs train")
-    parser.add_argument("--json", type=Path, help="write the logs here")
     parser.add_argument("--plot", type=Path, help="draw what the folder holds")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -9,7 +9,6 @@ is; the learning rate alone is searched anew everywhere, with the same rates for
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import completed, one_of_the_ranks, stored_records
+from learnsched.benchmarks.command_line import GOES_ON, command_line
 from learnsched.benchmarks.environment import write_results
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.rate_choice import measure, rates_of
@@ -312,14 +312,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     from learnsched.pretrained import load_pretrained
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__,
+        quick="one axis, few trials and seeds",
+        json=GOES_ON,
+        seed="of the search on the central task",
+        artefact=True,
     )
-    parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
     parser.add_argument("--axes", nargs="*", choices=list(AXES), help="all of them if omitted")
-    parser.add_argument("--quick", action="store_true", help="one axis, few trials and seeds")
-    parser.add_argument("--seed", type=int, default=0, help="of the search on the central task")
-    parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     parser.add_argument("--plot", type=Path, help="draw the figure here")
     options = parser.parse_args(arguments)
     with one_of_the_ranks():

@@ -26,6 +26,7 @@ from learnsched.benchmarks import carried, learning_rates
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
 from learnsched.benchmarks.cells import GRIDS, Cell
+from learnsched.benchmarks.command_line import GOES_ON, command_line
 from learnsched.benchmarks.environment import describe
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.records import HAND_CODED, LEARNED, read
@@ -230,17 +231,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     from learnsched.pretrained import load_pretrained
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(
+        __doc__, quick="grid quick, few trials and methods", json=GOES_ON, seed="of the search"
     )
     carried.add_options(parser)
     parser.add_argument("--grid", choices=GRIDS, default="medium", help="of the accuracy benchmark")
     parser.add_argument("--cells", nargs="+", metavar="NAME", help="all of the grid if omitted")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="by name; all if omitted")
     add_advised(parser)
-    parser.add_argument("--quick", action="store_true", help="grid quick, few trials and methods")
-    parser.add_argument("--seed", type=int, default=0, help="of the search")
-    parser.add_argument("--json", type=Path, help="write records here; an interrupted run goes on")
     options = parser.parse_args(arguments)
     learned = load_pretrained(options.artefact)
     advised = advice(options.advised)

@@ -25,13 +25,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from learnsched.benchmarks.command_line import RESULTS, command_line
 from learnsched.benchmarks.environment import write_results
 from learnsched.data import load
 from learnsched.meta.inner import InnerLoop, InnerState, member_losses
@@ -193,14 +193,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="two steps an epoch, one round")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = command_line(__doc__, quick="two steps an epoch, one round", json=RESULTS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--optimizer", nargs="+", choices=_RATES, default=list(_RATES))
-    parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--horizon", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -9,10 +9,8 @@ from a trained float network; accuracy on validation data, at the better of two 
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from torch.nn import functional as F
 
 import learnsched as ls
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
+from learnsched.benchmarks.command_line import KEEPS, command_line
 from learnsched.data import DataSet, load
 from learnsched.meta import processes
 from learnsched.tables import markdown
@@ -135,12 +134,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="one network from scratch, one seed")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write records here; those there are kept")
+    parser = command_line(__doc__, quick="one network from scratch, one seed", json=KEEPS)
     options = parser.parse_args(arguments)
     names, regimes, seeds = (
         (list(NETWORKS)[-1:], (False,), 1)
