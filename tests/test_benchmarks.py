@@ -56,6 +56,7 @@ def run(name, *arguments):
         "follow_loss",
         "warm_up",
         "activation_width",
+        "weight_noise",
         "selection",
         "without_batch_norm",
         "other_problems",

@@ -108,6 +108,7 @@ SLOW = {
     "first_layer": benchmark("first_layer"),
     "follow_loss": benchmark("follow_loss"),
     "activation_width": benchmark("activation_width"),
+    "weight_noise": benchmark("weight_noise"),
     "warm_up": benchmark("warm_up"),
     "stability": benchmark("stability"),
     "selection": benchmark("selection"),
