@@ -135,8 +135,8 @@ _BINARY = replace(
     activation_backward_end=0.18,
     activation_backward_tilt=1.2,
 )
-# Weights alone: what concerns activations has no effect. From scratch, hard problems want more noise than
-# the search found and later freezing, easy ones less: something in between.
+# Weights alone: what concerns activations has no effect. From scratch, hard problems want more noise
+# than the search found and later freezing, easy ones do not: something in between.
 _WEIGHTS_TUNED = BaseCurve(
     weight_forward_std=0.5,
     weight_hard_from=1.0,
