@@ -14,28 +14,29 @@ best of three learning rates.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from learnsched.benchmarks import curve_tasks
 from learnsched.benchmarks.campaign import one_of_the_ranks
 from learnsched.benchmarks.command_line import command_line
 from learnsched.benchmarks.environment import describe, write_results
 from learnsched.benchmarks.methods import Method
-from learnsched.benchmarks.regimes import Regime, drawn
 from learnsched.benchmarks.training import train
 from learnsched.data import DataSet, load
 from learnsched.meta import processes
-from learnsched.meta.mix import Mix
 from learnsched.meta.presets import PRESETS
 from learnsched.meta.rollout import learning_rates, run_forward, table_rollout
-from learnsched.meta.tasks import Task, task_of
+from learnsched.meta.tasks import Task
 from learnsched.policies import BaseCurves
 from learnsched.policies.base_curve import BaseCurve
 from learnsched.schedule import plan
@@ -76,131 +77,38 @@ _RATES = (0.012, 0.022, 0.04)
 _LONG_RATES = (0.006, 0.012, 0.022)
 
 
-def tasks(bits: str) -> tuple[Task, ...]:
-    """What curves are tried on: like meta-training's, of none of its seeds."""
-    rows = (
-        ("mnist1d", "cnn1d", 8, 4, 8, 25, False),
-        ("mnist1d", "cnn1d", 12, 4, 10, 30, False),
-        ("mnist1d", "cnn1d", 8, 5, 12, 16, True),
-        ("mnist1d", "cnn1d", 12, 6, 12, 25, False),
-        ("mnist1d", "cnn1d", 16, 4, 12, 32, True),
-        ("digits", "cnn2d", 8, 4, 8, 20, False),
-        ("mnist1d", "mlp", 32, 4, 12, 20, False),
-    )
-    return tuple(
-        task_of(
-            row,
-            batch=64 if row[0] == "mnist1d" else 32,
-            bits=bits,
-            learning_rates=(),
-            fine_tuning=fine_tuning,
-            seed=700_000,
-        )
-        for *row, fine_tuning in rows
-    )
+@dataclass(frozen=True)
+class Kind:
+    """A kind of runs that curves are searched for.
+
+    Attributes:
+        words: what it is called, behind the level sets; nothing for the usual kind.
+        tasks: from the level sets to what curves are tried on.
+        sides: of the box, that replace others or come to them.
+        rates: at which what was found is compared.
+    """
+
+    words: str
+    tasks: Callable[[str], Sequence[Task]]
+    sides: Box = field(default_factory=dict)
+    rates: tuple[float, ...] = _RATES
 
 
-def fine_tuned(bits: str) -> tuple[Task, ...]:
-    """What curves for fine-tuning are tried on: such runs only, more of them and of images."""
-    rows = (
-        ("mnist1d", "cnn1d", 8, 4, 8, 20),
-        ("mnist1d", "cnn1d", 12, 5, 10, 25),
-        ("mnist1d", "cnn1d", 16, 4, 12, 32),
-        ("noisy_digits", "cnn2d", 8, 4, 8, 20),
-        ("noisy_digits", "cnn2d", 12, 3, 6, 30),
-        ("noisy_digits", "residual", 8, 5, 8, 25),
-        ("mnist1d", "mlp", 32, 4, 12, 20),
-    )
-    return _of_one_regime(rows, bits, fine_tuning=True, seed=720_000)
+_WARM_UP: Box = {"warm_until": (0.0, 0.3, False)}
+_KINDS = {
+    "usual": Kind("", curve_tasks.usual),
+    "fine_tuning": Kind(", fine-tuned", curve_tasks.fine_tuned),
+    "warm_up": Kind(", warm-up", curve_tasks.from_scratch, {"warm_until": (0.0, 0.4, False)}),
+    "long": Kind(", long", curve_tasks.long, {"learning_rate": (0.005, 0.05, True)}, _LONG_RATES),
+    "mixed": Kind(", mixed", curve_tasks.mixed, _WARM_UP),
+}
 
 
-def from_scratch(bits: str) -> tuple[Task, ...]:
-    """What curves with a warm-up are tried on: runs from scratch, three of images."""
-    rows = (
-        ("mnist1d", "cnn1d", 8, 4, 8, 25),
-        ("mnist1d", "cnn1d", 12, 4, 10, 30),
-        ("mnist1d", "cnn1d", 12, 6, 12, 25),
-        ("noisy_digits", "cnn2d", 8, 4, 10, 24),
-        ("digits", "cnn2d", 8, 4, 8, 20),
-        ("noisy_digits", "residual", 8, 5, 10, 25),
-        ("mnist1d", "mlp", 32, 4, 12, 20),
-    )
-    return _of_one_regime(rows, bits, fine_tuning=False, seed=730_000)
-
-
-def long(bits: str) -> tuple[Task, ...]:
-    """What curves for long runs are tried on: 1,000 to 1,440 steps."""
-    rows = (
-        ("mnist1d", "cnn1d", 8, 4, 20, 50),
-        ("mnist1d", "cnn1d", 12, 5, 24, 60),
-        ("noisy_digits", "cnn2d", 8, 4, 20, 50),
-        ("mnist1d", "mlp", 32, 4, 20, 60),
-    )
-    return _of_one_regime(rows, bits, fine_tuning=False, seed=740_000)
-
-
-# Of all kinds that meta-training has; for every pair of level sets and seed the same networks.
-_RANDOM_MIX = Mix(
-    architectures=(
-        ("mnist1d", "cnn1d", (8, 12, 16), (3, 4, 6)),
-        ("mnist1d", "cnn1d_wide", (8, 12, 16), (3, 4, 6)),
-        ("noisy_digits", "cnn2d", (6, 10), (3, 4, 6)),
-        ("noisy_digits", "residual", (6, 10), (5, 7, 9)),
-        ("mnist1d", "mlp", (24, 32, 64), (3, 4, 6)),
-        ("noisy_digits", "mlp", (24, 32, 64), (3, 4, 6)),
-    ),
-    horizons=(6, 8, 12, 20),
-    total_steps=(100, 600),
-    batches=(32, 64),
-    bits=(("ternary/2-bit", 1.0),),
-    learning_rates=(0.01, 0.05),
-    fine_tuning=0.0,
-    members=1,
-    tasks=1,
-)
-_RANDOM_FAMILIES = tuple(dict.fromkeys(kind[1] for kind in _RANDOM_MIX.architectures))
-_RANDOM_COUNT, _RANDOM_SEED = 16, 790_000
-
-
-def random(bits: str, families: Sequence[str]) -> tuple[Task, ...]:
-    """Networks drawn at random, from scratch, of more kinds and depths than the lists above."""
-    kinds = tuple(a for a in _RANDOM_MIX.architectures if a[1] in families)
-    mix = replace(_RANDOM_MIX, architectures=kinds)
-    return tuple(drawn(mix, {Regime(bits, False): _RANDOM_COUNT}, _RANDOM_SEED))
-
-
-# Of signals and images whose first layer has more than a few inputs; some are easy to learn, under
-# noise, and some are hard.
-_MIXED_MIX = replace(
-    _RANDOM_MIX,
-    architectures=(
-        ("mnist1d", "cnn1d_wide", (8, 12, 16), (3, 4, 6)),
-        ("mnist1d", "cnn1d_wide", (8, 12, 16), (3, 4, 6)),
-        ("shifted_digits", "cnn2d", (8, 12, 16), (3, 4, 6)),
-        ("shifted_digits", "cnn2d", (8, 12, 16), (3, 4, 6)),
-        ("shifted_digits", "residual", (6, 10), (5, 7)),
-        ("noisy_digits", "cnn2d", (6, 10, 16), (3, 4, 6)),
-        ("noisy_digits", "residual", (6, 10), (5, 7, 9)),
-        ("mnist1d", "mlp", (24, 32, 64), (3, 4, 6)),
-        ("noisy_digits", "mlp", (24, 32, 64), (3, 4, 6)),
-    ),
-)
-_MIXED_COUNT, _MIXED_SEED = 24, 795_000
-
-
-def mixed(bits: str) -> tuple[Task, ...]:
-    """Networks drawn at random, from scratch, of easy and of hard problems."""
-    return tuple(drawn(_MIXED_MIX, {Regime(bits, False): _MIXED_COUNT}, _MIXED_SEED))
-
-
-def _of_one_regime(
-    rows: Sequence[tuple[str, str, int, int, int, int]], bits: str, *, fine_tuning: bool, seed: int
-) -> tuple[Task, ...]:
-    """Tasks by data, family, width, depth, horizon and steps an epoch."""
-    return tuple(
-        task_of(row, batch=32, bits=bits, learning_rates=(), fine_tuning=fine_tuning, seed=seed)
-        for row in rows
-    )
+def _random(families: Sequence[str]) -> Kind:
+    """Networks of these families, or of all, drawn at random."""
+    families = families or curve_tasks.RANDOM_FAMILIES
+    tasks = functools.partial(curve_tasks.random, families=families)
+    return Kind(f", random {' '.join(families)}", tasks, _WARM_UP)
 
 
 def curves(points: Tensor, box: Box) -> tuple[list[BaseCurve], list[float]]:
@@ -405,6 +313,22 @@ def at_best_rate(
     return accuracy[torch.arange(len(compared)), best]
 
 
+def _stored(path: Path | None, name: str, asked: Mapping[str, int]) -> dict[str, Any]:
+    """All searches of a file, by name.
+
+    Raises:
+        ValueError: the one of this name has another seed or number of runs than is asked for.
+    """
+    stored: dict[str, Any] = json.loads(path.read_text()) if path and path.exists() else {}
+    there = {setting: stored.get(name, asked)[setting] for setting in asked}
+    if there != asked:
+        raise ValueError(
+            f"{path} holds a search for {name} of {there['runs']} runs with seed {there['seed']}, not "
+            f"of {asked['runs']} with {asked['seed']}; choose another file"
+        )
+    return stored
+
+
 def _data(rows: Sequence[Task]) -> dict[str, DataSet]:
     return {name: load(name) for name in {task.data for task in rows}}
 
@@ -417,25 +341,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         json="write what was found here, by bits; a search that is there is not repeated",
     )
     parser.add_argument("--bits", choices=BOXES, default="ternary/2-bit")
-    regime = parser.add_mutually_exclusive_group()
-    regime.add_argument("--fine-tuning", action="store_true", help="start from float networks")
-    regime.add_argument(
-        "--warm-up",
-        action="store_true",
-        help="from scratch, under a learning rate that rises first",
-    )
-    regime.add_argument(
+    kinds = parser.add_mutually_exclusive_group()
+    for option, words in (
+        ("fine_tuning", "start from float networks"),
+        ("warm_up", "from scratch, under a learning rate that rises first"),
+        ("long", "runs of 1000 to 1440 steps"),
+        ("mixed", "networks drawn at random, of easy and of hard problems"),
+    ):
+        kinds.add_argument(
+            f"--{option.replace('_', '-')}",
+            dest="kind",
+            action="store_const",
+            const=_KINDS[option],
+            help=words,
+        )
+    kinds.add_argument(
         "--random",
         nargs="*",
-        choices=_RANDOM_FAMILIES,
+        choices=curve_tasks.RANDOM_FAMILIES,
         metavar="FAMILY",
         help="networks drawn at random, of these families or all",
-    )
-    regime.add_argument("--long", action="store_true", help="runs of 1000 to 1440 steps")
-    regime.add_argument(
-        "--mixed",
-        action="store_true",
-        help="networks drawn at random, of easy and of hard problems",
     )
     parser.add_argument(
         "--near",
@@ -448,38 +373,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with one_of_the_ranks():
         count, rounds, seeds = (4, 1, 2) if options.quick else (options.count, options.rounds, 6)
-        name, rows, box, rates = options.bits, tasks(options.bits), BOXES[options.bits], _RATES
-        if options.fine_tuning:
-            name, rows = f"{name}, fine-tuned", fine_tuned(options.bits)
-        elif options.warm_up:
-            name, rows = f"{name}, warm-up", from_scratch(options.bits)
-            box = {**box, "warm_until": (0.0, 0.4, False)}
-        elif options.random is not None:
-            families = options.random or _RANDOM_FAMILIES
-            name, rows = f"{name}, random {' '.join(families)}", random(options.bits, families)
-            box = {**box, "warm_until": (0.0, 0.3, False)}
-        elif options.mixed:
-            name, rows = f"{name}, mixed", mixed(options.bits)
-            box = {**box, "warm_until": (0.0, 0.3, False)}
-        elif options.long:
-            name, rows, rates = f"{name}, long", long(options.bits), _LONG_RATES
-            box = {**box, "learning_rate": (0.005, 0.05, True)}
+        kind = options.kind or _KINDS["usual"]
+        if options.random is not None:
+            kind = _random(options.random)
+        name, rows = f"{options.bits}{kind.words}", kind.tasks(options.bits)
+        box = {**BOXES[options.bits], **kind.sides}
         shipped, within = PRESETS["standard"].base, None
         if options.near is not None:
             name = f"{name}, near"
             start = shipped.nearest(rows[0].run_of(load(rows[0].data)))
             within = around(start, box, options.near)
         rows = rows[-2:] if options.quick else rows
-        stored: dict[str, Any] = {}
-        if options.json and options.json.exists():
-            stored = json.loads(options.json.read_text())
         asked = {"seed": options.seed, "runs": rounds * count * len(rows)}
-        there = {setting: stored.get(name, asked)[setting] for setting in asked}
-        if there != asked:
-            raise ValueError(
-                f"{options.json} holds a search for {name} of {there['runs']} runs with seed "
-                f"{there['seed']}, not of {asked['runs']} with {asked['seed']}; choose another file"
-            )
+        stored = _stored(options.json, name, asked)
         content = stored.get(name) or {
             "environment": describe(),
             "seed": options.seed,
@@ -489,7 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         compared: dict[str, BaseCurve | BaseCurves] = {
             "plain": BaseCurve(), "shipped": shipped, "found": last,
         }  # fmt: skip
-        content["verified"] = verify(rows, compared, rates, seeds, options.seed)
+        content["verified"] = verify(rows, compared, kind.rates, seeds, options.seed)
         if processes.rank() == 0:
             write_results(options.json, {**stored, name: content})
             print("accuracy in %: " + ", ".join(compared))
