@@ -12,8 +12,10 @@ from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.cells import GRIDS
 from learnsched.benchmarks.random_networks import (
     COUNTS,
+    FURTHER_COUNTS,
     OTHER_COUNTS,
     OTHER_KINDS,
+    OTHER_NETWORKS,
     SHORTER,
     by_group,
     cells,
@@ -56,6 +58,17 @@ def test_other_kinds_are_in_no_meta_training_and_in_the_tuning_of_no_method():
     seen |= {kind[:2] for kind in learning_rates.MIX.architectures}
     tuned_on = {(t.data, t.family) for t in practice(Regime("ternary/2-bit", fine_tuning=False))}
     assert not kinds & (seen | tuned_on)
+
+
+def test_other_networks_are_of_families_that_nothing_was_made_or_tuned_on():
+    tasks = [cell.task for cell in cells(0, OTHER_NETWORKS, FURTHER_COUNTS)]
+    assert Counter(map(Regime.of, tasks)) == FURTHER_COUNTS
+    families = {task.family for task in tasks}
+    assert families == {"transformer", "separable", "cnn2d_group"}
+    seen = {kind[1] for preset in PRESETS.values() for kind in preset.trainer.mix.architectures}
+    seen |= {kind[1] for kind in learning_rates.MIX.architectures}
+    seen |= {t.family for t in practice(Regime("ternary/2-bit", fine_tuning=False))}
+    assert not families & seen
 
 
 def test_fewer_epochs_are_those_of_the_same_network():

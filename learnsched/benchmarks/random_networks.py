@@ -1,9 +1,9 @@
 """What a schedule is worth on networks drawn at random, where nobody searches for anything.
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.random_networks
-        [--other-kinds] [--rate RATE] [--networks N] [--artefact default] [--bits BITS ...]
-        [--recipes PATH] [--advised PATH] [--quick] [--seed N] [--json PATH] [--pooled-with PATH]
-        [--plot PATH]
+        [--other-kinds | --other-networks] [--rate RATE] [--networks N] [--artefact default]
+        [--bits BITS ...] [--recipes PATH] [--advised PATH] [--quick] [--seed N] [--json PATH]
+        [--pooled-with PATH] [--plot PATH]
 
 Every network trains under the learned schedule, its start and the hand-coded methods of
 :mod:`learnsched.benchmarks.tuned_once`, with the parameters that were found there: once at the learning
@@ -11,8 +11,10 @@ rate that was found with them, and once at the one that :mod:`learnsched.benchma
 advises for the learned schedule. About half of the networks are for Fashion-MNIST, which nothing of all
 this has seen; none has been drawn before. With ``--other-kinds`` they are of two kinds that neither
 meta-training nor the tuning of any method has seen: images in which the place of what is to be told
-differs, and signals under wide kernels. (Between curves for ternary and binary activations the
-validation data of such networks have decided, of others than these.) With ``--rate`` all train at that
+differs, and signals under wide kernels. (Between curves for ternary, binary and real activations the
+validation data of such networks have decided, of others than these.) With ``--other-networks`` they are
+transformers, depthwise separable convolutions, and convolutions under group norms. (Of such networks
+the search has seen some that has moved the curve of weights alone.) With ``--rate`` all train at that
 learning rate instead, as where somebody takes Adam's customary one.
 """
 
@@ -74,6 +76,19 @@ OTHER_KINDS = replace(
     ),
 )
 
+OTHER_NETWORKS = replace(
+    MIX,
+    architectures=(
+        ("fashion_mnist", "separable", (16, 32), (4, 6)),
+        ("shifted_digits", "separable", (16, 32), (4, 6)),
+        ("fashion_mnist", "cnn2d_group", (8, 16), (3, 4, 6)),
+        ("shifted_digits", "cnn2d_group", (8, 16), (3, 4, 6)),
+        ("fashion_mnist", "transformer", (16, 32), (6,)),
+        ("mnist1d", "transformer", (16, 32), (6, 10)),
+    ),
+    total_steps=(100, 600),
+)
+
 COUNTS: dict[Regime, int] = {
     Regime("ternary/2-bit", False): 18,
     Regime("ternary/2-bit", True): 8,
@@ -90,6 +105,14 @@ OTHER_COUNTS: dict[Regime, int] = {
     Regime("binary/binary", False): 4,
     Regime("binary/2-bit", False): 2,
     Regime("ternary/real", False): 2,
+}
+FURTHER_COUNTS: dict[Regime, int] = {
+    Regime("ternary/2-bit", False): 8,
+    Regime("ternary/2-bit", True): 3,
+    Regime("ternary/ternary", False): 2,
+    Regime("binary/binary", False): 2,
+    Regime("binary/2-bit", False): 2,
+    Regime("ternary/real", False): 5,
 }
 # Of the learned schedule alone: what it reaches in fewer epochs.
 SHORTER = {
@@ -138,7 +161,10 @@ def by_group(records: Sequence[Record], cells: Sequence[Cell], rival: str) -> st
         "MNIST-1D and digits": [cell for cell in cells if cell.task.data != "fashion_mnist"],
         "shifted digits": [cell for cell in cells if cell.task.data == "shifted_digits"],
         "signals, wide kernels": [cell for cell in cells if cell.task.family == "cnn1d_wide"],
-        "convolutional": [cell for cell in cells if cell.task.family != "mlp"],
+        "transformers": [cell for cell in cells if cell.task.family == "transformer"],
+        "depthwise separable": [cell for cell in cells if cell.task.family == "separable"],
+        "with group norms": [cell for cell in cells if cell.task.family == "cnn2d_group"],
+        "convolutional": [cell for cell in cells if cell.task.family not in ("mlp", "transformer")],
         "MLPs": [cell for cell in cells if cell.task.family == "mlp"],
         "runs of at most 320 steps": [cell for cell in cells if _steps(cell) <= 320],
         "longer runs": [cell for cell in cells if _steps(cell) > 320],
@@ -232,8 +258,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seed="of the networks",
         artefact=True,
     )
-    parser.add_argument(
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument(
         "--other-kinds", action="store_true", help="shifted digits, and signals under wide kernels"
+    )
+    kinds.add_argument(
+        "--other-networks",
+        action="store_true",
+        help="transformers, depthwise separable convolutions, group norms",
     )
     parser.add_argument(
         "--rate", type=float, help="one learning rate for all, in place of those two"
@@ -260,7 +292,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="draw the margins at the advised rate")
     options = parser.parse_args(arguments)
     learned = load_pretrained(options.artefact)
-    mix, counts = (OTHER_KINDS, OTHER_COUNTS) if options.other_kinds else (MIX, COUNTS)
+    mix, counts = MIX, COUNTS
+    if options.other_kinds:
+        mix, counts = OTHER_KINDS, OTHER_COUNTS
+    elif options.other_networks:
+        mix, counts = OTHER_NETWORKS, FURTHER_COUNTS
 
     def chosen(seed: int) -> list[Cell]:
         found = cells(seed, mix, counts)
@@ -301,6 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ),
             seed=options.seed,
             other_kinds=options.other_kinds,
+            other_networks=options.other_networks,
             rate=options.rate,
             quick=options.quick,
         )

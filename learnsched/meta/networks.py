@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from learnsched.meta.transformer import LAYERS, Transformer
+
 Shape = tuple[int, ...]
 
 
@@ -100,15 +102,29 @@ def cnn1d(length: int, width: int, depth: int, classes: int, kernel: int = 5) ->
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * length, classes))
 
 
-def cnn2d(side: int, width: int, depth: int, classes: int) -> nn.Module:
-    """``depth - 1`` convolutions, the first two with stride 2, and a linear layer."""
+def cnn2d(
+    side: int,
+    width: int,
+    depth: int,
+    classes: int,
+    norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+) -> nn.Module:
+    """``depth - 1`` convolutions, the first two with stride 2, and a linear layer.
+
+    Args:
+        side: of the square images.
+        width: channels.
+        depth: weight layers.
+        classes: of the data.
+        norm: from the channels to what follows each convolution.
+    """
     layers: list[nn.Module] = []
     channels = 1
     for index in range(depth - 1):
         stride = 2 if index < 2 else 1
         layers += [
             nn.Conv2d(channels, width, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(width),
+            norm(width),
             nn.ReLU(),
         ]
         channels, side = width, (side + stride - 1) // stride
@@ -193,6 +209,43 @@ def vgg(side: int, width: int, depth: int, classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, classes))
 
 
+def separable(width: int, depth: int, classes: int) -> nn.Module:
+    """A convolution, depthwise ones, each with a pointwise one behind it, a pool, and a linear layer.
+
+    Args:
+        width: channels.
+        depth: weight layers.
+        classes: of the data.
+
+    Raises:
+        ValueError: ``depth`` is odd or below 4.
+    """
+    check_depth("separable", depth)
+    kernels = [nn.Conv2d(1, width, 3, 2, 1, bias=False)]
+    for pair in range((depth - 2) // 2):
+        stride = 2 if pair == 0 else 1
+        kernels += [
+            nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False),
+            nn.Conv2d(width, width, 1, bias=False),
+        ]
+    layers = [part for kernel in kernels for part in (kernel, nn.BatchNorm2d(width), nn.ReLU())]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+def transformer(shape: Shape, width: int, depth: int, classes: int) -> nn.Module:
+    """A linear layer for each token, ``(depth - 2) / 4`` blocks, and a linear layer.
+
+    A token is a row of an image, or four samples of a signal.
+
+    Raises:
+        ValueError: ``depth`` less 2 is no multiple of 4, the width none of the heads, or a signal's
+            length none of 4.
+    """
+    check_depth("transformer", depth)
+    token = shape[-1] if len(shape) > 1 else 4
+    return Transformer(math.prod(shape), token, width, (depth - 2) // LAYERS, classes)
+
+
 _IMAGE = (1, "side", "side")
 
 FAMILIES: Mapping[str, Family] = {
@@ -203,6 +256,14 @@ FAMILIES: Mapping[str, Family] = {
         ("features",),
     ),
     "cnn2d": Family(lambda shape, *sizes: cnn2d(shape[-1], *sizes), _IMAGE),
+    "cnn2d_group": Family(
+        lambda shape, width, depth, classes: cnn2d(
+            shape[-1], width, depth, classes, norm=lambda channels: nn.GroupNorm(2, channels)
+        ),
+        _IMAGE,
+    ),
+    "separable": Family(lambda shape, *sizes: separable(*sizes), _IMAGE, least=4, more=2),
+    "transformer": Family(transformer, least=2 + LAYERS, more=LAYERS),
     "residual": Family(lambda shape, *sizes: residual(shape[-1], *sizes), _IMAGE, least=5, more=2),
     "vgg": Family(lambda shape, *sizes: vgg(shape[-1], *sizes), _IMAGE, least=6, more=2),
 }

@@ -68,8 +68,8 @@ class Task:
     """Members of one architecture, data set and horizon; they differ in seed and learning rate.
 
     Attributes:
-        family: ``mlp``, ``cnn1d``, ``cnn1d_wide``, ``cnn2d``, ``residual`` or ``vgg``, see
-            :mod:`learnsched.meta.networks`, or the name of one of your own.
+        family: a name of :data:`learnsched.meta.networks.FAMILIES`, such as ``mlp`` or ``cnn2d``, or of
+            one of your own.
         data: a name of :data:`learnsched.data.DATA_SETS`; ``mnist1d``, ``digits`` or ``noisy_digits`` in
             the meta-training of the default.
         width: units or channels of the hidden layers.
