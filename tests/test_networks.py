@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from learnsched.data import load, reduced
-from learnsched.meta.networks import residual, vgg
+from learnsched.meta.networks import FAMILIES, residual, transformer, vgg
 from learnsched.meta.rollout import run_forward, table_rollout
 from learnsched.meta.tasks import Task
+from learnsched.meta.transformer import HEADS, TransformerBlock
 from learnsched.policies import StraightThrough
 from learnsched.schedule import plan
 
@@ -44,15 +45,62 @@ def test_a_block_adds_its_input():
     assert torch.equal(block(x), x.relu())
 
 
-@pytest.mark.parametrize(("family", "count"), [("residual", 5), ("vgg", 6)])
-def test_a_quantized_population_learns(family, count):
+@pytest.mark.parametrize(("family", "counts"), [("separable", (4, 8)), ("transformer", (6, 10))])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (40,)])
+def test_depth_and_shape_of_families(family, counts, shape):
+    if not FAMILIES[family].takes(shape):
+        assert (family, len(shape)) == ("separable", 1)
+        return
+    for count in counts:
+        model = FAMILIES[family].make(shape, 8, count, 10)
+        assert depth(model) == count
+        assert model(torch.randn(2, *shape)).shape == (2, 10)
+    with pytest.raises(ValueError, match="weight layers, got depth 7"):
+        FAMILIES[family].make(shape, 8, 7, 10)
+
+
+def test_a_transformer_of_odd_parts_is_refused():
+    with pytest.raises(ValueError, match=r"42 is no multiple of 4.* input in tokens"):
+        transformer((42,), 8, 6, 10)
+    with pytest.raises(ValueError, match=r"6 is no multiple of 4.* width in heads"):
+        transformer((40,), 6, 6, 10)
+
+
+def test_attention_is_that_of_torch():
+    torch.manual_seed(0)
+    block, x = TransformerBlock(8), torch.randn(3, 5, 8)
+    attention = nn.MultiheadAttention(8, HEADS, batch_first=True)
+    attention.load_state_dict(
+        {
+            "in_proj_weight": block.mix.weight,
+            "in_proj_bias": block.mix.bias,
+            "out_proj.weight": block.out.weight,
+            "out_proj.bias": block.out.bias,
+        }
+    )
+    normed = block.norm(x)
+    mixed = x + attention(normed, normed, normed)[0]
+    torch.testing.assert_close(block(x), mixed + block.feed(mixed))
+
+
+@pytest.mark.parametrize(
+    ("family", "count", "horizon"),
+    [
+        ("residual", 5, 4),
+        ("vgg", 6, 4),
+        ("cnn2d_group", 4, 4),
+        ("separable", 4, 16),
+        ("transformer", 6, 16),
+    ],
+)
+def test_a_quantized_population_learns(family, count, horizon):
     data = reduced(load("digits"), 600, 100, 200)
     task = Task(
         family=family,
         data="digits",
         width=8,
         depth=count,
-        horizon=4,
+        horizon=horizon,
         steps=15,
         batch=32,
         bits="ternary/2-bit",
