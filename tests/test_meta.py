@@ -626,7 +626,7 @@ def test_a_mix_takes_the_depths_of_which_networks_can_be_built(family):
             return dataclasses.replace(PRESETS["quick"].trainer.mix, **change)
 
         def build(depth=depth):
-            dataclasses.replace(SMALL, family=family, width=2, depth=depth).build(data)
+            dataclasses.replace(SMALL, family=family, width=4, depth=depth).build(data)
 
         made = [not raises_value_error(action) for action in (mix, build)]
         assert made[0] == made[1], depth
