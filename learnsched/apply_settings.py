@@ -9,6 +9,7 @@ import torch
 
 from learnsched.layers import Layer, noise_fields
 from learnsched.modules import QUANTIZED_LAYERS
+from learnsched.optimizer_checks import parameters_of
 from learnsched.schedule import Setting
 
 # A std that no dtype of a network rounds to 0.
@@ -82,7 +83,7 @@ def restore_(layers: Sequence[Layer], optimizer: torch.optim.Optimizer) -> None:
     Others are left alone: to write to them would spoil a backward pass under way, as that of a second
     optimizer's part of the model.
     """
-    moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    moved = parameters_of(optimizer)
     for layer in layers:
         for activation in layer.activations:
             if id(activation.scale) in moved:

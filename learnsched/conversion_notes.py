@@ -122,12 +122,11 @@ def _has_few_values(weight: Any, levels: int) -> bool:
     if not isinstance(weight, nn.Parameter) or weight.numel() == 0:
         return False
     rows = weight.detach().flatten(1)
-    if rows.shape[1] < _MANY * levels:
+    # The first row alone tells of nearly every weight that it has more.
+    if rows.shape[1] < _MANY * levels or len(rows[0].unique()) > levels:
         return False
-    for row in (rows[0], *rows):  # the first alone tells of most networks that they are not
-        if len(row.unique()) > levels:
-            return False
-    return bool((rows != rows[:, :1]).any())
+    few = all(len(row.unique()) <= levels for row in rows)
+    return few and bool((rows != rows[:, :1]).any())
 
 
 def _has_hooks(module: nn.Module) -> bool:

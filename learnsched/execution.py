@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from learnsched.activation_functions import ACTIVATION_FUNCTIONS, rectifies
 from learnsched.example import Example, hooked, run_example, tensors
-from learnsched.modules import ACTIVATIONS, BATCH_NORMS, QUANTIZED_TYPES, REAL, stays_real
+from learnsched.modules import ACTIVATIONS, BATCH_NORMS, QUANTIZED_TYPES, REAL, labelled, stays_real
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
@@ -130,7 +130,7 @@ def _of_no_layer(model: nn.Module) -> dict[nn.Parameter, str]:
     """Matrices and kernels outside of torch's layers, with their names and the kinds of their owners."""
     layers = (*QUANTIZED_TYPES, *REAL, nn.MultiheadAttention)
     return {
-        parameter: f"{f'{name}.{own}'.lstrip('.')} ({type(module).__name__})"
+        parameter: labelled(name, module, own)
         for name, module in model.named_modules()
         if not isinstance(module, layers)
         for own, parameter in module.named_parameters(recurse=False)

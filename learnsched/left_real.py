@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from learnsched.modules import KNOWN, QUANTIZED_LAYERS, QUANTIZED_TYPES, REAL, matrices
+from learnsched.modules import KNOWN, QUANTIZED_LAYERS, QUANTIZED_TYPES, REAL, labelled, matrices
 
 
 def notes_on_what_stays_real(
@@ -50,8 +50,7 @@ def notes_on_what_stays_real(
         for name, module in model.named_modules()
         if _is_a_layer_of_ones_own(module)
         for parameter in matrices(module)
-        if (label := f"{f'{name}.{parameter}'.lstrip('.')} ({type(module).__name__})")
-        not in products
+        if (label := labelled(name, module, parameter)) not in products
     ]
     if weights and bare:
         yield (

@@ -192,6 +192,16 @@ def matrices(module: nn.Module) -> list[str]:
     ]
 
 
+def labelled(name: str, module: nn.Module, parameter: str) -> str:
+    """A parameter as messages name it: where it is, and the kind of module that has it.
+
+    Example:
+        >>> labelled("head", nn.Linear(3, 2), "weight"), labelled("", nn.Linear(3, 2), "weight")
+        ('head.weight (Linear)', 'weight (Linear)')
+    """
+    return f"{f'{name}.{parameter}'.lstrip('.')} ({type(module).__name__})"
+
+
 def channel_dim(module: nn.Module) -> int:
     """The dimension of a weight that its output channels lie along."""
     return int(isinstance(module, TRANSPOSED))

@@ -25,6 +25,12 @@ def own_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
+def parameters_of(*optimizers: torch.optim.Optimizer) -> set[int]:
+    """The ids of the parameters that optimizers hold."""
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    return {id(parameter) for group in groups for parameter in group["params"]}
+
+
 def warn_of_strangers(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Warn of an optimizer that was made for another model, or before modules were replaced.
 
@@ -33,7 +39,7 @@ def warn_of_strangers(optimizer: torch.optim.Optimizer, model: nn.Module) -> Non
         model: what it should train.
     """
     own = {id(parameter) for parameter in model.parameters()}
-    given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    given = parameters_of(optimizer)
     if given and own.isdisjoint(given):
         warnings.warn(
             "the optimizer holds no parameter of this model: it would count the steps of another, as of "
@@ -58,12 +64,7 @@ def warn_of_untrained(layers: Sequence[Layer], optimizers: Sequence[torch.optim.
         layers: of the model, from the input.
         optimizers: all that train the model, as far as is known.
     """
-    trained = {
-        id(parameter)
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
+    trained = parameters_of(*optimizers)
     idle = [
         f"{name} of {layer.info.name}"
         for layer in layers

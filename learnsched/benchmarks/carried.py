@@ -10,9 +10,8 @@ from typing import Any
 from learnsched.benchmarks.spaces import Trial
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """``--artefact``, the learned schedule, and ``--known``, the records of its rivals."""
-    parser.add_argument("--artefact", default="default", help="name or path of a learned schedule")
+def add_known(parser: argparse.ArgumentParser) -> None:
+    """``--known``, the records of the learned schedule's rivals."""
     parser.add_argument(
         "--known",
         type=Path,

@@ -184,9 +184,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from learnsched.pretrained import load_pretrained
 
     parser = command_line(
-        __doc__, quick="a small network on digits instead", json=GOES_ON, seed="added to the tasks'"
+        __doc__,
+        quick="a small network on digits instead",
+        json=GOES_ON,
+        seed="added to the tasks'",
+        artefact=True,
     )
-    carried.add_options(parser)
+    carried.add_known(parser)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], help="which; all")
     parser.add_argument("--peers", action="store_true", help="torchao's PARQ and Brevitas, too")
     parser.add_argument("--methods", nargs="+", help="by their names in the table; all")

@@ -162,8 +162,10 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = command_line(__doc__, quick="regression in six epochs, two rates", json=KEEPS)
-    carried.add_options(parser)
+    parser = command_line(
+        __doc__, quick="regression in six epochs, two rates", json=KEEPS, artefact=True
+    )
+    carried.add_known(parser)
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=[*PROBLEMS])
     parser.add_argument(
         "--pooled-with",

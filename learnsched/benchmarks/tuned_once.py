@@ -232,9 +232,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from learnsched.pretrained import load_pretrained
 
     parser = command_line(
-        __doc__, quick="grid quick, few trials and methods", json=GOES_ON, seed="of the search"
+        __doc__,
+        quick="grid quick, few trials and methods",
+        json=GOES_ON,
+        seed="of the search",
+        artefact=True,
     )
-    carried.add_options(parser)
+    carried.add_known(parser)
     parser.add_argument("--grid", choices=GRIDS, default="medium", help="of the accuracy benchmark")
     parser.add_argument("--cells", nargs="+", metavar="NAME", help="all of the grid if omitted")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="by name; all if omitted")
