@@ -49,9 +49,7 @@ STUDY = Study(
     seed=865_000,
     rates=(0.022, 0.04),
     runs=8,
-    variants=SWEEP.variants,
-    record=SWEEP.record,
-    table=SWEEP.table,
+    comparison=SWEEP,
     quick=7,
 )
 

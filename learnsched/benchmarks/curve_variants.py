@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,9 +28,25 @@ from learnsched.tables import markdown
 BITS = ("ternary/2-bit", "ternary/ternary", "binary/binary", "ternary/real")
 
 
+class Comparison(Protocol):
+    """What is compared, and how the result is kept and told."""
+
+    def variants(self, curve: BaseCurve) -> Sequence[BaseCurve]:
+        """From a base curve to what is compared."""
+        ...
+
+    def record(self, run: RunInfo, accuracies: list[list[float]]) -> dict[str, Any]:
+        """What is stored of a run and the accuracies, a list over seeds for each variant."""
+        ...
+
+    def table(self, records: Sequence[dict[str, Any]]) -> str:
+        """All records, in Markdown."""
+        ...
+
+
 @dataclass(frozen=True)
 class Study:
-    """Tasks, variants and how the result is kept.
+    """Tasks, and what is compared on them.
 
     Attributes:
         rows: data set, family, width, depth, epochs and steps an epoch of each network.
@@ -38,9 +54,7 @@ class Study:
         seed: of the tasks.
         rates: learning rates.
         runs: seeds of each variant.
-        variants: from a base curve to what is compared.
-        record: from the run and the accuracies, a list over seeds for each variant, to what is stored.
-        table: of all records, in Markdown.
+        comparison: of variants of the base curve.
         quick: which task a quick run takes.
     """
 
@@ -49,9 +63,7 @@ class Study:
     seed: int
     rates: tuple[float, ...]
     runs: int
-    variants: Callable[[BaseCurve], Sequence[BaseCurve]]
-    record: Callable[[RunInfo, list[list[float]]], dict[str, Any]]
-    table: Callable[[Sequence[dict[str, Any]]], str]
+    comparison: Comparison
     quick: int = 0
 
     def tasks(self, bits: str) -> list[Task]:
@@ -68,13 +80,13 @@ class Study:
         """The record of one task."""
         data, task = load(task.data), replace(task, seed=task.seed + seed)
         run = task.run_of(data)
-        compared = self.variants(PRESETS["standard"].base.nearest(run))
+        compared = self.comparison.variants(PRESETS["standard"].base.nearest(run))
         accuracies = at_best_rate(task, data, compared, self.rates, runs).tolist()
         return {
             "task": task.name,
             "bits": task.bits,
             "fine_tuning": task.fine_tuning,
-            **self.record(run, accuracies),
+            **self.comparison.record(run, accuracies),
         }
 
     def main(self, description: str | None, arguments: Sequence[str] | None = None) -> None:
@@ -96,12 +108,12 @@ class Study:
                 quick=options.quick,
             )
             if processes.rank() == 0:
-                print(self.table(records))
+                print(self.comparison.table(records))
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One number of the curve at several values; the others are compared with the first.
+    """A comparison: one number of the curve at several values, the others with the first.
 
     Attributes:
         key: under which records keep the values.

@@ -25,30 +25,31 @@ from learnsched.tables import markdown
 _ANY = 1e9
 
 
-def variants(curve: BaseCurve) -> list[BaseCurve]:
-    """First layers free, and frozen whatever their fan-in."""
-    return [replace(curve, frozen_fan_in=fan_in) for fan_in in (0.0, _ANY)]
+class FirstLayer:
+    """A comparison: first layers free, and frozen whatever their fan-in."""
 
+    def variants(self, curve: BaseCurve) -> list[BaseCurve]:
+        """First layers free, and frozen whatever their fan-in."""
+        return [replace(curve, frozen_fan_in=fan_in) for fan_in in (0.0, _ANY)]
 
-def record(run: RunInfo, accuracies: list[list[float]]) -> dict[str, Any]:
-    """The first layer's fan-in and the accuracies, ``free`` and ``frozen``."""
-    free, frozen = accuracies
-    return {"fan_in": run.layers[0].fan_in, "free": free, "frozen": frozen}
+    def record(self, run: RunInfo, accuracies: list[list[float]]) -> dict[str, Any]:
+        """The first layer's fan-in and the accuracies, ``free`` and ``frozen``."""
+        free, frozen = accuracies
+        return {"fan_in": run.layers[0].fan_in, "free": free, "frozen": frozen}
 
-
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """Markdown: points gained by freezing the first layer, tasks × bits."""
-    columns = list(dict.fromkeys(record["bits"] for record in records))
-    rows: dict[tuple[str, int], dict[str, str]] = {}
-    for record in records:
-        name = record["task"].replace(f", {record['bits']}", "")
-        gain = interval(np.asarray(record["frozen"]) - np.asarray(record["free"]))
-        rows.setdefault((name, record["fan_in"]), {})[record["bits"]] = gain.text("+")
-    cells = [
-        [name, str(fan_in), *(gains.get(c, "") for c in columns)]
-        for (name, fan_in), gains in rows.items()
-    ]
-    return markdown([["task", "fan-in", *columns], *cells])
+    def table(self, records: Sequence[dict[str, Any]]) -> str:
+        """Markdown: points gained by freezing the first layer, tasks × bits."""
+        columns = list(dict.fromkeys(record["bits"] for record in records))
+        rows: dict[tuple[str, int], dict[str, str]] = {}
+        for record in records:
+            name = record["task"].replace(f", {record['bits']}", "")
+            gain = interval(np.asarray(record["frozen"]) - np.asarray(record["free"]))
+            rows.setdefault((name, record["fan_in"]), {})[record["bits"]] = gain.text("+")
+        cells = [
+            [name, str(fan_in), *(gains.get(c, "") for c in columns)]
+            for (name, fan_in), gains in rows.items()
+        ]
+        return markdown([["task", "fan-in", *columns], *cells])
 
 
 # Fan-ins of 5, 9, 40 and 64, of no seed of meta-training.
@@ -64,9 +65,7 @@ STUDY = Study(
     seed=800_000,
     rates=(0.012, 0.022, 0.04),
     runs=24,
-    variants=variants,
-    record=record,
-    table=table,
+    comparison=FirstLayer(),
     quick=3,
 )
 

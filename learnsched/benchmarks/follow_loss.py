@@ -35,9 +35,7 @@ STUDY = Study(
     seed=810_000,
     rates=(0.01, 0.02, 0.035),
     runs=16,
-    variants=SWEEP.variants,
-    record=SWEEP.record,
-    table=SWEEP.table,
+    comparison=SWEEP,
 )
 
 if __name__ == "__main__":

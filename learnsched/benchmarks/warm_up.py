@@ -32,9 +32,7 @@ STUDY = Study(
     seed=860_000,
     rates=(0.012, 0.022, 0.04),
     runs=12,
-    variants=SWEEP.variants,
-    record=SWEEP.record,
-    table=SWEEP.table,
+    comparison=SWEEP,
 )
 
 if __name__ == "__main__":

@@ -53,9 +53,7 @@ STUDY = Study(
     seed=875_000,
     rates=(0.02, 0.033),
     runs=8,
-    variants=SWEEP.variants,
-    record=SWEEP.record,
-    table=SWEEP.table,
+    comparison=SWEEP,
     quick=6,
 )
 
