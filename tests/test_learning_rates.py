@@ -22,7 +22,13 @@ from learnsched.pretrained import load_pretrained
 
 def record(bits, fine_tuning, *accuracies, **known):
     rates = [0.01 * 2**k for k in range(len(accuracies))]
-    numbers = {"steps": 100, "batch": 32, "depth": 4, "fan_in": 60.0} | known
+    numbers = {
+        "task": "digits mlp 4×8",
+        "steps": 100,
+        "batch": 32,
+        "depth": 4,
+        "fan_in": 60.0,
+    } | known
     validation = [[a, a] for a in accuracies]
     return {
         "bits": bits,
@@ -47,7 +53,7 @@ def test_the_advised_rate_is_best_over_networks_not_over_each():
 def test_every_kind_has_its_row_and_every_half():
     records = [
         record("ternary/2-bit", False, 0.9, 0.8, 0.1, steps=100),
-        record("binary/binary", True, 0.1, 0.8, 0.9, steps=500),
+        record("binary/binary", True, 0.1, 0.8, 0.9, steps=500, task="digits cnn2d 4×8"),
     ]
     rows = {
         line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip("| ")
@@ -55,6 +61,7 @@ def test_every_kind_has_its_row_and_every_half():
     }
     assert rows["ternary/2-bit"] == rows["runs of at most 300 steps"] == "0.01"
     assert rows["binary/binary, fine-tuned"] == rows["runs of more than 300 steps"] == "0.04"
+    assert rows["mlp networks"] == "0.01" and rows["cnn2d networks"] == "0.04"
     assert "batches of more than 32" not in rows
 
 

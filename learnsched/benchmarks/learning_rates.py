@@ -1,12 +1,15 @@
 """Which learning rate to take where nobody searches: one for each pair of level sets and start.
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.learning_rates
-        [--artefact default] [--optimizer adam] [--networks N] [--quick] [--seed N] [--json PATH]
+        [--artefact default] [--optimizer adam] [--other-networks] [--networks N] [--quick] [--seed N]
+        [--json PATH]
 
 Networks are drawn at random, of the kinds that meta-training has and over a wider range of widths,
 depths, run lengths and batches; each trains under the schedule at eight learning rates. What is advised
 is the rate of best validation accuracy over all networks of a kind. No network is one of the accuracy
-benchmark's. Optimizers other than Adam train the same networks, at rates of their own.
+benchmark's. Optimizers other than Adam train the same networks, at rates of their own. With
+``--other-networks`` they are transformers, depthwise separable convolutions, and convolutions under
+group norms, on data of which some is harder.
 """
 
 from __future__ import annotations
@@ -58,6 +61,20 @@ MIX = Mix(
     tasks=1,
 )
 
+OTHER_NETWORKS = replace(
+    MIX,
+    architectures=(
+        ("mnist1d", "transformer", (16, 32, 64), (6, 10)),
+        ("noisy_digits", "transformer", (16, 32, 64), (6, 10)),
+        ("shifted_digits", "transformer", (32, 64), (6,)),
+        ("noisy_digits", "separable", (16, 32), (4, 6)),
+        ("shifted_digits", "separable", (16, 32), (4, 6)),
+        ("shifted_digits", "cnn2d_group", (8, 16), (3, 4, 6)),
+    ),
+    horizons=(6, 8, 12, 20),
+    total_steps=(100, 800),
+)
+
 # Networks of each pair of level sets, from scratch or for fine-tuning.
 COUNTS: dict[Regime, int] = {
     Regime("ternary/2-bit", False): 20,
@@ -67,6 +84,11 @@ COUNTS: dict[Regime, int] = {
     Regime("binary/2-bit", False): 6,
     Regime("ternary/real", False): 8,
     Regime("ternary/real", True): 8,
+}
+OTHER_COUNTS: dict[Regime, int] = {
+    Regime("ternary/2-bit", False): 16,
+    Regime("ternary/2-bit", True): 8,
+    Regime("ternary/real", False): 12,
 }
 _RUNS = 4
 _SEED = 770_000
@@ -124,11 +146,13 @@ def by_kind(records: Sequence[Record]) -> dict[Regime, list[Record]]:
 
 
 def table(records: Sequence[Record]) -> str:
-    """Markdown: what each rate loses to the best, by kind, and in halves of all networks.
+    """Markdown: what each rate loses to the best, by kind and family, and in halves of all networks.
 
     Where the best rate of two halves is the same, a rule that followed what halves them would not help.
     """
     rows = {str(regime): found for regime, found in by_kind(records).items()}
+    for record in records:
+        rows.setdefault(f"{record['task'].split()[1]} networks", []).append(record)
     halves: tuple[tuple[str, Callable[[Record], float]], ...] = (
         ("runs of {} {:.0f} steps", lambda r: r["steps"]),
         ("batches of {} {:.0f}", lambda r: r["batch"]),
@@ -160,10 +184,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         artefact=True,
     )
     parser.add_argument("--optimizer", choices=_FACTORS, default="adam", help="of all networks")
+    parser.add_argument(
+        "--other-networks",
+        action="store_true",
+        help="transformers, depthwise separable convolutions, group norms",
+    )
     parser.add_argument("--networks", type=int, help="at most so many; all if omitted")
     options = parser.parse_args(arguments)
     learned = load_pretrained(options.artefact)
-    networks = drawn(MIX, COUNTS, _SEED + options.seed)[: options.networks]
+    mix, counts = (OTHER_NETWORKS, OTHER_COUNTS) if options.other_networks else (MIX, COUNTS)
+    networks = drawn(mix, counts, _SEED + options.seed)[: options.networks]
     tasks = [replace(task, optimizer=options.optimizer) for task in networks]
     rates, runs = [_FACTORS[options.optimizer] * rate for rate in RATES], _RUNS
     if options.quick:
@@ -177,6 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             progress=lambda record: print(f"{record['task']}: {advised([record]):.3g}", flush=True),
             seed=options.seed,
             optimizer=options.optimizer,
+            other_networks=options.other_networks,
             quick=options.quick,
         )
         if processes.rank() == 0:
