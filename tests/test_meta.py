@@ -16,6 +16,7 @@ import learnsched as ls
 from learnsched.choose import LayerConfig
 from learnsched.data import DataSet, Split, load, reduced
 from learnsched.meta import processes
+from learnsched.meta.estimators import clip_factors
 from learnsched.meta.evolution import EvolutionStrategies
 from learnsched.meta.networks import FAMILIES, Family, mlp
 from learnsched.meta.presets import PRESETS
@@ -722,12 +723,19 @@ def test_data_that_a_family_cannot_take_are_refused(family, shape, dtype):
         {"learning_rate": -1.0},
         {"learning_rate": math.inf},
         {"average": 1.0},
+        {"clip": 0.0},
+        {"clip": math.nan},
         {"betas": (0.9, 1.0)},
     ],
 )
 def test_a_trainer_s_numbers_out_of_range_are_refused(change):
     with pytest.raises(ValueError, match=r"are positive|validate_every must be a whole number"):
         dataclasses.replace(PRESETS["quick"].trainer, **change)
+
+
+def test_an_infinite_clip_leaves_gradients_as_they_are():
+    assert dataclasses.replace(PRESETS["quick"].trainer, clip=math.inf).clip == math.inf
+    assert clip_factors(torch.tensor([0.0, 7.0]), math.inf).tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """One recipe for every network: what is a schedule worth where nobody searches?
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.tuned_once [--artefact default]
-        [--grid medium] [--cells NAME …] [--methods NAME …] [--known PATH] [--advised PATH] [--quick]
-        [--seed N] [--json PATH]
+        [--grid medium] [--cells NAME …] [--methods NAME …] [--search ROUNDS TRIALS] [--known PATH]
+        [--advised PATH] [--quick] [--seed N] [--json PATH]
 
 Each method is tuned once for each pair of level sets, from scratch and for fine-tuning, on tasks like
 meta-training's: its learning rate and all of its parameters, a learned schedule's learning rate, with
@@ -242,11 +242,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--grid", choices=GRIDS, default="medium", help="of the accuracy benchmark")
     parser.add_argument("--cells", nargs="+", metavar="NAME", help="all of the grid if omitted")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="by name; all if omitted")
+    parser.add_argument(
+        "--search",
+        nargs=2,
+        type=int,
+        metavar=("ROUNDS", "TRIALS"),
+        default=(_BUDGET.rounds, _BUDGET.trials),
+        help="rounds of each method's search, and trials of a round",
+    )
     add_advised(parser)
     options = parser.parse_args(arguments)
     learned = load_pretrained(options.artefact)
     advised = advice(options.advised)
-    budget, grid, count = (_QUICK, "quick", 1) if options.quick else (_BUDGET, options.grid, None)
+    rounds, trials = options.search
+    whole = replace(_BUDGET, rounds=rounds, trials=trials)
+    budget, grid, count = (_QUICK, "quick", 1) if options.quick else (whole, options.grid, None)
     cells = GRIDS[grid].chosen(options.cells)
     names = options.methods or [*(m.name for m in _own(learned)), *RIVALS[:count]]
     methods = {
@@ -273,7 +283,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         score = record["validation"] if record["stage"] == RECIPE else mean(record)
         print(f"{record['stage']}, {place}, {name}: {100 * score:.1f}", flush=True)
 
-    content = {"progress": progress, "seed": options.seed, "quick": options.quick}
+    content = {
+        "progress": progress,
+        "seed": options.seed,
+        "search": [budget.rounds, budget.trials],
+        "quick": options.quick,
+    }
     with one_of_the_ranks():
         jobs = {(RECIPE, *names): job for names, job in methods.items()}
         records = recorded(options.json, jobs, recipe, key, **content)

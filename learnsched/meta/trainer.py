@@ -45,7 +45,8 @@ class TrainerConfig:
         decay: outer steps after which the learning rate is half of it; ``1 / (1 + step / decay)``.
         betas: Adam's coefficients, in [0, 1).
         average: decay of the exponential average of the meta-parameters, in [0, 1).
-        clip: largest norm of one member's gradient, in running medians of such norms; positive.
+        clip: largest norm of one member's gradient, in running medians of such norms; positive, and
+            infinite where nothing is to be clipped.
         validate_every: outer steps between validations, at least 1.
 
     Raises:
@@ -70,14 +71,16 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         whole_number("validate_every", self.validate_every)
-        positive = (self.learning_rate, self.decay, self.clip)
+        positive = (self.learning_rate, self.decay)
         shares = (*self.betas, self.average)
         if not (
-            all(0 < n < math.inf for n in positive) and all(0 <= share < 1 for share in shares)
+            all(0 < n < math.inf for n in positive)
+            and self.clip > 0
+            and all(0 <= share < 1 for share in shares)
         ):
             raise ValueError(
-                "learning_rate, decay and clip are positive and finite, betas and average in [0, 1); "
-                f"got {positive}, {self.betas} and {self.average}"
+                "learning_rate and decay are positive and finite, clip is positive, betas and average "
+                f"lie in [0, 1); got {positive}, {self.clip}, {self.betas} and {self.average}"
             )
 
     def load_data(self) -> dict[str, DataSet]:
