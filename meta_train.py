@@ -45,8 +45,9 @@ def main() -> None:
         except (OSError, ValueError) as error:
             sys.exit(f"meta_train.py: {error}")
         except KeyboardInterrupt:
+            hint = f"the same command with --resume goes on in {options.out}"
             sys.exit(
-                f"meta_train.py: interrupted; the same command with --resume goes on in {options.out}"
+                f"meta_train.py: interrupted; {hint if _has_run(options.out) else 'nothing is kept yet'}"
             )
 
 
@@ -83,11 +84,14 @@ def _options() -> argparse.Namespace:
     return options
 
 
+def _has_run(folder: Path) -> bool:
+    return any((folder / part).exists() for part in ("config.json", "checkpoint.safetensors"))
+
+
 def _train_and_report(options: argparse.Namespace) -> None:
     preset = PRESETS[options.preset]
     steps = options.steps or preset.steps
-    parts = ("config.json", "checkpoint.safetensors")
-    started = any((options.out / part).exists() for part in parts)
+    started = _has_run(options.out)
     processes.barrier()  # every rank has looked before the first one writes
     if started and not options.resume:
         raise FileExistsError(

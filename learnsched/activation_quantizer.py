@@ -69,7 +69,8 @@ class ActivationQuantizer(Quantizer):
     def learn_scale_(self) -> nn.Parameter:
         """Make the scale a parameter, that of before if it is one, bounded by where it is now."""
         if not self.learns_scale:
-            scale = nn.Parameter(self.scale.detach().clone())
+            with torch.inference_mode(False):  # whose tensors no optimizer can change
+                scale = nn.Parameter(self.scale.detach().clone())
             del self.scale
             self.scale = scale
             self.bound_scale_()

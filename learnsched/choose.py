@@ -181,7 +181,7 @@ def _configure(
 ) -> Chosen:
     """Level set and scale rule of every module that gets quantized.
 
-    Only in order of execution are activations behind a last layer that stays real the network's output.
+    Only in order of execution are activations behind last layers that stay real the network's output.
     """
     # An end that stays real in any case is an end all the same.
     weights = [
@@ -190,9 +190,9 @@ def _configure(
         if type(module) in QUANTIZED_TYPES or isinstance(module, RECURRENT) or stays_real(module)
     ]
     real = {weights[0 if end == "first" else -1] for end in skip if weights}
-    ends = weights[-1:] if ordered and "last" in skip else []
+    ends = {*weights[-1:], *found.ends} if ordered and "last" in skip else set()
     if "last" in skip:  # each of several heads is one
-        real |= {*found.heads} & {*weights}
+        real |= {*found.heads, *found.ends} & {*weights}
     configs: Chosen = {}
     following = base
     behind: dict[str, LayerConfig] = {}  # what the activations get that follow a weight

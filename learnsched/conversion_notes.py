@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from learnsched.choose import Chosen
-from learnsched.execution import Execution
+from learnsched.execution import Execution, size_of
 from learnsched.left_real import notes_on_what_stays_real
 from learnsched.modules import ACTIVATIONS, CLIPPING, QUANTIZED_TYPES
 
@@ -24,7 +24,7 @@ def notes_ahead(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[
     order = found.order
     activations = [n for n, module in order if n in chosen and type(module) in ACTIVATIONS]
     modules = dict(order)
-    sizes = {n: _size(found.normalized[n]) for n in activations if n in found.normalized}
+    sizes = {n: size_of(found.normalized[n]) for n in activations if n in found.normalized}
     low, high = _USUAL_SIZES
     if unusual := [f"{n} ({size:.2g})" for n, size in sizes.items() if not low < size < high]:
         yield (
@@ -70,8 +70,7 @@ def notes_ahead(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[
         levels = len(chosen[last[0]][0].values)
         yield (
             f"the model puts out what {last} make, quantized: {levels} different numbers. Where that is "
-            "no hidden activation, keep it real with skip=('last',), or with overrides="
-            f"{{{last[0]!r}: None}}"
+            f"no hidden activation, keep it real with overrides={{{last[0]!r}: None}}"
         )
     if unused := [name for name in found.unused if name in chosen]:
         yield (
@@ -104,17 +103,6 @@ def notes_ahead(model: nn.Module, found: Execution, chosen: Chosen) -> Iterator[
         )
     weights = any(type(modules[name]) in QUANTIZED_TYPES for name in chosen)
     yield from notes_on_what_stays_real(model, found.products, weights=weights)
-
-
-def _size(norm: Any) -> float:
-    """Root mean square of what a batch norm puts out, by its weights."""
-    scale, shift = norm.weight, norm.bias
-    if scale is None:
-        return 1.0
-    squares = scale.detach().double().square()
-    if shift is not None:
-        squares = squares + shift.detach().double().square()
-    return float(squares.mean().sqrt())
 
 
 def _has_few_values(weight: Any, levels: int) -> bool:

@@ -59,8 +59,10 @@ def quantize_(
         weight_scale: scale rule of the weights; by default the level set's customary one.
         activation_scale: scale rule that calibration uses; by default least squares.
         skip: ``"first"``, ``"last"`` or both: weight layers to keep real, by order of execution. With
-            an example input, all layers whose results the model puts out as they are count as last, as
-            several heads do, and activations behind the last one stay real too.
+            an example input, all layers count as last whose results the model puts out, as they are or
+            through no further layer: several heads, with a softmax or a change of shape behind them.
+            Activations behind such a layer stay real too. First is one layer, that of several inputs'
+            stems that is computed first.
         overrides: from a pattern of module names (as in :mod:`fnmatch`) to the configuration of the
             weight layers that match, and of the activations after them, or to None to keep those
             weights real. The first match decides. Activations can be matched by their own names, and

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,8 +36,15 @@ _RESCALING = _PRODUCTS | {
     Tensor.__itruediv__, torch.addcmul, torch.addcdiv, F.scaled_dot_product_attention,
 }  # fmt: skip
 
-# Modules that tensors come from, by the tensor's id.
+# Whose results are all of their operands, side by side.
+_JOINS = frozenset((
+    torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.dstack,
+    torch.column_stack,
+))  # fmt: skip
+
+# Modules that tensors come from, by the tensor's id; layers, each with the number of its call.
 _Sources = dict[int, tuple[nn.Module, weakref.ref[Tensor]]]
+_Layers = tuple[tuple[int, nn.Module], ...]
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,8 @@ class Execution:
         overwritten: names of in-place activations whose input the model uses again, as they left it.
         outputs: names of activations whose result the model puts out.
         heads: names of layers whose result it puts out as it is.
+        ends: names of layers whose result reaches the output through no further layer, as through an
+            activation, a softmax or a change of shape; of a sum, the last.
         normalized: of activations that are given what a batch norm has made at each of their calls, by
             name, the batch norm; what comes between the two keeps its size. Without an example, where a
             batch norm is registered just ahead.
@@ -72,6 +81,7 @@ class Execution:
     overwritten: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
     normalized: Mapping[str, nn.Module] = field(default_factory=dict)
     products: tuple[str, ...] = ()
 
@@ -121,6 +131,7 @@ def execution(model: nn.Module, example_input: Example | None) -> Execution:
         overwritten=tuple(watch.overwritten),
         outputs=tuple(names[module] for module in last if type(module) in ACTIVATIONS),
         heads=tuple(names[module] for module in last if type(module) in QUANTIZED_TYPES),
+        ends=tuple(names[layer] for layer in watch.ends(result)),
         normalized={name: norm for name, norm in watch.norms.items() if norm is not None},
         products=tuple(watch.products),
     )
@@ -166,6 +177,8 @@ class _Watch(TorchFunctionMode):
         self._inside = 0
         self._made: _Sources = {}  # by modules of interest
         self._sized: _Sources = {}  # by batch norms
+        self._layers: dict[int, tuple[_Layers, weakref.ref[Tensor]]] = {}  # that tensors come from
+        self._hidden: set[nn.Module] = set()  # layers that others follow
         self._inputs: dict[int, tuple[str, Tensor]] = {}  # of in-place activations
         self._rectified: dict[int, Tensor] = {}  # what they returned
 
@@ -173,6 +186,8 @@ class _Watch(TorchFunctionMode):
         """Ahead of a module's forward."""
         self.calls.append(module)
         self._inside += _is_torchs(module)
+        if isinstance(module, RECURRENT) or stays_real(module):  # layers, of other kinds
+            self._hide(tensors(given))
         if type(module) in ACTIVATIONS:
             norm = next((_source(self._sized, tensor) for tensor in tensors(given)), None)
             name = self._names[module]
@@ -186,6 +201,8 @@ class _Watch(TorchFunctionMode):
             return None
         if isinstance(module, BATCH_NORMS):
             self._sized[id(output)] = module, weakref.ref(output)
+        if type(module) in QUANTIZED_TYPES:
+            self._layers[id(output)] = ((len(self.calls), module),), weakref.ref(output)
         if not getattr(module, "inplace", False):
             self._made[id(output)] = module, weakref.ref(output)
             return None
@@ -202,6 +219,15 @@ class _Watch(TorchFunctionMode):
         """The modules that have made tensors of a value."""
         return filter(None, (_source(self._made, tensor) for tensor in tensors(value)))
 
+    def ends(self, value: Any) -> list[nn.Module]:
+        """The layers that tensors of a value come from, and that no further layer follows."""
+        found = {module for t in tensors(value) for _, module in self._layers_of(t)}
+        return [m for m in dict.fromkeys(self.calls) if m in found - self._hidden]
+
+    def _layers_of(self, tensor: Tensor) -> _Layers:
+        layers, made = self._layers.get(id(tensor), ((), None))
+        return layers if made is not None and made() is tensor else ()
+
     def use(self, value: Any) -> None:
         """Note that what is returned by in-place activations is used, alone or in a collection."""
         for tensor in tensors(value):
@@ -213,13 +239,34 @@ class _Watch(TorchFunctionMode):
             self.overwritten[self._inputs[id(tensor)][0]] = None
 
     def _follow(self, func: Callable[..., Any], operands: Sequence[Tensor], result: Any) -> None:
-        """Note the batch norm, if one, that results have their size from."""
+        """Note the batch norm, if one, that results have their size from: of a sum, the largest."""
         norms = filter(None, (_source(self._sized, tensor) for tensor in operands))
-        norm = None if func in _RESCALING else next(norms, None)
+        norm = None if func in _RESCALING else max(norms, key=size_of, default=None)
         for tensor in tensors(result):
             self._sized.pop(id(tensor), None)
             if norm is not None:
                 self._sized[id(tensor)] = norm, weakref.ref(tensor)
+
+    def _hide(self, operands: Iterable[Tensor]) -> None:
+        """Note that a further layer follows those that the operands come from."""
+        self._hidden |= {module for t in operands for _, module in self._layers_of(t)}
+
+    def _follow_layers(
+        self, func: Callable[..., Any], operands: Sequence[Tensor], result: Any
+    ) -> None:
+        """Note the layers that results come from, and those that this function hides from the output."""
+        if func in _PRODUCTS:
+            self._hide(operands)
+            operands = ()
+        sources = [layers for tensor in operands if (layers := self._layers_of(tensor))]
+        joined = tuple(layer for layers in sources for layer in layers)
+        # Of a branch and what it is added to, the branch: the rest are layers ahead of it.
+        latest = max(sources, default=(), key=lambda layers: max(number for number, _ in layers))
+        for tensor in tensors(result):
+            self._layers.pop(id(tensor), None)
+            if sources:
+                found = joined if func in _JOINS else latest
+                self._layers[id(tensor)] = found, weakref.ref(tensor)
 
     def __torch_function__(
         self,
@@ -236,6 +283,7 @@ class _Watch(TorchFunctionMode):
             for tensor in operands:
                 self._use_again(tensor)
             self._follow(func, operands, result)
+            self._follow_layers(func, operands, result)
         if func in _PRODUCTS:
             # Of a part of a parameter, as of one expert's, it is the whole.
             whole = (t if t._base is None else t._base for t in operands)
@@ -248,6 +296,17 @@ class _Watch(TorchFunctionMode):
             if isinstance(result, Tensor):
                 self.borrowed |= {self._weights[t]: None for t in operands if t in self._weights}
         return result
+
+
+def size_of(norm: Any) -> float:
+    """Root mean square of what a batch norm puts out, by its weights."""
+    scale, shift = norm.weight, norm.bias
+    if scale is None:
+        return 1.0
+    squares = scale.detach().double().square()
+    if shift is not None:
+        squares = squares + shift.detach().double().square()
+    return float(squares.mean().sqrt())
 
 
 def _source(sources: _Sources, tensor: Tensor) -> nn.Module | None:

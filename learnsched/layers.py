@@ -100,11 +100,7 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
     owners: dict[Tensor, WeightQuantizer] = {}
     for module in model.modules():
         if isinstance(module, QUANTIZED_LAYERS):
-            if "weight" not in dict(module.named_parameters(recurse=False)):
-                raise ValueError(
-                    f"the weight of {module.weight_quantizer.layer_name} is no parameter any more, as "
-                    "after weight_norm or pruning; remove that, or quantize the float model without it"
-                )
+            check_weight(module)
             twin = weights.setdefault(module.weight_quantizer.layer_index, module)
             if twin.weight_quantizer is not module.weight_quantizer:
                 raise _quantized_apart(
@@ -141,6 +137,19 @@ def quantized_layers(model: nn.Module) -> tuple[Layer, ...]:
         )
         result.append(Layer(info, weight, after))
     return tuple(result)
+
+
+def check_weight(layer: QuantizedLayer) -> None:
+    """Refuse a layer whose weight something else makes.
+
+    Raises:
+        ValueError: it is no parameter any more.
+    """
+    if "weight" not in dict(layer.named_parameters(recurse=False)):
+        raise ValueError(
+            f"the weight of {layer.weight_quantizer.layer_name} is no parameter any more, as after "
+            "weight_norm or pruning; remove that, or quantize the float model without it"
+        )
 
 
 def _quantized_apart(one: str, other: str) -> ValueError:

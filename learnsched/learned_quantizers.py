@@ -87,7 +87,8 @@ def learn_weight_scales_(model: nn.Module) -> list[nn.Parameter]:
     learned: list[nn.Parameter] = []
     for quantizer in quantizers:
         if quantizer.log_scale is None:
-            quantizer.log_scale = nn.Parameter(torch.zeros_like(quantizer.held_scale))
+            with torch.inference_mode(False):
+                quantizer.log_scale = nn.Parameter(torch.zeros_like(quantizer.held_scale))
         learned.append(quantizer.log_scale)
     return learned
 
@@ -126,7 +127,8 @@ def learn_noise_(model: nn.Module) -> list[nn.Parameter]:
     quantizers = [q for layer in quantized_layers(model) for q in layer.quantizers]
     for quantizer in quantizers:
         if quantizer.log_std is None:
-            quantizer.log_std = nn.Parameter(torch.zeros_like(quantizer.forward_std))
+            with torch.inference_mode(False):
+                quantizer.log_std = nn.Parameter(torch.zeros_like(quantizer.forward_std))
     return [quantizer.log_std for quantizer in quantizers if quantizer.log_std is not None]
 
 

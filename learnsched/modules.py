@@ -20,10 +20,23 @@ class _OwnsQuantizer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # As fusing with a batch norm does.
-        replaced = name == "weight" and self._parameters.get(name, value) is not value
+        weight = self._parameters.get(name) if name == "weight" else None
+        replaced = weight is not None and weight is not value
+        if weight is not None and isinstance(value, Tensor) and value.shape != weight.shape:
+            raise ValueError(
+                f"the weight of {self.weight_quantizer.layer_name} has shape {tuple(weight.shape)}, and "
+                f"one of {tuple(value.shape)} cannot take its place; prune whole channels ahead of "
+                "quantize_, or put a new layer in this one's place and quantize the model again"
+            )
         super().__setattr__(name, value)
         if replaced and "weight_quantizer" in self._modules and not self._loads_quantizer:
             self._release("a new parameter took the place of frozen weights")
+
+    def reset_parameters(self) -> None:
+        """New random weights, all of them free."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "weight_quantizer" in self._modules:
+            self._release("frozen weights were drawn anew")
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -25,8 +25,9 @@ from learnsched.apply_settings import (
 from learnsched.choices import check_choice, whole_number
 from learnsched.history import History, as_numbers
 from learnsched.incremental import check_partition
-from learnsched.layers import quantized_layers
+from learnsched.layers import check_weight, quantized_layers
 from learnsched.learning_rate import learning_rate_factor
+from learnsched.modules import QUANTIZED_LAYERS
 from learnsched.noise import NoiseShape, noise_shape
 from learnsched.optimizer_checks import own_optimizer, warn_of_strangers, warn_of_untrained
 from learnsched.quantizer import Quantizer
@@ -62,7 +63,7 @@ class QuantizationScheduler:
         steps_per_epoch: optimizer steps in an epoch: ``len(loader)``, or where gradients of several
             batches are accumulated, ``ceil(len(loader) / batches)``. A learned policy reads it; if
             None, it is counted in the first epoch: steps of ``optimizer`` if given, otherwise forward
-            passes in training mode.
+            passes in training mode, those of a search for a learning rate among them.
         fine_tuning: whether training starts from a trained float network.
         optimizer: if given, frozen weights are put back after each of its steps, as by :meth:`watch`;
             otherwise the forward pass uses their frozen values, and the parameter follows at
@@ -302,6 +303,9 @@ class QuantizationScheduler:
                 "another scheduler has been made for this model since, and sets its noise now: step "
                 "that one; to train two ways, give each a model of its own"
             )
+        for layer in self._layers:
+            if isinstance(layer.weight, QUANTIZED_LAYERS):
+                check_weight(layer.weight)
         if is_finalized(self._layers, self.history.settings[-1]):
             raise RuntimeError(
                 f"after {self.epoch} of {self.epochs} epochs the model is not as step() left it: "

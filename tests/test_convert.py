@@ -1316,6 +1316,90 @@ def test_every_head_is_a_last_layer():
     assert [layer.info.name for layer in quantized_layers(net)] == ["first", "second"]
 
 
+def test_a_batch_norm_that_starts_at_zero_in_a_sum_is_not_what_makes_its_size():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm, self.act = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()
+            nn.init.zeros_(self.norm.weight)
+
+        def forward(self, x):
+            return self.act(self.norm(self.layer(x)) + x)
+
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), Block(), nn.Linear(8, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ls.quantize_(net, ls.ternary(), ls.unsigned(2), example_input=torch.randn(4, 8))
+
+
+class _Actor(nn.Module):
+    """A policy and a value, by what a model does with the two heads."""
+
+    def __init__(self, ends):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())
+        self.policy, self.value, self.positive = nn.Linear(8, 4), nn.Linear(8, 4), nn.Softplus()
+        self.scale, self.ends = nn.Parameter(torch.ones(1)), ends
+
+    def forward(self, x):
+        h = self.body(x)
+        return self.ends(self, h, self.policy(h), self.value(h))
+
+
+HEADS = {
+    "softmax": lambda net, h, p, v: (p.log_softmax(-1), v.squeeze(-1)),
+    "shape": lambda net, h, p, v: {"policy": p.reshape(-1, 2, 2).flatten(1), "value": v.T},
+    "joined": lambda net, h, p, v: torch.cat([p, v], 1),
+    "stacked": lambda net, h, p, v: torch.stack((p, v)),
+    "scaled": lambda net, h, p, v: (p * net.scale, v),
+    "in a collection": lambda net, h, p, v: [{"p": (p.exp(),)}, v.mean(1)],
+    "with features": lambda net, h, p, v: (h.flatten(1), p.softmax(-1), v),
+}
+
+
+@pytest.mark.parametrize("ends", HEADS.values(), ids=HEADS)
+def test_heads_are_last_layers_whatever_shape_or_softmax_follows(ends):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net = ls.quantize_(
+            _Actor(ends), ls.ternary(), skip=("last",), example_input=torch.randn(4, 8)
+        )
+    assert [layer.info.name for layer in quantized_layers(net)] == ["body.0"]
+
+
+def test_the_activation_behind_a_head_stays_real_with_it():
+    def ends(net, h, p, v):
+        spread = net.positive(p)
+        return net.value(h), spread.squeeze(0)
+
+    net = _Actor(ends)
+    ls.quantize_(net, ls.ternary(), ls.unsigned(2), skip=("last",), example_input=torch.randn(4, 8))
+    assert isinstance(net.positive, nn.Softplus) and type(net.policy) is type(net.value)
+    assert [layer.info.name for layer in quantized_layers(net)] == ["body.0"]
+
+
+def test_layers_that_others_follow_are_no_heads():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+            self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + layer(x).tanh()
+            return self.norm(x), self.head(x)
+
+    x = torch.randn(4, 8)
+    net = ls.quantize_(Residual(), ls.ternary(), skip=("last",), example_input=x)
+    assert [layer.info.name for layer in quantized_layers(net)] == [f"layers.{n}" for n in range(3)]
+    # Without a head, the branch that was added last is one; those ahead of it are not.
+    net = Residual()
+    net.head = nn.Identity()
+    ls.quantize_(net, ls.ternary(), skip=("last",), example_input=x)
+    assert [layer.info.name for layer in quantized_layers(net)] == ["layers.0", "layers.1"]
+
+
 def test_a_second_name_in_overrides_is_answered_with_the_first():
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     net.head = net[2]

@@ -153,12 +153,12 @@ def test_a_repeated_inner_loop_trains_every_copy_alike():
     inner = SMALL.build(DIGITS)
     policy = LearnedPolicy(MetaNetwork())
     with torch.no_grad():
-        states, table, _ = run_forward(inner, PolicyRollout(policy, inner.run, 2))
-        loss = inner.outer_loss(states[-1], table[-1])
+        state, table, _ = run_forward(inner, PolicyRollout(policy, inner.run, 2))
+        loss = inner.outer_loss(state, table[-1])
         many = inner.repeated(3)
         tables = table.repeat(1, 3, 1, 1)
-        states, table, _ = run_forward(many, table_rollout(tables))
-        repeated = many.outer_loss(states[-1], table[-1])
+        state, table, _ = run_forward(many, table_rollout(tables))
+        repeated = many.outer_loss(state, table[-1])
     torch.testing.assert_close(repeated, loss.repeat(3), rtol=1e-4, atol=1e-5)
 
 

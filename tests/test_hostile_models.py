@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import learnsched as ls
 from learnsched import policies
@@ -400,3 +401,57 @@ def check_run(made, weight, activation, rule, policy, horizon, cut, given_optimi
                 expected = ours.levels.quantize(ahead / ours.scale) * ours.scale
             signal = ours(signal)
             assert torch.equal(signal, expected)
+
+
+def _frozen_in_mid_run():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    ls.quantize_(net, ls.ternary(), ls.unsigned(2))
+    scheduler = ls.QuantizationScheduler(net, ls.policies.IncrementalQuantization(), 6)
+    for _ in range(4):
+        net(torch.randn(8, 20))
+        scheduler.step()
+    assert bool(net[3].weight_quantizer.membership.any())
+    return net, scheduler
+
+
+@pytest.mark.parametrize("parametrize", [prune.random_unstructured, parametrizations.weight_norm])
+def test_weights_that_something_else_makes_in_mid_run_are_refused_at_the_next_step(parametrize):
+    net, scheduler = _frozen_in_mid_run()
+    options = {"amount": 0.5} if parametrize is prune.random_unstructured else {}
+    parametrize(net[3], "weight", **options)
+    with pytest.raises(ValueError, match=r"the weight of 3 is no parameter any more"):
+        scheduler.step()
+    assert scheduler.epoch == 4
+
+
+def test_weights_that_are_drawn_anew_in_mid_run_are_free():
+    net, _ = _frozen_in_mid_run()
+    with pytest.warns(UserWarning, match="frozen weights were drawn anew: they are free now"):
+        net[3].reset_parameters()
+    quantizer = net[3].weight_quantizer
+    assert not bool(quantizer.membership.any())
+    assert torch.equal(net[3].weight, quantizer.project(net[3].weight)) is False
+
+
+def test_a_weight_of_another_shape_cannot_take_a_quantized_one_s_place():
+    net, _ = _frozen_in_mid_run()
+    before = net[3].weight
+    with pytest.raises(ValueError, match=r"one of \(2, 16\) cannot take its place"):
+        net[3].weight = nn.Parameter(before[:2].detach())
+    assert net[3].weight is before and bool(net[3].weight_quantizer.membership.any())
+
+
+def test_what_is_learned_can_be_made_in_inference_mode():
+    net = ls.quantize_(
+        nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)),
+        ls.ternary(),
+        ls.unsigned(2),
+    )
+    with torch.inference_mode():
+        learned = [*ls.learn_scales_(net), *ls.learn_weight_scales_(net), *ls.learn_noise_(net)]
+    optimizer = torch.optim.Adam(learned, 0.1)
+    net(torch.randn(16, 8)).square().sum().backward()
+    optimizer.step()
+    assert not any(parameter.is_inference() for parameter in learned)
+    assert bool(learned[0] != net[2].lowest_scale * 32)

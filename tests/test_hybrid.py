@@ -102,6 +102,26 @@ def test_a_member_that_diverges_is_left_out_and_the_others_are_as_without_it():
     assert bool(gradient.isfinite().all()) and bool(gradient.any())
 
 
+@dataclasses.dataclass(frozen=True)
+class Exploded(Unrolled):
+    """Backpropagation through which the first member's gradient has overflowed."""
+
+    def __call__(self, inner, rollout):
+        estimate = super().__call__(inner, rollout)
+        gradient = estimate.gradient.clone()
+        gradient[:, 0] = torch.inf
+        return dataclasses.replace(estimate, gradient=gradient)
+
+
+def test_where_backpropagation_has_exploded_evolution_has_the_word():
+    policy, evolution = LearnedPolicy(MetaNetwork()), EvolutionStrategies(pairs=3, knots=2)
+    inner = SMALL.build(DIGITS)
+    theirs = evolution(inner, PolicyRollout(policy, inner.run, 3)).gradient
+    both = Hybrid(Exploded(), evolution)(inner, PolicyRollout(policy, inner.run, 3)).gradient
+    assert torch.equal(both[:, 0], theirs[:, 0]) and bool(theirs[:, 0].any())
+    assert not torch.equal(both[:, 1], theirs[:, 1])
+
+
 @pytest.mark.parametrize("members", [0, 1])
 def test_without_a_spread_the_unbiased_estimate_has_all_the_weight(members):
     share = share_of_precise(estimates(1.0)[:members], estimates(2.0)[:members])

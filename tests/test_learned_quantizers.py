@@ -49,10 +49,10 @@ def trained_population(prepare, horizon):
         table = plan(RelaxedQuantization(), inner.run).table.float().unsqueeze(1)
         with torch.no_grad():
             rollout = table_rollout(table.expand(-1, members, -1, -1))
-            states, _, losses = run_forward(inner, rollout)
+            state, _, losses = run_forward(inner, rollout)
         assert bool(torch.stack(losses).isfinite().all())
         names = [name for name, _ in inner.population.named_parameters()]
-        found.append(dict(zip(names, states[-1].tensors, strict=False)))
+        found.append(dict(zip(names, state.tensors, strict=False)))
     return found
 
 

@@ -111,14 +111,14 @@ def test_recomputed_epochs_give_the_gradient_of_the_full_graph():
 def test_a_population_trains_as_its_members_do_one_by_one():
     both = as_double(SMALL.build(DIGITS))
     table = wide_settings(both)
-    states, _, losses = run_forward(both, table_rollout(table))
+    state, _, losses = run_forward(both, table_rollout(table))
     for member, rate in enumerate(SMALL.learning_rates):
         pair = dataclasses.replace(SMALL, learning_rates=(rate, rate), runs=2).build(DIGITS)
         alone = as_double(pair)
         own = table[:, member : member + 1].expand(-1, 2, -1, -1)
         single, _, single_losses = run_forward(alone, table_rollout(own))
         torch.testing.assert_close(losses[-1][member], single_losses[-1][member])
-        for ours, theirs in zip(states[-1].tensors, single[-1].tensors, strict=True):
+        for ours, theirs in zip(state.tensors, single.tensors, strict=True):
             torch.testing.assert_close(ours[member], theirs[member])
 
 
@@ -126,13 +126,13 @@ def test_the_state_at_the_end_is_frozen_on_the_level_set():
     inner = SMALL.build(DIGITS, membership_width=0.0)
     policy = LearnedPolicy(MetaNetwork())
     with torch.no_grad():
-        states, table, _ = run_forward(inner, PolicyRollout(policy, inner.run, 2))
+        state, table, _ = run_forward(inner, PolicyRollout(policy, inner.run, 2))
     count = len(list(inner.population.parameters()))
-    membership, held, scale, _ = states[-1].tensors[3 * count :][:4]
+    membership, held, scale, _ = state.tensors[3 * count :][:4]
     assert bool((membership == 1).all())
     codes = held / scale
     assert set(codes.round(decimals=5).unique().tolist()) <= {-1.0, 0.0, 1.0}
-    accuracy = inner.accuracy(states[-1], table[-1], DIGITS.validation.x, DIGITS.validation.y)
+    accuracy = inner.accuracy(state, table[-1], DIGITS.validation.x, DIGITS.validation.y)
     assert accuracy.shape == (2,)
     assert bool(((accuracy >= 0) & (accuracy <= 1)).all())
 
@@ -142,7 +142,8 @@ def test_a_channel_keeps_its_scale_from_its_first_frozen_weight_on_and_the_other
     table = wide_settings(inner).float()
     table[..., 4] = 0.004  # two of 384 weights in the first layer
     with torch.no_grad():
-        states, _, _ = run_forward(inner, table_rollout(table), hardened=False)
+        states = []
+        run_forward(inner, table_rollout(table), hardened=False, visit=states.append)
     count = len(list(inner.population.parameters()))
     carried = [state.tensors[3 * count :][:4] for state in states[1:]]
     membership, _, scale, scale_held = carried[-1]

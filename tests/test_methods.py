@@ -381,7 +381,8 @@ def test_a_redrawn_partition_releases_what_it_froze(data):
     policy = IncrementalQuantization((0.5, 0.5, 0.75, 1.0), partition="redraw")
     table = plan(policy, inner.run).table.float().unsqueeze(1).expand(-1, 2, -1, -1)
     with torch.no_grad():
-        states, _, _ = run_forward(inner, table_rollout(table))
+        states = []
+        run_forward(inner, table_rollout(table), visit=states.append)
     count = len(list(inner.population.parameters()))
     shares, members = [], []
     for state in states[1:]:

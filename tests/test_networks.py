@@ -111,8 +111,8 @@ def test_a_quantized_population_learns(family, count, horizon):
     inner = task.build(data, membership_width=0.0)
     table = plan(StraightThrough(), inner.run).table.float()
     with torch.no_grad():
-        states, settings, _ = run_forward(inner, table_rollout(torch.stack([table] * 2, dim=1)))
-        accuracy = inner.accuracy(states[-1], settings[-1], data.test.x, data.test.y)
+        state, settings, _ = run_forward(inner, table_rollout(torch.stack([table] * 2, dim=1)))
+        accuracy = inner.accuracy(state, settings[-1], data.test.x, data.test.y)
     assert float(accuracy.min()) > 0.5
 
 

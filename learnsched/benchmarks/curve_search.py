@@ -168,8 +168,8 @@ def accuracies(task: Task, data: DataSet, points: Tensor, box: Box, seed: int) -
     inner.rates = torch.cat([learning_rates(curve, inner.run) for curve in found], dim=1)
     tables = torch.stack([plan(curve, inner.run).table.float() for curve in found], dim=1)
     with torch.no_grad():
-        states, table, _ = run_forward(inner, table_rollout(tables))
-        return inner.accuracy(states[-1], table[-1], data.validation.x, data.validation.y)
+        state, table, _ = run_forward(inner, table_rollout(tables))
+        return inner.accuracy(state, table[-1], data.validation.x, data.validation.y)
 
 
 def quadratic(points: Tensor) -> Tensor:

@@ -135,8 +135,8 @@ def specialized(task: Task, start: LearnedPolicy, steps: int, pairs: int, seed: 
         around = tables(base, point.detach() + torch.cat([noise, -noise])).flatten(0, 1)
         many = inner.repeated(2 * pairs)
         with torch.no_grad():
-            states, table, _ = run_forward(many, table_rollout(around.transpose(0, 1)))
-            plus, minus = many.outer_error(states[-1], table[-1]).view(2, pairs, -1)
+            state, table, _ = run_forward(many, table_rollout(around.transpose(0, 1)))
+            plus, minus = many.outer_error(state, table[-1]).view(2, pairs, -1)
         slopes = regression(noise.flatten(2), (plus - minus) / 2, ridge=1.0)
         point.grad = slopes.mean(0).view_as(point)
         optimizer.step()

@@ -53,10 +53,10 @@ def train(
     # Sampled forward values draw from the global generator.
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.seed)
-        states, table, _ = run_forward(
+        state, table, _ = run_forward(
             inner, method.rollout(inner, repeated), hardened=method.hardened
         )
-        accuracy = inner.accuracy(states[-1], table[-1], split.x, split.y)
+        accuracy = inner.accuracy(state, table[-1], split.x, split.y)
     return accuracy.view(len(rates), runs)
 
 

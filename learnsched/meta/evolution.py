@@ -3,7 +3,6 @@
 Every member of a task trains under its own schedule and many perturbed copies of it, all as one
 population. The perturbations live on a few knots per output and layer, so that hundreds of runs, not
 hundreds of thousands, give a gradient; they come in antithetic pairs that share weights and data.
-Random partitions, which meta-training does not use, draw for each copy anew.
 """
 
 from __future__ import annotations
@@ -87,9 +86,9 @@ class EvolutionStrategies:
         many = inner.repeated(1 + 2 * self.pairs)
         perturbed = _Perturbed(self, inner, rollout)
         with torch.no_grad():
-            states, table, _ = run_forward(many, perturbed)
+            state, table, _ = run_forward(many, perturbed)
             evaluate = many.outer_loss if self.objective == "loss" else many.outer_error
-            losses = evaluate(states[-1], table[-1]).view(1 + 2 * self.pairs, -1)
+            losses = evaluate(state, table[-1]).view(1 + 2 * self.pairs, -1)
         plus, minus = losses[1:].chunk(2)
         ours = regression(perturbed.noise, (plus - minus) / 2, self.ridge)
         settings = torch.stack(perturbed.rows)

@@ -26,7 +26,7 @@ class Hybrid:
     and damping bias it. That of evolution strategies is noisy, and true to the hard loss up to its
     smoothing. The variances are seen in the spread over members; the bias is what of the distance
     between the two means they do not explain. Members that have an estimate which is not finite, as in a
-    run that diverged, count in neither statistic.
+    run that diverged, count in neither statistic; where it is the unrolled one, evolution has the word.
 
     Args:
         unrolled: the precise one; its members are clipped to their median norm.
@@ -76,8 +76,9 @@ class Hybrid:
             _by_field(project(basis, precise)[usable]),
             _by_field(project(basis, theirs.gradient)[usable]),
         )
+        shares = torch.where(finite.view(1, -1, 1, 1), share, 0.0)
         return ScheduleEstimate(
-            ours.settings, torch.lerp(theirs.gradient, precise, share), theirs.loss
+            ours.settings, torch.lerp(theirs.gradient, precise, shares), theirs.loss
         )
 
 

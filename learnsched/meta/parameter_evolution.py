@@ -113,8 +113,8 @@ class ParameterEvolution:
     def _losses(self, inner: Inner, rollout: Rollout) -> Tensor:
         """Outer losses under the changed networks, shape ``(pairs, members)``."""
         many = inner.repeated(self.pairs)
-        states, table, _ = run_forward(many, rollout)
-        return many.outer_loss(states[-1], table[-1]).view(self.pairs, -1)
+        state, table, _ = run_forward(many, rollout)
+        return many.outer_loss(state, table[-1]).view(self.pairs, -1)
 
 
 def perturbations(pairs: int, like: Tensor, seed: int, inner_seed: int) -> Tensor:

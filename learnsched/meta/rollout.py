@@ -30,19 +30,23 @@ from learnsched.schedule import (
 
 
 def run_forward(
-    inner: Inner, rollout: Rollout, *, hardened: bool = True
-) -> tuple[list[InnerState], Tensor, list[Tensor]]:
+    inner: Inner,
+    rollout: Rollout,
+    *,
+    hardened: bool = True,
+    visit: Callable[[InnerState], None] | None = None,
+) -> tuple[InnerState, Tensor, list[Tensor]]:
     """Train without a graph, the settings closed-loop from the rollout.
 
     Args:
         inner: what to train.
         rollout: what makes the settings.
         hardened: whether the terminal conditions hold; without, a relaxed network stays relaxed.
+        visit: called with the state at the start of every epoch and at the end, ``horizon + 1`` times.
 
     Returns:
-        states at the start of every epoch and at the end, ``horizon + 1`` of them; settings, shape
-        ``(horizon, members, layers, len(FIELDS))``, attached to the rollout's graph; mean training
-        losses of the epochs.
+        the state at the end; settings, shape ``(horizon, members, layers, len(FIELDS))``, attached to
+        the rollout's graph; mean training losses of the epochs.
 
     Example:
         >>> from learnsched.data import load
@@ -52,22 +56,24 @@ def run_forward(
         ...             bits="ternary/2-bit", learning_rates=(0.01, 0.02), fine_tuning=False, seed=0)
         >>> inner = task.build(load("digits"))
         >>> rollout = PolicyRollout(LearnedPolicy(MetaNetwork()), inner.run, members=2)
-        >>> states, settings, losses = run_forward(inner, rollout)
-        >>> len(states), settings.shape, losses[0].shape
-        (3, torch.Size([2, 2, 2, 7]), torch.Size([2]))
+        >>> state, settings, losses = run_forward(inner, rollout)
+        >>> state.step, settings.shape, losses[0].shape
+        (4, torch.Size([2, 2, 2, 7]), torch.Size([2]))
     """
-    states = [inner.initial()]
+    visit = visit or (lambda state: None)
+    state = inner.initial()
+    visit(state)
     rows: list[Tensor] = []
     losses: list[Tensor] = []
     for epoch in range(inner.run.horizon):
-        settings = rollout(epoch, inner.telemetry(states[-1], losses))
+        settings = rollout(epoch, inner.telemetry(state, losses))
         if hardened:
             settings = terminal_settings(settings, inner.run, epoch)
-        state, loss = inner.epoch(states[-1], settings.detach(), epoch, track=False)
-        states.append(state)
+        state, loss = inner.epoch(state, settings.detach(), epoch, track=False)
+        visit(state)
         rows.append(settings)
         losses.append(loss)
-    return states, torch.stack(rows), losses
+    return state, torch.stack(rows), losses
 
 
 def terminal_settings(settings: Tensor, run: RunInfo, epoch: int) -> Tensor:

@@ -59,7 +59,8 @@ class Unrolled:
             whole_number("truncation", self.truncation)
 
     def __call__(self, inner: Inner, rollout: Rollout) -> ScheduleEstimate:
-        states, table, _ = run_forward(inner, rollout)
+        states: list[InnerState] = []
+        _, table, _ = run_forward(inner, rollout, visit=states.append)
         last = inner.run.horizon - 1
         window = self.truncation or inner.run.horizon
         gradients = []

@@ -44,6 +44,6 @@ def hard_errors(
     inner, rollout = begin(policy, task, data, device, membership_width=0.0, **options)
     x, y = (part.to(device) for part in (data.validation.x, data.validation.y))
     with torch.no_grad():
-        states, table, _ = run_forward(inner, rollout)
+        state, table, _ = run_forward(inner, rollout)
         last = terminal_settings(table[-1], inner.run, inner.run.horizon - 1)
-        return 1 - inner.accuracy(states[-1], last, x, y).cpu()
+        return 1 - inner.accuracy(state, last, x, y).cpu()

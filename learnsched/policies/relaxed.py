@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from learnsched.incremental import check_partition
 from learnsched.noise import noise_shape
-from learnsched.schedule import RunInfo, Setting, Telemetry
+from learnsched.policies.same_for_all_layers import SameForAllLayers
+from learnsched.schedule import Setting
 
 
 @dataclass(frozen=True)
-class Relaxed:
+class Relaxed(SameForAllLayers):
     """Constant noise, forward and backward, until the terminal condition.
 
     ``finalize_`` hardens the network nonetheless; the upper bound is its accuracy before that.
@@ -25,7 +25,7 @@ class Relaxed:
         ValueError: the std is not positive and finite, or the noise or partition is unknown.
 
     Example:
-        >>> from learnsched.schedule import LayerInfo, plan
+        >>> from learnsched.schedule import LayerInfo, RunInfo, plan
         >>> run = RunInfo((LayerInfo("fc", 10, 3, 4),), horizon=3)
         >>> plan(Relaxed(0.5), run)["weight_forward_std"].flatten().tolist()
         [0.5, 0.5, 0.0]
@@ -42,11 +42,5 @@ class Relaxed:
         if not 0 < self.std < math.inf:
             raise ValueError(f"std must be positive and finite, got {self.std}")
 
-    def begin(self, run: RunInfo) -> None:
-        """No state."""
-
-    def settings(
-        self, run: RunInfo, epoch: int, telemetry: Telemetry, state: None
-    ) -> tuple[Sequence[Setting], None]:
-        """The same setting for every layer and epoch."""
-        return [Setting(self.std, self.std, self.std, self.std)] * len(run.layers), None
+    def _setting(self, progress: float) -> Setting:
+        return Setting(self.std, self.std, self.std, self.std)
