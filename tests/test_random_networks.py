@@ -27,7 +27,7 @@ from learnsched.benchmarks.random_networks import (
     tables,
 )
 from learnsched.benchmarks.regimes import Regime, drawn
-from learnsched.benchmarks.tuned_once import practice
+from learnsched.benchmarks.tuned_once import ADVISED, practice
 from learnsched.meta.presets import PRESETS
 from learnsched.pretrained import load_pretrained
 
@@ -137,14 +137,14 @@ def test_fewer_epochs_are_compared_with_the_rivals_whole_runs():
 
 
 def test_margins_are_those_of_whole_runs_the_hardest_rival_first():
-    found = margins(RECORDS)
+    found = margins(RECORDS, ADVISED)
     assert list(found) == [START, "strong", "weak"]
     assert found[START] == pytest.approx({FASHION.name: 0.01, OTHER.name: -0.02})
     assert found["weak"] == pytest.approx({FASHION.name: 0.21, OTHER.name: -0.05})
 
 
 def test_margins_are_drawn(tmp_path):
-    draw(RECORDS, tmp_path / "margins.png")
+    draw(RECORDS, tmp_path / "margins.png", ADVISED)
     assert (tmp_path / "margins.png").read_bytes().startswith(b"\x89PNG")
 
 

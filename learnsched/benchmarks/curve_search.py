@@ -366,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--near",
         type=float,
         metavar="SHARE",
-        help="of each side of the box, around the shipped curve",
+        help="of each side of the box, around the shipped curve of the first network",
     )
     parser.add_argument("--count", type=int, default=256, help="curves for each task and round")
     parser.add_argument("--rounds", type=int, default=3)

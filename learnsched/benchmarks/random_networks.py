@@ -30,7 +30,7 @@ from typing import Any
 
 from learnsched.benchmarks import carried, learning_rates
 from learnsched.benchmarks import methods as field
-from learnsched.benchmarks.campaign import one_of_the_ranks, recorded
+from learnsched.benchmarks.campaign import one_of_the_ranks, recorded, stored_records
 from learnsched.benchmarks.cells import Cell
 from learnsched.benchmarks.command_line import GOES_ON, command_line
 from learnsched.benchmarks.environment import describe
@@ -220,27 +220,27 @@ def tables(records: Sequence[Record], recipes: Sequence[Record], cells: Sequence
     return "\n\n".join(parts)
 
 
-def margins(records: Sequence[Record]) -> dict[str, dict[str, float]]:
-    """By how much the learned schedule is ahead at the advised rate, by method and network.
+def margins(records: Sequence[Record], stage: str) -> dict[str, dict[str, float]]:
+    """By how much the learned schedule is ahead, by method and network.
 
     Methods that run as many epochs, the hardest to beat first.
     """
     found: dict[str, dict[str, float]] = {}
     for record in records:
-        if record["stage"] == ADVISED and record["method"] not in SHORTER:
+        if record["stage"] == stage and record["method"] not in SHORTER:
             found.setdefault(record["method"], {})[record["cell"]] = mean(record)
     own = found.pop(LEARNED)
     ahead = {
-        method: {cell: own[cell] - level for cell, level in levels.items()}
+        method: {cell: own[cell] - level for cell, level in levels.items() if cell in own}
         for method, levels in found.items()
     }
     return dict(sorted(ahead.items(), key=lambda item: fmean(item[1].values())))
 
 
-def draw(records: Sequence[Record], path: Path) -> None:
+def draw(records: Sequence[Record], path: Path, stage: str) -> None:
     """The margins, a dot a network."""
     ranking(
-        margins(records),
+        margins(records, stage),
         path,
         margin="test accuracy of the learned schedule less that of the method",
         dot="network",
@@ -289,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=Path,
         help="count records of another seed's networks, too, in what is told",
     )
-    parser.add_argument("--plot", type=Path, help="draw the margins at the advised rate")
+    parser.add_argument("--plot", type=Path, help="draw the margins at the one rate of all methods")
     options = parser.parse_args(arguments)
     learned = load_pretrained(options.artefact)
     mix, counts = MIX, COUNTS
@@ -326,6 +326,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             made = measured(method, cell, stages, carried.tuned(method.suggest, recipe))
         return [{**record, "method": name, "commit": describe()["commit"]} for record in made]
 
+    kind = {
+        "other_kinds": options.other_kinds,
+        "other_networks": options.other_networks,
+        "rate": options.rate,
+        "quick": options.quick,
+    }
     with one_of_the_ranks():
         records = recorded(
             options.json,
@@ -336,19 +342,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{r['cell']}, {r['method']}, {r['stage']}: {100 * mean(r):.1f}", flush=True
             ),
             seed=options.seed,
-            other_kinds=options.other_kinds,
-            other_networks=options.other_networks,
-            rate=options.rate,
-            quick=options.quick,
+            **kind,
         )
         if options.pooled_with:
-            others = json.loads(options.pooled_with.read_text())
-            records += others["records"]
-            networks += chosen(others["seed"])
+            records += stored_records(options.pooled_with, **kind)
+            networks += chosen(json.loads(options.pooled_with.read_text())["seed"])
         if processes.rank() == 0:
             print(f"\n{tables(records, list(recipes.values()), networks)}")
             if options.plot:
-                draw(records, options.plot)
+                draw(records, options.plot, ADVISED if options.rate is None else GIVEN)
 
 
 if __name__ == "__main__":
