@@ -47,7 +47,7 @@ from learnsched.benchmarks.records import (
     unpack,
     write_record,
 )
-from learnsched.benchmarks.search import Budget, Train, search
+from learnsched.benchmarks.search import Budget, Train, tune
 from learnsched.benchmarks.spaces import Trial
 from learnsched.data import DataSet, load, reduced
 from learnsched.meta.tasks import Task
@@ -169,12 +169,7 @@ def measure(
         journal: of the search, to go on from.
     """
     wall, cpu = time.perf_counter(), time.process_time()
-
-    def evaluate(rates: list[float], policies: list[Any]) -> list[float]:
-        accuracy = entry.train(cell.task, data, rates, policies, budget.trial_runs, data.validation)
-        return cast(list[float], accuracy.mean(1).tolist())
-
-    found = search(entry.suggest, evaluate, budget, seed, journal)
+    found = tune(entry.train, entry.suggest, [(cell.task, data)], budget, seed, journal)
 
     def final(share: float) -> list[float]:
         horizon = max(2, round(share * cell.task.horizon))

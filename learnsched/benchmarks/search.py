@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -109,6 +110,26 @@ def search(
         study.add_trials(asked.trials[len(kept) :])
         kept = study.get_trials(states=(TrialState.COMPLETE,))
     return _best(study, suggest)
+
+
+def tune(
+    train: Train,
+    suggest: Callable[[Any], Any] | None,
+    tasks: Sequence[tuple[Task, DataSet]],
+    budget: Budget,
+    seed: int,
+    journal: Path | None = None,
+) -> Found:
+    """:func:`search` for the best mean validation accuracy over tasks."""
+
+    def evaluate(rates: list[float], policies: list[Any]) -> list[float]:
+        accuracies = [
+            train(task, data, rates, policies, budget.trial_runs, data.validation).mean(1).tolist()
+            for task, data in tasks
+        ]
+        return [fmean(values) for values in zip(*accuracies, strict=True)]
+
+    return search(suggest, evaluate, budget, seed, journal)
 
 
 def _best(study: Any, suggest: Callable[[Any], Any] | None) -> Found:

@@ -9,8 +9,9 @@ from typing import Any, cast
 
 import torch
 
+from learnsched.benchmarks import search
 from learnsched.benchmarks.methods import Method
-from learnsched.benchmarks.search import Budget, Found, Train, search
+from learnsched.benchmarks.search import Budget, Found, Train
 from learnsched.data import DataSet
 from learnsched.meta.rollout import run_forward
 from learnsched.meta.tasks import Task
@@ -19,12 +20,7 @@ from learnsched.schedule import Policy
 
 def tune(method: Method, task: Task, data: DataSet, budget: Budget, seed: int) -> Found:
     """The learning rate and policy of best mean validation accuracy."""
-
-    def evaluate(rates: list[float], policies: list[Policy | None]) -> list[float]:
-        accuracy = train(method, task, data, rates, policies, budget.trial_runs, data.validation)
-        return list(map(float, accuracy.mean(1)))
-
-    return search(method.suggest, evaluate, budget, seed)
+    return search.tune(trained(method), method.suggest, [(task, data)], budget, seed)
 
 
 def train(

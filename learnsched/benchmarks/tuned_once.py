@@ -31,15 +31,14 @@ from learnsched.benchmarks.environment import describe
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.records import HAND_CODED, LEARNED, read
 from learnsched.benchmarks.regimes import Regime
-from learnsched.benchmarks.search import Budget, search
+from learnsched.benchmarks.search import Budget, tune
 from learnsched.benchmarks.statistics import Record, best, compare, doublings, mean, search_curve
-from learnsched.benchmarks.training import train
+from learnsched.benchmarks.training import train, trained
 from learnsched.data import load
 from learnsched.intervals import Interval
 from learnsched.meta import processes
 from learnsched.meta.tasks import Task, task_of
 from learnsched.policies import LearnedPolicy
-from learnsched.schedule import Policy
 from learnsched.tables import markdown
 
 # The strongest of the grid, one of INQ's, and the simplest.
@@ -95,17 +94,8 @@ def _own(learned: LearnedPolicy) -> tuple[Method, Method]:
 
 def tuned(method: Method, tasks: Sequence[Task], budget: Budget, seed: int) -> dict[str, Any]:
     """Learning rate and parameters of best validation accuracy, the mean over tasks."""
-
-    def evaluate(rates: list[float], policies: list[Policy | None]) -> list[float]:
-        accuracies = []
-        for task in tasks:
-            data = load(task.data)
-            runs = budget.trial_runs
-            found = train(method, task, data, rates, policies, runs, data.validation)
-            accuracies.append(found.mean(1).tolist())
-        return [fmean(values) for values in zip(*accuracies, strict=True)]
-
-    found = search(method.suggest, evaluate, budget, seed)
+    data = [(task, load(task.data)) for task in tasks]
+    found = tune(trained(method), method.suggest, data, budget, seed)
     return {
         "method": method.name,
         "learning_rate": found.learning_rate,
