@@ -65,6 +65,13 @@ def test_rivals_are_chosen_where_they_were_tuned_and_in_each_cell():
     assert rows["the best of each cell"][2].startswith("-1.0 [")
 
 
+def test_without_the_learned_schedule_there_are_levels_and_no_margins():
+    rivals = [record for record in RECORDS if record["method"] != "learned"]
+    rows = [line.strip("| ").split(" | ") for line in table(rivals, CELLS).splitlines()[2:]]
+    assert [row[0] for row in rows][:2] == ["good in practice", "good in the cells"]
+    assert rows[0][1:3] == ["2", "75.5"]
+
+
 def test_methods_that_were_searched_are_drawn_at_random():
     def known(cell, method, role, validation, *accuracies):
         found = {"cell": cell, "method": method, "role": role, "validation": validation}

@@ -132,7 +132,7 @@ def advice(path: Path) -> dict[str, float]:
 def table(
     records: Sequence[Record], cells: Sequence[Cell], first: str = LEARNED, stage: str = TEST
 ) -> str:
-    """Markdown: what each method reaches over the cells, and by how much the first is ahead of it.
+    """Markdown: what each method reaches over the cells, and by how much the first, if there, is ahead.
 
     Two rows choose among the hand-coded ones: what was best where they were tuned, and the best of each
     cell on test data, which nobody can know.
@@ -165,8 +165,9 @@ def table(
         "clearly behind",
     ]
     lines = [heads]
+    ahead = rows.get(first, {})
     for name, found in rows.items():
-        pairs = {cell: (rows[first][cell], r) for cell, r in found.items() if cell in rows[first]}
+        pairs = {cell: (ahead[cell], r) for cell, r in found.items() if cell in ahead}
         line = [name, str(len(found)), f"{100 * fmean(map(mean, found.values())):.1f}"]
         if name != first and pairs:
             result = compare(pairs)

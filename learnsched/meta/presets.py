@@ -50,7 +50,7 @@ class Preset:
                 min(d for a in mix.architectures for d in a[3]),
                 max(d for a in mix.architectures for d in a[3]),
             ),
-            fan_in=(5, 600),
+            fan_in=(5, 320),
             activation_levels=(min(levels), max(levels)),
             weight_levels=(min(weights), max(weights)),
         )
