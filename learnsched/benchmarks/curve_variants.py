@@ -105,6 +105,8 @@ class Study:
                 lambda task: [self.measure(task, runs, options.seed)],
                 lambda record: str(record["task"]),
                 seed=options.seed,
+                rates=list(self.rates),
+                runs=runs,
                 quick=options.quick,
             )
             if processes.rank() == 0:
