@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.random_networks
         [--other-kinds | --other-networks] [--rate RATE] [--networks N] [--artefact default]
-        [--bits BITS ...] [--recipes PATH] [--advised PATH] [--quick] [--seed N] [--json PATH]
-        [--pooled-with PATH] [--plot PATH]
+        [--bits BITS ...] [--families NAME ...] [--recipes PATH] [--advised PATH] [--quick] [--seed N]
+        [--json PATH] [--pooled-with PATH] [--plot PATH]
 
 Every network trains under the learned schedule, its start and the hand-coded methods of
 :mod:`learnsched.benchmarks.tuned_once`, with the parameters that were found there: once at the learning
@@ -51,6 +51,8 @@ from learnsched.benchmarks.tuned_once import (
 )
 from learnsched.meta import processes
 from learnsched.meta.mix import Mix
+from learnsched.meta.networks import FAMILIES
+from learnsched.meta.tasks import BITS
 from learnsched.tables import markdown
 
 MIX = replace(
@@ -278,6 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="of the networks; all if omitted",
     )
     parser.add_argument(
+        "--families", nargs="+", choices=FAMILIES, help="of the networks; all if omitted"
+    )
+    parser.add_argument(
         "--recipes",
         type=Path,
         default=Path("figures/tuned_once.json"),
@@ -300,7 +305,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def chosen(seed: int) -> list[Cell]:
         found = cells(seed, mix, counts)
-        return [cell for cell in found if not options.bits or cell.task.bits in options.bits]
+        return [
+            cell
+            for cell in found
+            if cell.task.bits in (options.bits or BITS)
+            and cell.task.family in (options.families or FAMILIES)
+        ]
 
     networks = chosen(options.seed)[: options.networks]
     stored = json.loads(options.recipes.read_text())["records"]
