@@ -18,6 +18,8 @@ import torch
 from learnsched.data import DATA_SETS, DataSet, Split, load, standardised, stratified
 from learnsched.data.fashion_mnist import read_idx
 
+VECTORS = ("products", "clusters", "teacher", "hypercube", "friedman", "quadrics")
+
 
 @pytest.fixture(scope="module")
 def mnist1d() -> DataSet:
@@ -250,8 +252,32 @@ def test_unknown_names_and_useless_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="digits is not read from files"):
         load("digits", tmp_path)
     assert set(DATA_SETS) == {
-        "mnist1d", "digits", "noisy_digits", "shifted_digits", "fashion_mnist", "cifar10",
+        "mnist1d", "digits", "noisy_digits", "shifted_digits", "fashion_mnist", "cifar10", *VECTORS,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_vectors_are_always_alike_and_no_class_is_rare(name: str) -> None:
+    data = load(name)
+    assert data.name == name and len(data.shape) == 1
+    assert [len(s) for s in (data.train, data.validation, data.test)] == [4000, 1000, 1000]
+    assert_disjoint(data)
+    assert float(data.train.x.mean()) == pytest.approx(0, abs=1e-4)
+    for split in (data.train, data.validation, data.test):
+        assert split.y.bincount(minlength=data.classes).min() > 0.03 * len(split)
+    assert load(name).sha256 == data.sha256
+
+
+def test_products_cannot_be_told_from_single_numbers_and_friedman_s_fifths_are_even() -> None:
+    data = load("products")
+    x, y = data.test.x.double(), data.test.y
+    # Standardised by one mean and deviation, which are nearly 0 and 1.
+    score = x[:, 0] * x[:, 1] + x[:, 2] * x[:, 3] + 0.5 * x[:, 4]
+    assert float(((score > 0) == (y == 1)).double().mean()) > 0.97
+    each = [float((((x[:, n] > 0) == (y == 1)).double().mean() - 0.5).abs()) for n in range(20)]
+    assert max(each[:4] + each[5:]) < 0.06 < each[4]
+    shares = torch.cat([getattr(load("friedman"), s).y for s in ("train", "validation", "test")])
+    assert shares.bincount().tolist() == [1200] * 5
 
 
 def test_fashion_mnist_is_read_from_idx_files(

@@ -1,7 +1,7 @@
 """Which fixed curve is best? A search over a family of schedules, for each pair of level sets.
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.curve_search [--bits BITS]
-                               [--fine-tuning | --warm-up | --long | --mixed | --random [FAMILY ...]]
+             [--fine-tuning | --warm-up | --long | --mixed | --vectors | --random [FAMILY ...]]
                                [--near SHARE] [--quick] [--seed N] [--json PATH]
 
 The rival of meta-training, and what gives it a base to start from. Random curves train on every task
@@ -95,12 +95,19 @@ class Kind:
 
 
 _WARM_UP: Box = {"warm_until": (0.0, 0.3, False)}
+_OF_VECTORS: Box = {
+    **_WARM_UP,
+    "weight_backward_end": (0.15, 4.0, True),
+    "freeze_from": (0.4, 0.99, False),
+    "learning_rate": (0.008, 0.05, True),
+}
 _KINDS = {
     "usual": Kind("", curve_tasks.usual),
     "fine_tuning": Kind(", fine-tuned", curve_tasks.fine_tuned),
     "warm_up": Kind(", warm-up", curve_tasks.from_scratch, {"warm_until": (0.0, 0.4, False)}),
     "long": Kind(", long", curve_tasks.long, {"learning_rate": (0.005, 0.05, True)}, _LONG_RATES),
     "mixed": Kind(", mixed", curve_tasks.mixed, _WARM_UP),
+    "vectors": Kind(", vectors", curve_tasks.vectors, _OF_VECTORS, (0.01, 0.02, 0.033)),
 }
 
 
@@ -347,6 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("warm_up", "from scratch, under a learning rate that rises first"),
         ("long", "runs of 1000 to 1440 steps"),
         ("mixed", "networks drawn at random, of easy and of hard problems"),
+        ("vectors", "MLPs drawn at random, most of them for tables of numbers"),
     ):
         kinds.add_argument(
             f"--{option.replace('_', '-')}",

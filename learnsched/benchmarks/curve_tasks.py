@@ -127,6 +127,29 @@ def mixed(bits: str) -> tuple[Task, ...]:
     return tuple(drawn(_MIXED_MIX, {Regime(bits, False): _MIXED_COUNT}, _MIXED_SEED))
 
 
+# Of vectors, most of which have classes that no noise hides; two networks of those that tell curves
+# apart. (Each kind has a seed of its own.)
+_VECTORS = (
+    ("mnist1d", 1), ("mnist1d", 1), ("noisy_digits", 1), ("digits", 1), ("products", 2),
+    ("clusters", 1), ("friedman", 2), ("hypercube", 1),
+)  # fmt: skip
+_VECTORS_SEED = 798_000
+
+
+def vectors(bits: str) -> tuple[Task, ...]:
+    """MLPs drawn at random, from scratch, for tables of numbers and for signals and images as such."""
+    found: list[Task] = []
+    for place, (data, count) in enumerate(_VECTORS):
+        mix = replace(
+            _RANDOM_MIX,
+            architectures=((data, "mlp", (32, 64, 128), (3, 4, 5)),),
+            horizons=(8, 12, 20),
+            total_steps=(150, 600),
+        )
+        found += drawn(mix, {Regime(bits, False): count}, _VECTORS_SEED + place)
+    return tuple(found)
+
+
 def _of_one_regime(
     rows: Sequence[tuple[str, str, int, int, int, int]], bits: str, *, fine_tuning: bool, seed: int
 ) -> tuple[Task, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from learnsched import choices
-from learnsched.data import cifar10, digits, fashion_mnist, mnist1d
+from learnsched.data import cifar10, digits, fashion_mnist, mnist1d, vectors
 from learnsched.data.splits import DataSet, Split, reduced, standardised, stratified
 
 __all__ = ["DATA_SETS", "DataSet", "Split", "load", "reduced", "standardised", "stratified"]
@@ -15,6 +15,12 @@ _WITH_PACKAGE = {
     "digits": digits.load,
     "noisy_digits": digits.load_noisy,
     "shifted_digits": digits.load_shifted,
+    "products": vectors.load_products,
+    "clusters": vectors.load_clusters,
+    "teacher": vectors.load_teacher,
+    "hypercube": vectors.load_hypercube,
+    "friedman": vectors.load_friedman,
+    "quadrics": vectors.load_quadrics,
 }
 _FROM_FOLDER = {"fashion_mnist": fashion_mnist.load, "cifar10": cifar10.load}
 
