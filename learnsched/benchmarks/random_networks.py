@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.random_networks
         [--other-kinds | --other-networks] [--rate RATE] [--networks N] [--artefact default]
-        [--bits BITS ...] [--families NAME ...] [--recipes PATH] [--advised PATH] [--quick] [--seed N]
-        [--json PATH] [--pooled-with PATH] [--plot PATH]
+        [--bits BITS ...] [--families NAME ...] [--methods NAME ...] [--recipes PATH ...]
+        [--advised PATH] [--quick] [--seed N] [--json PATH] [--pooled-with PATH] [--plot PATH]
 
 Every network trains under the learned schedule, its start and the hand-coded methods of
 :mod:`learnsched.benchmarks.tuned_once`, with the parameters that were found there: once at the learning
@@ -283,10 +283,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--families", nargs="+", choices=FAMILIES, help="of the networks; all if omitted"
     )
     parser.add_argument(
+        "--methods", nargs="+", metavar="NAME", help="hand-coded ones; all with recipes if omitted"
+    )
+    parser.add_argument(
         "--recipes",
+        nargs="+",
         type=Path,
-        default=Path("figures/tuned_once.json"),
-        help="records of the benchmark of methods that were tuned once",
+        default=[Path("figures/tuned_once.json")],
+        help="records of the benchmark of methods that were tuned once; later ones replace earlier",
     )
     add_advised(parser)
     parser.add_argument(
@@ -313,9 +317,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
 
     networks = chosen(options.seed)[: options.networks]
-    stored = json.loads(options.recipes.read_text())["records"]
+    stored = [r for path in options.recipes for r in json.loads(path.read_text())["records"]]
     recipes = {(r["regime"], r["method"]): r for r in stored if r["stage"] == RECIPE}
-    names = list(dict.fromkeys(name for _, name in recipes))
+    names = [
+        name
+        for name in dict.fromkeys(name for _, name in recipes)
+        if name.startswith(LEARNED) or name in (options.methods or {name})
+    ]
     if options.quick:
         networks, names = networks[:1], names[:3]
     rates = advice(options.advised)
