@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from learnsched.data import load
+from learnsched.meta.transformer import Transformer
 
 # Samples to train, validate and test on.
 SIZES = (2000, 500, 500)
@@ -191,41 +192,6 @@ class UNet(nn.Module):
         return scores
 
 
-# A class from a sequence of patches, by attention.
-
-
-class Attention(nn.Module):
-    """A pre-norm transformer over patches of four samples, whose feed-forward parts have ReLUs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        width, depth, self.heads = 32, 3, 4
-        self.patch = nn.Linear(4, width)
-        self.place = nn.Parameter(0.02 * torch.randn(10, width))
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * depth))
-        self.mix = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(depth))
-        self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.feed = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, width))
-            for _ in range(depth)
-        )
-        self.head = nn.Linear(width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores of shape (signals, classes)."""
-        x = self.patch(x.flatten(1).unflatten(1, (-1, 4))) + self.place
-        for n, (mix, out, feed) in enumerate(zip(self.mix, self.out, self.feed, strict=True)):
-            q, k, v = (
-                part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                for part in mix(self.norms[2 * n](x)).chunk(3, -1)
-            )
-            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            x = x + out(mixed)
-            x = x + feed(self.norms[2 * n + 1](x))
-        scores: Tensor = self.head(x.mean(1))
-        return scores
-
-
 # The next character of a text.
 
 _CHARACTERS = " abcdefghijklmnopqrstuvwxyz.,()'"
@@ -286,7 +252,11 @@ PROBLEMS: Mapping[str, Problem] = {
         "mean IoU", _scenes, UNet, F.cross_entropy, intersection_over_union
     ),
     "signals, transformer": Problem(
-        "accuracy", functools.partial(_first_of, "mnist1d"), Attention, F.cross_entropy, right
+        "accuracy",
+        functools.partial(_first_of, "mnist1d"),
+        functools.partial(Transformer, size=40, token=4, width=32, blocks=3, classes=10),
+        F.cross_entropy,
+        right,
     ),
     "text, causal convolutions": Problem(
         "accuracy", _text, CausalConvolution, F.cross_entropy, right
