@@ -1,7 +1,7 @@
 """What a schedule is worth on networks drawn at random, where nobody searches for anything.
 
     torchrun --standalone --nproc-per-node 2 -m learnsched.benchmarks.random_networks
-        [--other-kinds | --other-networks] [--rate RATE] [--networks N] [--artefact default]
+        [--other-kinds | --other-networks | --tables] [--rate RATE] [--networks N] [--artefact default]
         [--bits BITS ...] [--families NAME ...] [--methods NAME ...] [--recipes PATH ...]
         [--advised PATH] [--quick] [--seed N] [--json PATH] [--pooled-with PATH] [--plot PATH]
 
@@ -14,8 +14,9 @@ meta-training nor the tuning of any method has seen: images in which the place o
 differs, and signals under wide kernels. (Between curves for ternary, binary and real activations the
 validation data of such networks have decided, of others than these.) With ``--other-networks`` they are
 transformers, depthwise separable convolutions, and convolutions under group norms. (Of such networks
-the search has seen some that has moved the curve of weights alone.) With ``--rate`` all train at that
-learning rate instead, as where somebody takes Adam's customary one.
+the search has seen some that has moved the curve of weights alone.) With ``--tables`` they are MLPs for
+six data sets of vectors, on four of which the curve of the artefact ``tables`` was searched. With
+``--rate`` all train at that learning rate instead, as where somebody takes Adam's customary one.
 """
 
 from __future__ import annotations
@@ -78,6 +79,14 @@ OTHER_KINDS = replace(
     ),
 )
 
+TABLES = replace(
+    MIX,
+    architectures=tuple(
+        (data, "mlp", (24, 32, 64, 128), (3, 4, 5))
+        for data in ("products", "clusters", "friedman", "hypercube", "teacher", "quadrics")
+    ),
+)
+
 OTHER_NETWORKS = replace(
     MIX,
     architectures=(
@@ -108,6 +117,7 @@ OTHER_COUNTS: dict[Regime, int] = {
     Regime("binary/2-bit", False): 2,
     Regime("ternary/real", False): 2,
 }
+TABLES_COUNTS: dict[Regime, int] = {Regime("ternary/2-bit", False): 18}
 FURTHER_COUNTS: dict[Regime, int] = {
     Regime("ternary/2-bit", False): 8,
     Regime("ternary/2-bit", True): 3,
@@ -120,6 +130,13 @@ FURTHER_COUNTS: dict[Regime, int] = {
 SHORTER = {
     f"{LEARNED}, three quarters of the epochs": 0.75,
     f"{LEARNED}, half of the epochs": 0.5,
+}
+
+_KINDS: dict[str | None, tuple[Mix, dict[Regime, int]]] = {
+    None: (MIX, COUNTS),
+    "other_kinds": (OTHER_KINDS, OTHER_COUNTS),
+    "other_networks": (OTHER_NETWORKS, FURTHER_COUNTS),
+    "tables": (TABLES, TABLES_COUNTS),
 }
 
 # The stage of records at the one rate that was asked for.
@@ -261,14 +278,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         artefact=True,
     )
     kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument(
-        "--other-kinds", action="store_true", help="shifted digits, and signals under wide kernels"
-    )
-    kinds.add_argument(
-        "--other-networks",
-        action="store_true",
-        help="transformers, depthwise separable convolutions, group norms",
-    )
+    for kind, words in (
+        ("other_kinds", "shifted digits, and signals under wide kernels"),
+        ("other_networks", "transformers, depthwise separable convolutions, group norms"),
+        ("tables", "MLPs for tables of numbers"),
+    ):
+        kinds.add_argument(
+            f"--{kind.replace('_', '-')}",
+            dest="kind",
+            action="store_const",
+            const=kind,
+            help=words,
+        )
     parser.add_argument(
         "--rate", type=float, help="one learning rate for all, in place of those two"
     )
@@ -301,11 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="draw the margins at the one rate of all methods")
     options = parser.parse_args(arguments)
     learned = load_pretrained(options.artefact)
-    mix, counts = MIX, COUNTS
-    if options.other_kinds:
-        mix, counts = OTHER_KINDS, OTHER_COUNTS
-    elif options.other_networks:
-        mix, counts = OTHER_NETWORKS, FURTHER_COUNTS
+    mix, counts = _KINDS[options.kind]
 
     def chosen(seed: int) -> list[Cell]:
         found = cells(seed, mix, counts)
@@ -344,9 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             made = measured(method, cell, stages, carried.tuned(method.suggest, recipe))
         return [{**record, "method": name, "commit": describe()["commit"]} for record in made]
 
-    kind = {
-        "other_kinds": options.other_kinds,
-        "other_networks": options.other_networks,
+    content = {
+        **{name: name == options.kind for name in _KINDS if name},
         "rate": options.rate,
         "quick": options.quick,
     }
@@ -360,10 +376,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{r['cell']}, {r['method']}, {r['stage']}: {100 * mean(r):.1f}", flush=True
             ),
             seed=options.seed,
-            **kind,
+            **content,
         )
         if options.pooled_with:
-            records += stored_records(options.pooled_with, **kind)
+            records += stored_records(options.pooled_with, **content)
             networks += chosen(json.loads(options.pooled_with.read_text())["seed"])
         if processes.rank() == 0:
             print(f"\n{tables(records, list(recipes.values()), networks)}")

@@ -74,6 +74,23 @@ _TWO_BIT = BaseCurve(
     loss_power=1.0,
     loss_from=540.0,
 )
+# MLPs on tables of numbers keep wide backward noise of the weights to the end: where classes are a formula
+# without noise it is worth several points (`curve_search --vectors`).
+_TWO_BIT_TABLES = BaseCurve(
+    weight_forward_std=0.6,
+    activation_forward_std=0.6,
+    weight_hard_from=1.0,
+    activation_hard_from=0.43,
+    power=1.5,
+    weight_backward_std=4.0,
+    weight_backward_end=4.0,
+    activation_backward_std=0.38,
+    activation_backward_end=1.2,
+    freeze_from=0.62,
+    hard_tilt=-0.3,
+    weight_backward_tilt=-1.2,
+    activation_backward_tilt=-0.6,
+)
 # Hard problems want narrow backward noise of signed activations, easy ones wide: something in between,
 # for all but signals under 1-d convolutions, with which the first searches were made.
 _TERNARY = BaseCurve(
@@ -195,6 +212,9 @@ _BASE = BaseCurves(
         Case(3, 0, True, _tuned(_WEIGHTS_TUNED)),
     )
 )
+
+# Those of the artefact `tables`.
+TABLES = BaseCurves((Case(3, 4, False, _warmed(_TWO_BIT_TABLES)), *_BASE.cases[1:]))
 
 _QUICK_MIX = Mix(
     architectures=(
