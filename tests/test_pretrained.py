@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load, save
 
 import learnsched as ls
+from learnsched.meta.presets import TABLES
 from learnsched.policies import BaseCurve, Domain, LearnedPolicy, MetaNetwork
 from learnsched.pretrained import artefact
 from learnsched.pretrained.embed_card import embed_card, main
@@ -392,6 +393,21 @@ def test_a_card_of_something_else_is_not_embedded(path, changes):
 @pytest.mark.skipif(not ls.list_pretrained(), reason="no artefact has been trained yet")
 def test_the_default_is_there():
     assert "default" in ls.list_pretrained()
+
+
+def test_the_artefact_for_tables_is_its_curves_alone():
+    policy = ls.load_pretrained("tables")
+    assert policy.base == TABLES
+    for dims, activations, fine_tuning in (
+        (0, 4, False),
+        (2, 4, True),
+        (1, 3, False),
+        (2, 0, False),
+    ):
+        layers = tuple(LayerInfo(name, 20, 3, activations, dims) for name in "abc")
+        run = RunInfo(layers, 10, 20, fine_tuning)
+        found, expected = plan(policy, run).table, plan(TABLES, run).table
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
 def test_artefacts_are_read_under_another_default_dtype():

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learnsched.benchmarks import learning_rates
+from learnsched.benchmarks import curve_tasks, learning_rates
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.cells import GRIDS
 from learnsched.benchmarks.random_networks import (
@@ -17,6 +17,8 @@ from learnsched.benchmarks.random_networks import (
     OTHER_KINDS,
     OTHER_NETWORKS,
     SHORTER,
+    TABLES,
+    TABLES_COUNTS,
     by_group,
     cells,
     draw,
@@ -134,6 +136,14 @@ def test_fewer_epochs_are_compared_with_the_rivals_whole_runs():
     shorter = rows(half)
     assert shorter["strong"][2].startswith("-2.5 [")
     assert START not in shorter and "learned" not in shorter
+
+
+def test_tables_are_those_of_the_data_of_vectors_of_which_two_no_search_has_seen():
+    tasks = [cell.task for cell in cells(0, TABLES, TABLES_COUNTS)]
+    searched = {(task.data, task.seed) for task in curve_tasks.vectors("ternary/2-bit")}
+    assert {task.family for task in tasks} == {"mlp"} and len(tasks) == 18
+    assert {task.data for task in tasks} - {data for data, _ in searched} == {"teacher", "quadrics"}
+    assert not {task.seed for task in tasks} & {seed for _, seed in searched}
 
 
 def test_margins_are_those_of_whole_runs_the_hardest_rival_first():

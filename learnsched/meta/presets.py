@@ -74,8 +74,8 @@ _TWO_BIT = BaseCurve(
     loss_power=1.0,
     loss_from=540.0,
 )
-# MLPs on tables of numbers keep wide backward noise of the weights to the end: where classes are a formula
-# without noise it is worth several points (`curve_search --vectors`).
+# MLPs on tables of numbers keep wide backward noise of the weights to the end: where classes are a
+# formula without noise that is worth several points (`curve_search --vectors`).
 _TWO_BIT_TABLES = BaseCurve(
     weight_forward_std=0.6,
     activation_forward_std=0.6,
