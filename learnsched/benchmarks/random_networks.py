@@ -132,6 +132,9 @@ SHORTER = {
     f"{LEARNED}, half of the epochs": 0.5,
 }
 
+# Neither signals nor digits.
+_OTHERS = ("fashion_mnist", *(kind[0] for kind in TABLES.architectures))
+
 _KINDS: dict[str | None, tuple[Mix, dict[Regime, int]]] = {
     None: (MIX, COUNTS),
     "other_kinds": (OTHER_KINDS, OTHER_COUNTS),
@@ -177,7 +180,7 @@ def by_group(records: Sequence[Record], cells: Sequence[Cell], rival: str) -> st
     tests = {(record["cell"], record["method"]): record for record in records}
     groups = {
         "Fashion-MNIST": [cell for cell in cells if cell.task.data == "fashion_mnist"],
-        "MNIST-1D and digits": [cell for cell in cells if cell.task.data != "fashion_mnist"],
+        "MNIST-1D and digits": [cell for cell in cells if cell.task.data not in _OTHERS],
         "shifted digits": [cell for cell in cells if cell.task.data == "shifted_digits"],
         "signals, wide kernels": [cell for cell in cells if cell.task.family == "cnn1d_wide"],
         "transformers": [cell for cell in cells if cell.task.family == "transformer"],
