@@ -29,6 +29,7 @@ from learnsched.differences import differences
 from learnsched.files import write_text
 from learnsched.meta import processes
 from learnsched.meta.presets import PRESETS, Preset
+from learnsched.meta.run_folder import is_begun
 from learnsched.meta.trainer import MetaTrainer
 from learnsched.plotting import plot_comparison, plot_learning_curve, plot_schedule
 from learnsched.policies import LearnedPolicy, MetaNetwork
@@ -47,7 +48,7 @@ def main() -> None:
         except KeyboardInterrupt:
             hint = f"the same command with --resume goes on in {options.out}"
             sys.exit(
-                f"meta_train.py: interrupted; {hint if _has_run(options.out) else 'nothing is kept yet'}"
+                f"meta_train.py: interrupted; {hint if is_begun(options.out) else 'nothing is kept yet'}"
             )
 
 
@@ -84,14 +85,10 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _has_run(folder: Path) -> bool:
-    return any((folder / part).exists() for part in ("config.json", "checkpoint.safetensors"))
-
-
 def _train_and_report(options: argparse.Namespace) -> None:
     preset = PRESETS[options.preset]
     steps = options.steps or preset.steps
-    started = _has_run(options.out)
+    started = is_begun(options.out)
     processes.barrier()  # every rank has looked before the first one writes
     if started and not options.resume:
         raise FileExistsError(

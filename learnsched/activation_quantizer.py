@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from learnsched.levels import LevelSet
-from learnsched.quantizer import LARGEST_FALL, Quantizer
+from learnsched.quantizer import LARGEST_FALL, Quantizer, as_parameter
 from learnsched.scales import ScaleRule
 
 
@@ -69,8 +69,7 @@ class ActivationQuantizer(Quantizer):
     def learn_scale_(self) -> nn.Parameter:
         """Make the scale a parameter, that of before if it is one, bounded by where it is now."""
         if not self.learns_scale:
-            with torch.inference_mode(False):  # whose tensors no optimizer can change
-                scale = nn.Parameter(self.scale.detach().clone())
+            scale = as_parameter(self.scale)
             del self.scale
             self.scale = scale
             self.bound_scale_()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,9 @@ _JOINS = frozenset((
     torch.column_stack,
 ))  # fmt: skip
 
-# Modules that tensors come from, by the tensor's id; layers, each with the number of its call.
-_Sources = dict[int, tuple[nn.Module, weakref.ref[Tensor]]]
+T = TypeVar("T")
+# What tensors come from, by the tensor's id: modules, or layers, each with the number of its call.
+_Sources = dict[int, tuple[T, weakref.ref[Tensor]]]
 _Layers = tuple[tuple[int, nn.Module], ...]
 
 
@@ -175,9 +176,9 @@ class _Watch(TorchFunctionMode):
         self.norms: dict[str, nn.Module | None] = {}  # ahead of activations
         self._names, self._weights, self._others = names, weights, others
         self._inside = 0
-        self._made: _Sources = {}  # by modules of interest
-        self._sized: _Sources = {}  # by batch norms
-        self._layers: dict[int, tuple[_Layers, weakref.ref[Tensor]]] = {}  # that tensors come from
+        self._made: _Sources[nn.Module] = {}  # by modules of interest
+        self._sized: _Sources[nn.Module] = {}  # by batch norms
+        self._layers: _Sources[_Layers] = {}  # by layers, several at a time
         self._hidden: set[nn.Module] = set()  # layers that others follow
         self._inputs: dict[int, tuple[str, Tensor]] = {}  # of in-place activations
         self._rectified: dict[int, Tensor] = {}  # what they returned
@@ -200,15 +201,15 @@ class _Watch(TorchFunctionMode):
         if not isinstance(output, Tensor):
             return None
         if isinstance(module, BATCH_NORMS):
-            self._sized[id(output)] = module, weakref.ref(output)
+            _note(self._sized, output, module)
         if type(module) in QUANTIZED_TYPES:
-            self._layers[id(output)] = ((len(self.calls), module),), weakref.ref(output)
+            _note(self._layers, output, ((len(self.calls), module),))
         if not getattr(module, "inplace", False):
-            self._made[id(output)] = module, weakref.ref(output)
+            _note(self._made, output, module)
             return None
         # What is returned is the input itself; only as another object can its uses be told apart.
         name, returned = self._names[module], output.view_as(output)
-        self._made[id(returned)] = module, weakref.ref(returned)
+        _note(self._made, returned, module)
         self.returned[id(returned)] = name, returned
         if id(output) not in self._rectified:  # which a second ReLU does not change
             self._inputs[id(output)] = name, output
@@ -225,8 +226,7 @@ class _Watch(TorchFunctionMode):
         return [m for m in dict.fromkeys(self.calls) if m in found - self._hidden]
 
     def _layers_of(self, tensor: Tensor) -> _Layers:
-        layers, made = self._layers.get(id(tensor), ((), None))
-        return layers if made is not None and made() is tensor else ()
+        return _source(self._layers, tensor) or ()
 
     def use(self, value: Any) -> None:
         """Note that what is returned by in-place activations is used, alone or in a collection."""
@@ -242,10 +242,7 @@ class _Watch(TorchFunctionMode):
         """Note the batch norm, if one, that results have their size from: of a sum, the largest."""
         norms = filter(None, (_source(self._sized, tensor) for tensor in operands))
         norm = None if func in _RESCALING else max(norms, key=size_of, default=None)
-        for tensor in tensors(result):
-            self._sized.pop(id(tensor), None)
-            if norm is not None:
-                self._sized[id(tensor)] = norm, weakref.ref(tensor)
+        _note(self._sized, result, norm)
 
     def _hide(self, operands: Iterable[Tensor]) -> None:
         """Note that a further layer follows those that the operands come from."""
@@ -262,11 +259,7 @@ class _Watch(TorchFunctionMode):
         joined = tuple(layer for layers in sources for layer in layers)
         # Of a branch and what it is added to, the branch: the rest are layers ahead of it.
         latest = max(sources, default=(), key=lambda layers: max(number for number, _ in layers))
-        for tensor in tensors(result):
-            self._layers.pop(id(tensor), None)
-            if sources:
-                found = joined if func in _JOINS else latest
-                self._layers[id(tensor)] = found, weakref.ref(tensor)
+        _note(self._layers, result, (joined if func in _JOINS else latest) or None)
 
     def __torch_function__(
         self,
@@ -309,10 +302,18 @@ def size_of(norm: Any) -> float:
     return float(squares.mean().sqrt())
 
 
-def _source(sources: _Sources, tensor: Tensor) -> nn.Module | None:
-    """The module that a tensor is noted with, which may have taken the place of another in memory."""
-    module, made = sources.get(id(tensor), (None, None))
-    return module if made is not None and made() is tensor else None
+def _note(sources: _Sources[T], value: Any, source: T | None) -> None:
+    """Note what the tensors of a value come from, in place of what is noted with them."""
+    for tensor in tensors(value):
+        sources.pop(id(tensor), None)
+        if source is not None:
+            sources[id(tensor)] = source, weakref.ref(tensor)
+
+
+def _source(sources: _Sources[T], tensor: Tensor) -> T | None:
+    """What a tensor is noted with, which may have taken the place of another in memory."""
+    source, made = sources.get(id(tensor), (None, None))
+    return source if made is not None and made() is tensor else None
 
 
 def _is_torchs(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from learnsched.layers import quantized_activations, quantized_layers
+from learnsched.quantizer import as_parameter
 
 
 def learn_scales_(model: nn.Module) -> list[nn.Parameter]:
@@ -87,8 +88,7 @@ def learn_weight_scales_(model: nn.Module) -> list[nn.Parameter]:
     learned: list[nn.Parameter] = []
     for quantizer in quantizers:
         if quantizer.log_scale is None:
-            with torch.inference_mode(False):
-                quantizer.log_scale = nn.Parameter(torch.zeros_like(quantizer.held_scale))
+            quantizer.log_scale = as_parameter(torch.zeros_like(quantizer.held_scale))
         learned.append(quantizer.log_scale)
     return learned
 
@@ -127,8 +127,7 @@ def learn_noise_(model: nn.Module) -> list[nn.Parameter]:
     quantizers = [q for layer in quantized_layers(model) for q in layer.quantizers]
     for quantizer in quantizers:
         if quantizer.log_std is None:
-            with torch.inference_mode(False):
-                quantizer.log_std = nn.Parameter(torch.zeros_like(quantizer.forward_std))
+            quantizer.log_std = as_parameter(torch.zeros_like(quantizer.forward_std))
     return [quantizer.log_std for quantizer in quantizers if quantizer.log_std is not None]
 
 

@@ -24,6 +24,19 @@ NOISE_BUFFERS = ("forward_std", "backward_std", "forward_mean", "backward_mean")
 LARGEST_FALL = 32.0
 
 
+def as_parameter(values: Tensor) -> nn.Parameter:
+    """A parameter of these values that optimizers can change, wherever it is made.
+
+    Example:
+        >>> with torch.inference_mode():
+        ...     parameter = as_parameter(torch.zeros(2))
+        >>> parameter.is_inference()
+        False
+    """
+    with torch.inference_mode(False):
+        return nn.Parameter(values.detach().clone())
+
+
 class Quantizer(nn.Module):
     """What weights and activations share: a level set and the noise, in units of the level step."""
 

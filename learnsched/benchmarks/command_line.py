@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 GOES_ON = "write records here; an interrupted run goes on"
 KEEPS = "write records here; those there are kept"
@@ -44,3 +46,26 @@ def command_line(
         parser.add_argument("--seed", type=int, default=0, help=seed)
     parser.add_argument("--json", type=Path, help=json)
     return parser
+
+
+def add_kinds(parser: argparse.ArgumentParser, kinds: Mapping[str, str]) -> Any:
+    """An option for each kind, of which one at most is given; its name is ``kind`` then, else None.
+
+    Args:
+        parser: gets the options.
+        kinds: names, as of variables, with what they are.
+
+    Returns:
+        the group of the options; others may come to it.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> _ = add_kinds(parser, {"warm_up": "with a warm-up", "long": "long runs"})
+        >>> parser.parse_args(["--warm-up"]).kind, parser.parse_args([]).kind
+        ('warm_up', None)
+    """
+    group = parser.add_mutually_exclusive_group()
+    for name, words in kinds.items():
+        option = f"--{name.replace('_', '-')}"
+        group.add_argument(option, dest="kind", action="store_const", const=name, help=words)
+    return group

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from learnsched.benchmarks import curve_tasks
 from learnsched.benchmarks.campaign import one_of_the_ranks
-from learnsched.benchmarks.command_line import command_line
+from learnsched.benchmarks.command_line import add_kinds, command_line
 from learnsched.benchmarks.environment import describe, write_results
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.training import train
@@ -348,21 +348,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         json="write what was found here, by bits; a search that is there is not repeated",
     )
     parser.add_argument("--bits", choices=BOXES, default="ternary/2-bit")
-    kinds = parser.add_mutually_exclusive_group()
-    for option, words in (
-        ("fine_tuning", "start from float networks"),
-        ("warm_up", "from scratch, under a learning rate that rises first"),
-        ("long", "runs of 1000 to 1440 steps"),
-        ("mixed", "networks drawn at random, of easy and of hard problems"),
-        ("vectors", "MLPs drawn at random, most of them for tables of numbers"),
-    ):
-        kinds.add_argument(
-            f"--{option.replace('_', '-')}",
-            dest="kind",
-            action="store_const",
-            const=_KINDS[option],
-            help=words,
-        )
+    kinds = add_kinds(
+        parser,
+        {
+            "fine_tuning": "start from float networks",
+            "warm_up": "from scratch, under a learning rate that rises first",
+            "long": "runs of 1000 to 1440 steps",
+            "mixed": "networks drawn at random, of easy and of hard problems",
+            "vectors": "MLPs drawn at random, most of them for tables of numbers",
+        },
+    )
     kinds.add_argument(
         "--random",
         nargs="*",
@@ -381,7 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with one_of_the_ranks():
         count, rounds, seeds = (4, 1, 2) if options.quick else (options.count, options.rounds, 6)
-        kind = options.kind or _KINDS["usual"]
+        kind = _KINDS[options.kind or "usual"]
         if options.random is not None:
             kind = _random(options.random)
         name, rows = f"{options.bits}{kind.words}", kind.tasks(options.bits)

@@ -33,7 +33,7 @@ from learnsched.benchmarks import carried, learning_rates
 from learnsched.benchmarks import methods as field
 from learnsched.benchmarks.campaign import one_of_the_ranks, recorded, stored_records
 from learnsched.benchmarks.cells import Cell
-from learnsched.benchmarks.command_line import GOES_ON, command_line
+from learnsched.benchmarks.command_line import GOES_ON, add_kinds, command_line
 from learnsched.benchmarks.environment import describe
 from learnsched.benchmarks.methods import Method
 from learnsched.benchmarks.records import LEARNED
@@ -280,19 +280,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seed="of the networks",
         artefact=True,
     )
-    kinds = parser.add_mutually_exclusive_group()
-    for kind, words in (
-        ("other_kinds", "shifted digits, and signals under wide kernels"),
-        ("other_networks", "transformers, depthwise separable convolutions, group norms"),
-        ("tables", "MLPs for tables of numbers"),
-    ):
-        kinds.add_argument(
-            f"--{kind.replace('_', '-')}",
-            dest="kind",
-            action="store_const",
-            const=kind,
-            help=words,
-        )
+    add_kinds(
+        parser,
+        {
+            "other_kinds": "shifted digits, and signals under wide kernels",
+            "other_networks": "transformers, depthwise separable convolutions, group norms",
+            "tables": "MLPs for tables of numbers",
+        },
+    )
     parser.add_argument(
         "--rate", type=float, help="one learning rate for all, in place of those two"
     )

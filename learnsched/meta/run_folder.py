@@ -35,6 +35,11 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     write_text(folder / _CONFIG, json.dumps(config, indent=1, default=operator.index))
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether the folder holds a run, or a part of one, of whatever configuration."""
+    return any((folder / part).exists() for part in (_CONFIG, _CHECKPOINT))
+
+
 def has_run(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether the folder holds this run.
 
