@@ -36,7 +36,16 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def is_begun(folder: Path) -> bool:
-    """Whether the folder holds a run, or a part of one, of whatever configuration."""
+    """Whether the folder holds a run, or a part of one, of whatever configuration.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> begun = is_begun(folder)
+        >>> write_config(folder, {"seed": 0})
+        >>> begun, is_begun(folder)
+        (False, True)
+    """
     return any((folder / part).exists() for part in (_CONFIG, _CHECKPOINT))
 
 
